@@ -1,0 +1,55 @@
+# The two commands of the README are `make demo` and `make test`; both set up .venv first, once.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+EXTRAS := dev,train,diffusion,quantized
+CODE   := src tests tools
+
+# Nothing here needs a network once .venv exists, and tiny models are fastest on one thread.
+export HF_HUB_OFFLINE := 1
+export OMP_NUM_THREADS := 1
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types tests format clean
+
+help:
+	@echo "make demo    set up $(VENV), run the main job, report in out/demo/"
+	@echo "make test    set up $(VENV), then lint, types and tests"
+	@echo "make lint | types | tests | format | clean"
+
+setup: $(READY)
+
+# Torch first and alone: its wheel decides between CPU and accelerator builds, and the rest must not change it.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "lorry needs Python 3.11 or newer, $(PYTHON) is older: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $(READY)
+
+demo: setup
+	$(BIN)/lorry demo --out out/demo
+
+test: lint types tests
+
+lint: setup
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/python tools/check_layers.py
+
+types: setup
+	$(BIN)/mypy
+
+tests: setup
+	$(BIN)/python -m pytest -n 2
+
+format: setup
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+clean:
+	rm -rf $(VENV) out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info
+	find src tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

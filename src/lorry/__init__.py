@@ -1,0 +1,62 @@
+"""Lorry carries LoRA adapters through their whole life: plan, train, study, merge, search, serve, switch, transfer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import lorry.methods  # noqa: F401  first, because the function `methods` below takes the package's place as an attribute
+from lorry.core.adapter import Adapter
+from lorry.core.api import activate, adapters, attach, auxiliary_loss, context, methods, rows
+from lorry.core.errors import (
+    AdapterError,
+    CheckpointError,
+    FingerprintError,
+    LorryError,
+    OptionError,
+    SiteError,
+)
+from lorry.core.files.load import load
+from lorry.core.method import method_from
+from lorry.core.method import methods as registered
+from lorry.core.plan import Plan, plan
+from lorry.core.receipt import Receipt
+
+if TYPE_CHECKING:
+    from lorry.methods.dora import DoRA
+    from lorry.methods.lora import LoRA
+    from lorry.methods.pissa import PiSSA
+
+__version__ = "0.1.0"
+__all__ = [
+    "Adapter",
+    "AdapterError",
+    "CheckpointError",
+    "DoRA",
+    "FingerprintError",
+    "LoRA",
+    "LorryError",
+    "OptionError",
+    "PiSSA",
+    "Plan",
+    "Receipt",
+    "SiteError",
+    "activate",
+    "adapters",
+    "attach",
+    "auxiliary_loss",
+    "context",
+    "load",
+    "method_from",
+    "methods",
+    "plan",
+    "rows",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Find a method's class by its name, so that ``lorry.LoRA`` and any method added later need no line here."""
+    if not name.startswith("_"):
+        for info in registered().values():
+            if info.cls.__name__ == name:
+                return info.cls
+    raise AttributeError(f"module 'lorry' has no attribute '{name}'")

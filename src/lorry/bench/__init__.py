@@ -1,0 +1,1 @@
+"""Benches: side-by-side comparisons, run by `lorry bench NAME`."""

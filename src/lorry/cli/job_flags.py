@@ -1,0 +1,88 @@
+"""The flags of one training job, made from the fields of `Job`, so that each option is written down once."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from lorry.cli.arguments import key_values, layers, names
+from lorry.core.errors import OptionError
+from lorry.training.jobs import Job
+
+#: Fields that are not flags of their own name: the method has --method and --option, as in every command.
+_OWN = ("method", "data", "site_options")
+_LISTS = ("targets", "exclude", "train_also", "labels")
+_PAIRS = ("columns",)
+_SIMPLE = {"int": int, "float": float, "str": str, "bool": bool}
+
+
+def parameters() -> list[inspect.Parameter]:
+    """Return the flags as parameters of a typer command; each is None where it was not given."""
+    flags = [_flag("data", str, "Training data: a file or a folder.")]
+    flags.append(_flag("method", str, "Slug or preset of the method; see `lorry methods`.", "-m"))
+    flags.append(_flag("option", list[str], "KEY=VALUE, an option of the method; repeatable.", "-o"))
+    flags.append(_flag("objective_option", list[str], "KEY=VALUE, an option of the objective; repeatable."))
+    for field in dataclasses.fields(Job):
+        if field.name in _OWN:
+            continue
+        text = field.metadata.get("help", "")
+        declared = str(field.type).split("|")[0].strip()
+        if field.name in _LISTS:
+            flags.append(_flag(field.name, list[str], f"{text} Repeatable, or separated by commas."))
+        elif field.name in _PAIRS:
+            flags.append(_flag(field.name, list[str], f"{text} Written ROLE=COLUMN; repeatable."))
+        else:
+            kind = _SIMPLE.get(declared, str)
+            flags.append(_flag(field.name, kind, f"{text} Default: {_shown(field)}."))
+    return flags
+
+
+def _flag(name: str, kind: Any, text: str, *short: str) -> inspect.Parameter:
+    long = f"--{name.replace('_', '-')}"
+    declared = f"{long}/--no-{long[2:]}" if kind is bool else long
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind | None, typer.Option(declared, *short, help=text, show_default=False)],
+    )
+
+
+def _shown(field: dataclasses.Field[Any]) -> str:
+    return "required" if field.default is dataclasses.MISSING else str(field.default)
+
+
+def job_values(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the job's options that the flags mean; those not given are absent."""
+    given = {k: v for k, v in flags.items() if v is not None and v != []}
+    values: dict[str, Any] = {}
+    options = key_values(given.pop("option", None))
+    if options or "method" in given:
+        values["method"] = {"method": given.pop("method", "lora"), **options}
+    extra = key_values(given.pop("objective_option", None), "--objective-option")
+    if extra:
+        values["objective"] = {"objective": given.pop("objective", "causal"), **extra}
+    for name, value in given.items():
+        if name in _LISTS:
+            chosen = names(value)
+            values[name] = chosen[0] if name == "targets" and len(chosen) == 1 else chosen
+        elif name in _PAIRS:
+            values[name] = {k: str(v) for k, v in key_values(value, f"--{name}").items()}
+        elif name == "layers":
+            values[name] = layers(value)
+        elif name == "betas":
+            values[name] = _numbers(value, name)
+        else:
+            values[name] = value
+    return values
+
+
+def _numbers(text: str, name: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise OptionError(f"--{name} expects numbers separated by commas, found {text!r}.") from None

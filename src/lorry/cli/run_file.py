@@ -1,0 +1,184 @@
+"""The YAML of ``lorry train``: base, output folder, jobs; read strictly and described by a JSON schema."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lorry.core.errors import OptionError
+from lorry.core.options import check_options, from_options, option
+from lorry.training.jobs import Job, jobs_from
+
+
+@dataclass(frozen=True)
+class RunFile:
+    """Everything that one call of ``lorry train`` does."""
+
+    base: str = option(MISSING, "'pocket', or a local Hugging Face model folder.")
+    output: str = option(MISSING, "Folder for adapters, checkpoints, metrics and the report.")
+    jobs: Any = option(MISSING, "Jobs that are trained at once on the base, each a mapping of job options.")
+    defaults: Any = option(None, "Job options that hold for every job which does not set them itself.")
+    dtype: str = option(
+        "auto", "Dtype of the base in memory.", choices=("auto", "float32", "bfloat16", "float16")
+    )
+    task: str = option(
+        "auto",
+        "Head of the base; auto takes what the jobs' objectives need.",
+        choices=("auto", "causal-lm", "sequence-classification"),
+    )
+    checkpoint_every: int = option(
+        0, "Steps between checkpoints, from which --resume goes on; 0 writes one at the end.", at_least=0
+    )
+    keep_checkpoints: int = option(2, "How many checkpoints stay.", at_least=1)
+    max_pad_ratio: float | None = option(
+        2.0,
+        "Most tokens of a joint pass, padding included, as a multiple of what the jobs have alone; null joins all.",
+        at_least=1,
+    )
+    max_tokens: int | None = option(
+        None, "Most tokens of a joint pass, padding included, to bound memory.", at_least=1
+    )
+    base_dropout: bool = option(
+        False, "Let the base's own dropout be on; a job's result then depends on its company."
+    )
+
+    def __post_init__(self) -> None:
+        """Check every option."""
+        check_options(self)
+
+    def job_list(self) -> list[Job]:
+        """Return the jobs with the defaults filled in, checked."""
+        defaults = self.defaults or {}
+        if not isinstance(defaults, Mapping):
+            raise OptionError(f"'defaults' must be a mapping of job options, found {defaults!r}.")
+        jobs = self.jobs if isinstance(self.jobs, list | tuple) else [self.jobs]
+        filled = []
+        for index, job in enumerate(jobs):
+            if not isinstance(job, Mapping):
+                raise OptionError(f"Job {index} must be a mapping of options, found {job!r}.")
+            filled.append({"name": f"job-{index}", **_without_rivals(defaults, job), **job})
+        return jobs_from(filled)
+
+
+#: Options that exclude each other: a job that sets one does not take the other from the defaults.
+_RIVALS = {"steps": "epochs", "epochs": "steps"}
+
+
+def _without_rivals(defaults: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in defaults.items() if _RIVALS.get(k) not in job}
+
+
+def read_run_file(path: Path) -> RunFile:
+    """Read and check a YAML file.
+
+    Raises
+    ------
+    OptionError
+        Not there, not YAML, a doubled or unknown key (with near misses), or a bad value.
+    """
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)  # noqa: S506  a SafeLoader
+    except OSError as error:
+        raise OptionError(f"Cannot read {path}: {error.strerror or error}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise OptionError(
+            f"{path}{where} is not YAML: {getattr(error, 'problem', None) or error}."
+        ) from error
+    if not isinstance(values, Mapping):
+        raise OptionError(
+            f"{path} must hold a mapping with base, output and jobs; found {type(values).__name__}."
+        )
+    try:
+        return from_options(RunFile, {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()})
+    except OptionError as error:
+        jobs = {f.name for f in dataclasses.fields(Job)}
+        stray = [k for k in values if k in jobs and k not in {f.name for f in dataclasses.fields(RunFile)}]
+        hint = f" ('{stray[0]}' is a job option: put it under jobs or defaults.)" if stray else ""
+        raise OptionError(f"{path}: {error}{hint}") from None
+
+
+class StrictLoader(yaml.SafeLoader):
+    """YAML as people mean it: ``1e-4`` is a number, and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping of a node, refusing doubled keys."""
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key}' stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON schema of the YAML, derived from the option declarations."""
+    job = _object(Job)
+    job["required"] = ["data"]  # a name is given to a job without one
+    properties = _object(RunFile)
+    properties["properties"]["jobs"] |= {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/job"}}
+    defaults = {k: v for k, v in job.items() if k != "required"}
+    properties["properties"]["defaults"] |= {k: v for k, v in defaults.items() if k != "description"}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "lorry train",
+        **properties,
+        "$defs": {"job": job},
+    }
+
+
+_TYPES = {
+    "int": "integer",
+    "float": "number",
+    "str": "string",
+    "bool": "boolean",
+    "Mapping": "object",
+    "tuple": "array",
+}
+
+
+def _object(cls: type) -> dict[str, Any]:
+    fields = dataclasses.fields(cls)
+    return {
+        "type": "object",
+        "description": (cls.__doc__ or "").partition("\n")[0],
+        "additionalProperties": False,
+        "required": [f.name for f in fields if f.default is MISSING and f.default_factory is MISSING],
+        "properties": {f.name: _property(f) for f in fields},
+    }
+
+
+def _property(field: dataclasses.Field[Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {"description": field.metadata.get("help", "")}
+    declared = str(field.type)
+    first = re.split(r"[\[|\s]", declared, maxsplit=1)[0]
+    if first in _TYPES:
+        kind = _TYPES[first]
+        found["type"] = [kind, "null"] if "None" in declared else kind
+    names = {
+        "at_least": "minimum",
+        "above": "exclusiveMinimum",
+        "at_most": "maximum",
+        "below": "exclusiveMaximum",
+    }
+    found |= {names[rule]: field.metadata[rule] for rule in names if rule in field.metadata}
+    if "choices" in field.metadata:
+        found["enum"] = list(field.metadata["choices"])
+    if field.default is not MISSING:
+        found["default"] = list(field.default) if isinstance(field.default, tuple) else field.default
+    return found

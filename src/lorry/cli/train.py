@@ -1,0 +1,182 @@
+"""``lorry train``: one or several jobs on one frozen base."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lorry.cli.job_flags import job_values, parameters
+from lorry.cli.output import note, out, print_json
+from lorry.core.errors import OptionError
+
+if TYPE_CHECKING:
+    from lorry.cli.run_file import RunFile
+    from lorry.training.jobs import Job
+
+
+def _signature(
+    config: Annotated[
+        Path | None,
+        typer.Argument(help="YAML with base, output and jobs; or give the flags of one job instead."),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", "-b", help="'pocket', or a local Hugging Face model folder.")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--out", help="Folder for adapters, checkpoints, metrics and the report.")
+    ] = None,
+    base_dtype: Annotated[
+        str | None,
+        typer.Option("--base-dtype", help="Dtype of the base in memory: auto, float32, bfloat16, float16."),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="Head of the base; what the objective needs if not given.")
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option("--checkpoint-every", help="Steps between checkpoints; 0 writes one at the end."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a run in the output folder.")
+    ] = False,
+    show_schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema of the YAML and stop.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the report as one JSON document on stdout.")
+    ] = False,
+) -> None:
+    """Declare the flags that are not options of a job."""
+
+
+def train(**flags: Any) -> None:
+    """Train one job given by flags, or all jobs of a YAML file at once on one frozen base."""
+    own = {name: flags.pop(name) for name in inspect.signature(_signature).parameters}
+    if own["show_schema"]:
+        from lorry.cli.run_file import schema
+
+        print_json(schema())
+        return
+    from lorry.cli.output import err, failure
+    from lorry.training.report import print_table
+
+    run = _run_of(own, job_values(flags))
+    report = execute(run, resume=own["resume"], overwrite=own["overwrite"])
+    if own["as_json"]:
+        print_json(report)
+    elif not err().is_terminal:  # on a terminal the fleet has drawn the table below its bars
+        print_table(report, out())
+    for job in report["jobs"]:
+        if job["status"].startswith("failed"):
+            failure(f"job '{job['name']}' {job['status']}")
+    note(f"report, metrics and curves are in {run.output}")
+    if any(job["status"].startswith("failed") for job in report["jobs"]):
+        raise typer.Exit(1)
+
+
+_own = list(inspect.signature(_signature, eval_str=True).parameters.values())
+train.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in _own] + parameters()
+)
+train.__annotations__ = {p.name: p.annotation for p in train.__signature__.parameters.values()}  # type: ignore[attr-defined]
+
+
+def _run_of(own: dict[str, Any], job: dict[str, Any]) -> RunFile:
+    """Return the run that the command line means: that of the file with some values replaced, or that of one job."""
+    import dataclasses
+
+    from lorry.cli.run_file import RunFile, read_run_file
+    from lorry.core.options import from_options
+
+    top = {"base": own["base"], "output": own["output"], "dtype": own["base_dtype"]}
+    top |= {"task": own["task"], "checkpoint_every": own["checkpoint_every"]}
+    given = {k: v for k, v in top.items() if v is not None}
+    if own["config"] is not None:
+        if job:
+            raise OptionError(
+                f"--{next(iter(job)).replace('_', '-')} and a YAML file do not go together; put it into the file."
+            )
+        return dataclasses.replace(read_run_file(own["config"]), **given)
+    missing = [
+        f"--{name}"
+        for name, there in (("base", own["base"]), ("data", job.get("data")), ("out", own["output"]))
+        if not there
+    ]
+    if missing:
+        raise OptionError(f"Give a YAML file, or the flags of one job; missing: {', '.join(missing)}.")
+    name = re.sub(r"[^A-Za-z0-9_.\-]+", "-", Path(str(own["output"])).resolve().name).strip("-.") or "adapter"
+    return from_options(RunFile, {**given, "jobs": [{"name": name, **job}]})
+
+
+def execute(run: RunFile, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Train all jobs and return the fleet's report."""
+    from lorry.cli.output import err
+    from lorry.training.fleet import Fleet
+
+    model, jobs = _base_and_jobs(run)
+    from lorry.cli.bases import load_tokenizer
+
+    fleet = Fleet(
+        model,
+        load_tokenizer(run.base),
+        jobs,
+        run.output,
+        checkpoint_every=run.checkpoint_every,
+        keep_checkpoints=run.keep_checkpoints,
+        max_pad_ratio=run.max_pad_ratio,
+        max_tokens=run.max_tokens,
+        base_dropout=run.base_dropout,
+        resume=resume,
+        overwrite=overwrite,
+        console=err(),
+    )
+    return fleet.train().report
+
+
+def _base_and_jobs(run: RunFile) -> tuple[Any, list[Job]]:
+    """Load the base with the head that the jobs need; parts of it that came without weights are trained by every job."""
+    import dataclasses
+
+    from lorry.cli.bases import load_for_training
+    from lorry.training.objectives import Classification
+
+    jobs = run.job_list()
+    objectives = [job.make_objective() for job in jobs]
+    tasks = {o.task for o in objectives} if run.task == "auto" else {run.task}
+    if len(tasks) > 1:
+        raise OptionError(
+            "Jobs that classify and jobs that predict tokens need different heads, so they cannot share one run: make two."
+        )
+    classes = 0
+    for index, (job, objective) in enumerate(zip(jobs, objectives, strict=True)):
+        if isinstance(objective, Classification):
+            labels = job.labels or _labels(job, objective)
+            jobs[index] = dataclasses.replace(job, labels=labels)
+            classes = max(classes, len(labels or ()))
+    model, fresh = load_for_training(run.base, run.dtype, tasks.pop(), classes or None)
+    if fresh:
+        note(f"{', '.join(fresh)}: new, so every job trains it whole and saves it beside its adapter")
+        also = [[j.train_also] if isinstance(j.train_also, str) else list(j.train_also) for j in jobs]
+        jobs = [
+            dataclasses.replace(j, train_also=[*a, *(f for f in fresh if f not in a)])
+            for j, a in zip(jobs, also, strict=True)
+        ]
+    return model, jobs
+
+
+def _labels(job: Job, objective: Any) -> tuple[str, ...] | None:
+    """Return a job's classes; None for data that cannot be read, which the fleet reports as that job's failure."""
+    from lorry.training.data import load_records
+    from lorry.training.data_errors import DataError
+
+    try:
+        return tuple(objective.label_names(load_records(job.data)))
+    except DataError:
+        return None

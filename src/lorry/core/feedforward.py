@@ -1,0 +1,98 @@
+"""Feed-forward blocks of transformers: which module is one, what its parts are called, and what it computes between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorry.core.kinds import KINDS
+from lorry.core.sites import Site
+
+#: Names of the projections that read the input, and of the one that gives the output. A single fused one holds gate and up.
+_FORMS: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (("gate_proj", "up_proj"), "down_proj", "gated"),  # Llama, Mistral, Qwen, Gemma
+    (("gate_up_proj",), "down_proj", "fused"),  # Phi-3
+    (("w1", "w3"), "w2", "gated"),
+    (("wi_0", "wi_1"), "wo", "gated"),  # T5 1.1
+    (("wi",), "wo", "plain"),  # T5
+    (("fc1",), "fc2", "plain"),  # Phi, CLIP, ViT
+    (("up_proj",), "down_proj", "plain"),
+    (("dense_h_to_4h",), "dense_4h_to_h", "plain"),  # GPT-NeoX, Falcon
+    (("c_fc",), "c_proj", "plain"),  # GPT-2, StarCoder
+    (("lin1",), "lin2", "plain"),  # DistilBERT
+)
+_ACTIVATIONS = ("act_fn", "activation_fn", "activation", "act")
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """The parts of a feed-forward block.
+
+    Attributes
+    ----------
+    inputs
+        Names of the projections that read the block's input.
+    output
+        Name of the projection that gives its output.
+    form
+        ``gated`` (gate and up apart), ``fused`` (both in one matrix, gate first), ``plain`` (two matrices).
+    activation
+        The module's own activation; None if it was not found.
+    sites
+        Each projection by name as a site.
+    """
+
+    inputs: tuple[str, ...]
+    output: str
+    form: str
+    activation: Callable[[Tensor], Tensor] | None
+    sites: dict[str, Site]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all projections."""
+        return (*self.inputs, self.output)
+
+    def between(self, parts: Sequence[Tensor], activation: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the input of the output projection, given what the input projections gave."""
+        if self.form == "plain":
+            return activation(parts[0])
+        gate, up = parts if self.form == "gated" else parts[0].chunk(2, dim=-1)
+        return activation(gate) * up
+
+
+def feed_forward(module: nn.Module, path: str = "") -> FeedForward | None:
+    """Return the parts of a feed-forward block, or None if the module is none, or has trained parts besides these.
+
+    A block with active dropout of its own between the projections computes without it here; frozen bases have none.
+    """
+    for inputs, output, form in _FORMS:
+        names = (*inputs, output)
+        children = [getattr(module, name, None) for name in names]
+        if not all(isinstance(child, nn.Module) for child in children):
+            continue
+        sites = {name: s for name, child in zip(names, children, strict=True) for s in _linear(f"{path}.{name}", child)}
+        own = {id(p) for child in children for p in child.parameters()}  # type: ignore[union-attr]
+        every = {id(p) for n, p in module.named_parameters() if "lorry_" not in n}
+        if len(sites) == len(names) and every <= own:
+            activation = next((a for n in _ACTIVATIONS if callable(a := getattr(module, n, None))), None)
+            return FeedForward(inputs, output, form, activation, sites)
+    return None
+
+
+def _linear(path: str, module: nn.Module | None) -> list[Site]:
+    assert module is not None
+    for kind in KINDS:
+        sites = list(kind.sites(path, module))
+        if sites:
+            return sites if kind.name == "linear" else []
+    return []

@@ -1,0 +1,255 @@
+"""Train four adapters at once, mix, merge, save and load them, and measure every step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lorry
+from lorry import pocket
+from lorry.core.receipt import Receipt
+from lorry.training.fleet import Fleet
+from lorry.training.jobs import Job
+from lorry.training.report import read_metrics
+
+#: The skills of the demo: held out from the pocket model's training, learned by one adapter each.
+SKILLS = ("previous", "swap", "unrotate", "star")
+#: The two adapters whose mixture and merge are shown.
+MERGED = ("unrotate", "star")
+RANK, STEPS, BATCH, RATE = 8, 100, 32, 5e-3
+TRAIN_ROWS, TEST_ROWS = 3200, 200
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Demo:
+    """What the demo did and measured.
+
+    Attributes
+    ----------
+    adapters
+        Name, and exact match before and after training, for each skill.
+    curves
+        Name -> (step, loss) points.
+    mixed
+        Rows of one batch: adapter, prompt, answer, expected answer.
+    mixed_exact
+        Exact match over a batch in which every row has its own adapter.
+    merge
+        What merging two adapters gave: receipts, exact match, whether the base came back.
+    peft_max_difference, reload_max_difference
+        Largest difference of logits after loading into peft (None without peft) and into a fresh base.
+    receipts
+        Of saving and loading.
+    sites
+        Norm and singular values at each site, by adapter.
+    """
+
+    folder: Path
+    adapters: list[dict[str, Any]] = field(default_factory=list)
+    curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    mixed: list[dict[str, str]] = field(default_factory=list)
+    mixed_exact: float = 0.0
+    merge: dict[str, Any] = field(default_factory=dict)
+    peft_max_difference: float | None = None
+    reload_max_difference: float = 0.0
+    receipts: list[Receipt] = field(default_factory=list)
+    sites: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `report.json` holds."""
+        return {
+            "adapters": self.adapters,
+            "merge": self.merge,
+            "peft_max_difference": self.peft_max_difference,
+            "seconds": round(self.seconds, 2),
+        }
+
+
+def run(
+    folder: Path,
+    *,
+    steps: int = STEPS,
+    test_rows: int = TEST_ROWS,
+    say: Say = print,
+    bars: bool | None = None,
+) -> Demo:
+    """Run the demo and write adapters and measurements; `lorry.demo.page` makes the pages of it.
+
+    Parameters
+    ----------
+    folder
+        Where adapters and metrics go; what an earlier run left there is replaced.
+    steps
+        Training steps of each adapter.
+    test_rows
+        Test words of each skill.
+    say
+        Called with a line at each stage.
+    bars
+        Whether training shows progress bars; None shows them on a terminal.
+    """
+    began = time.perf_counter()
+    demo = Demo(folder)
+    model, tokenizer = pocket.load()
+    tests = {name: pocket.examples(name, "test", test_rows, seed=1) for name in SKILLS}
+    say(
+        f"pocket model: {sum(p.numel() for p in model.parameters()):,} parameters; {test_rows} test words for each skill"
+    )
+    before = {name: pocket.exact_match(model, tokenizer, tests[name]) for name in SKILLS}
+    demo.facts["test_rows"] = test_rows
+    demo.facts["examples"] = {name: tests[name][0].prompt + tests[name][0].answer for name in SKILLS}
+    say(f"training {len(SKILLS)} adapters at once on one frozen base: {', '.join(SKILLS)}")
+    train(demo, model, tokenizer, steps, bars)
+    measure(demo, model, tokenizer, tests, before)
+    for row in demo.adapters:
+        say(f"  {row['name']:<10} {row['before']:6.1%} -> {row['after']:6.1%}")
+    mix(demo, model, tokenizer, tests)
+    say(f"one batch, an adapter of its own in every row: {demo.mixed_exact:.1%} exact")
+    merge(demo, model, tokenizer, tests)
+    say(f"{demo.merge['composition']}: {demo.merge['summary']}")
+    reload(demo, model, tokenizer, tests)
+    shown = "peft is not installed" if demo.peft_max_difference is None else f"{demo.peft_max_difference:.1e}"
+    say(
+        f"saved, loaded into a fresh base (difference {demo.reload_max_difference:.1e}) and into peft ({shown})"
+    )
+    demo.seconds = time.perf_counter() - began
+    return demo
+
+
+def train(demo: Demo, model: Any, tokenizer: Any, steps: int, bars: bool | None) -> None:
+    """Train one adapter for each skill, all in the same passes over the base."""
+    jobs = [
+        Job(
+            name=name,
+            data=[
+                {"prompt": e.prompt, "completion": e.answer}
+                for e in pocket.examples(name, "train", TRAIN_ROWS, seed=0)
+            ],
+            method={"method": "lora", "rank": RANK},
+            objective="completion",
+            steps=steps,
+            batch_size=BATCH,
+            rate=RATE,
+            schedule="linear",
+            warmup=5,
+            seed=index,
+        )
+        for index, name in enumerate(SKILLS)
+    ]
+    fleet = Fleet(model, tokenizer, jobs, demo.folder / "training", overwrite=True, progress=bars)
+    report = fleet.train().report
+    for job in report["jobs"]:
+        if job["status"].startswith("failed"):
+            raise RuntimeError(f"training '{job['name']}' {job['status']}")
+        rows = read_metrics(demo.folder / "training" / job["name"] / "metrics.jsonl")
+        demo.curves[job["name"]] = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    demo.facts["training"] = report
+
+
+def measure(demo: Demo, model: Any, tokenizer: Any, tests: dict[str, Any], before: dict[str, float]) -> None:
+    """Take the exact match of each adapter on its own skill, and the shape of its update."""
+    for name in SKILLS:
+        lorry.activate(model, name)
+        after = pocket.exact_match(model, tokenizer, tests[name])
+        demo.adapters.append({"name": name, "before": before[name], "after": after})
+    lorry.activate(model, None)
+
+
+def mix(demo: Demo, model: Any, tokenizer: Any, tests: dict[str, Any]) -> None:
+    """Answer one list of prompts in which neighbouring rows belong to different adapters."""
+    each = min(50, *(len(t) for t in tests.values()))
+    lines = [(name, tests[name][i]) for i in range(each) for name in SKILLS]
+    names = [name for name, _ in lines]
+    examples = [example for _, example in lines]
+    longest = max(len(e.answer) for e in examples) + 2
+    answers = pocket.answer(
+        model,
+        tokenizer,
+        [e.prompt for e in examples],
+        longest,
+        batch_size=len(lines),
+        rows=lambda start, stop: lorry.rows(model, names[start:stop]),
+    )
+    demo.facts["mixed_rows"] = len(lines)
+    demo.mixed_exact = sum(a == e.answer for a, e in zip(answers, examples, strict=True)) / len(lines)
+    shown = zip(names[: 2 * len(SKILLS)], examples, answers, strict=False)
+    demo.mixed = [{"adapter": n, "prompt": e.prompt, "answer": a, "expected": e.answer} for n, e, a in shown]
+
+
+def merge(demo: Demo, model: Any, tokenizer: Any, tests: dict[str, Any]) -> None:
+    """Compose two adapters, merge one into the base with a receipt, and take it out again."""
+    first, second = MERGED
+    lorry.activate(model, {first: 1.0, second: 1.0})
+    composed = {name: pocket.exact_match(model, tokenizer, tests[name]) for name in MERGED}
+    pair = f"{first}+{second}"
+    weights = {name: p.detach().clone() for name, p in model.named_parameters() if "lorry_" not in name}
+    adapters = lorry.adapters(model)
+    together = logits(model, tokenizer, tests, MERGED)
+    receipts = [adapters[name].merge() for name in MERGED]
+    merged = logits(model, tokenizer, tests, MERGED)
+    baked = {name: pocket.exact_match(model, tokenizer, tests[name]) for name in MERGED}
+    for name in reversed(MERGED):
+        adapters[name].unmerge()
+    restored = all(torch.equal(weights[n], p) for n, p in model.named_parameters() if n in weights)
+    lorry.activate(model, None)
+    alone = {row["name"]: row["after"] for row in demo.adapters}
+    demo.merge = {
+        "composition": pair,
+        "exact_match": {n: {"alone": alone[n], "composed": composed[n], "merged": baked[n]} for n in MERGED},
+        "max_difference_merged_composed": float((merged - together).abs().max()),
+        "receipts": [r.to_dict() for r in receipts],
+        "base_restored": restored,
+        "summary": f"merged into the base, both skills at {', '.join(f'{v:.1%}' for v in baked.values())}; "
+        + ("every byte of the base came back" if restored else "the base did NOT come back"),
+    }
+    demo.receipts += receipts
+
+
+def reload(demo: Demo, model: Any, tokenizer: Any, tests: dict[str, Any]) -> None:
+    """Load every saved adapter into a fresh base and into peft, and compare the logits."""
+    differences, by_peft = [], []
+    for name in SKILLS:
+        lorry.activate(model, name)
+        expected = logits(model, tokenizer, tests, [name])
+        path = demo.folder / "adapters" / name
+        demo.receipts.append(lorry.adapters(model)[name].save(path))
+        fresh, _ = pocket.load()
+        loaded = lorry.load(fresh, path, name=name)
+        demo.receipts.append(loaded.receipt)
+        differences.append(float((logits(fresh, tokenizer, tests, [name]) - expected).abs().max()))
+        peer = _peft(path)
+        if peer is not None:
+            by_peft.append(float((logits(peer, tokenizer, tests, [name]) - expected).abs().max()))
+    lorry.activate(model, None)
+    demo.reload_max_difference = max(differences)
+    demo.peft_max_difference = max(by_peft) if by_peft else None
+
+
+def _peft(path: Path) -> Any:
+    """Return the pocket model with an adapter loaded by peft, or None where peft is not installed."""
+    try:
+        import peft
+    except ImportError:
+        return None
+    fresh, _ = pocket.load()
+    return peft.PeftModel.from_pretrained(fresh, str(path)).eval()
+
+
+def logits(model: Any, tokenizer: Any, tests: dict[str, Any], names: Sequence[str]) -> torch.Tensor:
+    """Return the model's logits on a few whole test lines."""
+    lines = [e.prompt + e.answer for name in names for e in tests[name][:32]]
+    batch = tokenizer(
+        lines, padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt"
+    )
+    with torch.no_grad():
+        out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return torch.where(batch["attention_mask"].bool()[..., None], out, torch.zeros(()))

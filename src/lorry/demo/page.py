@@ -1,0 +1,113 @@
+"""The demo's pages: a report for people (Markdown), one for programs (JSON), and the pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from lorry.demo.job import BATCH, MERGED, RANK, RATE, TEST_ROWS, Demo
+
+
+def write(demo: Demo) -> Path:
+    """Write ``report.json`` and ``report.md`` and return the latter; pictures are drawn by the caller beforehand."""
+    _put(demo.folder / "report.json", json.dumps(demo.to_dict(), indent=2) + "\n")
+    page = demo.folder / "report.md"
+    _put(page, text(demo))
+    return page
+
+
+def text(demo: Demo) -> str:
+    """Return the report as Markdown."""
+    training = demo.facts.get("training", {})
+    jobs = {job["name"]: job for job in training.get("jobs", ())}
+    steps = next(iter(jobs.values()), {}).get("steps", 0)
+    parts = [
+        "# Lorry demo",
+        f"Four LoRA adapters (rank {RANK}, all linear layers) were trained at once on one frozen pocket model: {steps} steps of "
+        f"{BATCH} lines each at rate {RATE:g}, every job with its own data, optimizer, schedule and seed. Everything on this page was "
+        f"measured in one run of {demo.seconds:.0f} seconds; exact match is over {demo.facts.get('test_rows', TEST_ROWS)} test words "
+        "for each skill, none of which was trained on.",
+        "## Before and after",
+        _table(
+            ("adapter", "example", "before", "after", "loss at the start", "loss at the end", "parameters"),
+            (
+                (
+                    row["name"],
+                    f"`{demo.facts['examples'][row['name']]}`",
+                    f"{row['before']:.1%}",
+                    f"{row['after']:.1%}",
+                    f"{jobs[row['name']]['first_loss']:.3f}",
+                    f"{jobs[row['name']]['last_loss']:.3f}",
+                    f"{jobs[row['name']]['parameters']:,}",
+                )
+                for row in demo.adapters
+            ),
+        ),
+        "![exact match before and after](before-after.png)",
+        "![training loss of the four jobs](losses.png)",
+        f"Training took {training.get('seconds', 0):.1f} seconds for all four jobs together.",
+        *_mixed(demo),
+        *_merge(demo),
+        *_files(demo),
+        "## What was learned, site by site",
+        f"Frobenius norm of the update and singular values of the adapter `{demo.adapters[0]['name']}`, worked out from its factors.",
+        "![norms and singular values](heat-map.png)",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _mixed(demo: Demo) -> list[str]:
+    rows = ((r["adapter"], f"`{r['prompt']}`", f"`{r['answer']}`", f"`{r['expected']}`") for r in demo.mixed)
+    return [
+        "## One batch, an adapter of its own in every row",
+        f"{demo.facts.get('mixed_rows', 0)} prompts went through the model in one batch, neighbouring rows with different adapters. "
+        f"{demo.mixed_exact:.1%} were answered exactly; the first rows:",
+        _table(("row's adapter", "prompt", "answer", "expected"), rows),
+    ]
+
+
+def _merge(demo: Demo) -> list[str]:
+    merge = demo.merge
+    scores = merge["exact_match"]
+    rows = ((n, *(f"{scores[n][k]:.1%}" for k in ("alone", "composed", "merged"))) for n in MERGED)
+    receipts = "\n".join(str(r) for r in demo.receipts if r.action in ("merge", "unmerge"))
+    back = "bit for bit what it was" if merge["base_restored"] else "NOT what it was"
+    return [
+        "## Two adapters merged",
+        f"`{merge['composition']}`: composed without merging (`lorry.activate(model, {{a: 1, b: 1}})`), then merged into the base "
+        f"weights. Largest difference of logits between the two: {merge['max_difference_merged_composed']:.1e}. After unmerging, the "
+        f"base was {back}.",
+        _table(("skill", "its adapter alone", "both composed", "both merged"), rows),
+        f"```\n{receipts}\n```",
+    ]
+
+
+def _files(demo: Demo) -> list[str]:
+    receipts = "\n".join(str(r) for r in demo.receipts if r.action not in ("merge", "unmerge"))
+    if demo.peft_max_difference is None:
+        peft = "peft is not installed here, so loading into it was not tried"
+    else:
+        peft = f"loaded by peft into another one, {demo.peft_max_difference:.1e}"
+    return [
+        "## Saved and loaded",
+        f"Every adapter was saved, and loaded into a fresh copy of the base: the logits differ by {demo.reload_max_difference:.1e} at "
+        f"most; {peft}.",
+        f"```\n{receipts}\n```",
+    ]
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _put(path: Path, content: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,45 @@
+"""The rows of a batch that use one adapter, and what they multiply with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Rows = slice | Tensor | None
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows of a batch that use one adapter.
+
+    Attributes
+    ----------
+    rows
+        None for all rows, a slice, or indices into the first dimension of x.
+    scale
+        Factor of the update; one for each row of the segment if it is a tensor ``(rows,)``.
+    p, seed
+        Dropout of the update's input, and the seed of its mask.
+    """
+
+    rows: Rows
+    scale: float | Tensor
+    p: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What a segment multiplies with: A ``(rank, in)``, B ``(out, rank)``, and a gain ``(out,)`` of base and update together."""
+
+    a: Tensor
+    b: Tensor
+    gain: Tensor | None = None
+
+
+def take(x: Tensor, rows: Rows) -> Tensor:
+    """Return the rows of x: a view for a slice, a copy for indices."""
+    if rows is None:
+        return x
+    return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)

@@ -1,0 +1,33 @@
+"""DoRA: LoRA for the direction of each output channel, and a trained magnitude for its length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from lorry.core.families import norms_of_sum
+from lorry.core.method import TensorSpec, Tensors, ones, register
+from lorry.core.sites import Site
+from lorry.methods.lora import LoRA
+
+
+@register("dora", paper="arXiv 2402.09353", linear_in_scale=False)
+@dataclass(frozen=True)
+class DoRA(LoRA):
+    """``W' = m ⊙ (W + scale · B A) / ‖W + scale · B A‖`` by output channel, the norm held constant in the gradient (section 4.3)."""
+
+    def tensors(self, site: Site) -> dict[str, TensorSpec]:
+        """Return A, B and the magnitude m ``(out,)``."""
+        return {**super().tensors(site), "magnitude": TensorSpec((*site.lead, site.out_features), ones)}
+
+    def setup(self, tensors: dict[str, Tensor], site: Site, generator: Generator) -> None:
+        """Start the magnitude at the norms of the base weight, so that the layer is unchanged."""
+        tensors["magnitude"].copy_(norms_of_sum(site, None, None, 0.0))
+
+    def gain(self, a: Tensor, b: Tensor, tensors: Tensors, site: Site) -> Tensor | None:
+        """Return ``m / ‖W + ΔW‖`` for each output channel."""
+        with torch.no_grad():
+            norms = norms_of_sum(site, a, b, self.scale(site))
+        return tensors["magnitude"] / norms.to(tensors["magnitude"].dtype)

@@ -1,0 +1,107 @@
+"""FlyLoRA: each rank is an expert, and a frozen sparse random A both projects and chooses them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from lorry.core.call import Call
+from lorry.core.errors import OptionError
+from lorry.core.families import Bottleneck
+from lorry.core.method import TensorSpec, Tensors, register
+from lorry.core.options import option
+from lorry.core.routing import balance_step, counts, report, top_k_mask
+from lorry.core.sites import Site
+
+
+def distinct_columns(width: int) -> object:
+    """Return an initialiser that draws different columns below `width` for each row, in ascending order."""
+
+    def draw(tensor: Tensor, generator: Generator) -> None:
+        scores = torch.rand((tensor.shape[0], width), generator=generator)
+        tensor.copy_(scores.topk(tensor.shape[1], dim=-1).indices.sort(-1).values)
+
+    return draw
+
+
+@register("flylora", paper="arXiv 2510.08396", kinds=("linear", "conv", "embedding"))
+@dataclass(frozen=True)
+class FlyLoRA(Bottleneck):
+    """``ΔW x = alpha/rank · B top_k(A x)`` with A frozen: `density` of each row is nonzero, drawn from N(0, 1/rank²) (section 3).
+
+    The k units with the highest ``A x + d`` fire; d balances the load without a loss and never enters a value (equations 8 to 10).
+    With ``top_k = rank`` this is LoRA with a frozen A and merges exactly. Paper and published programs disagree twice: equation 8 and
+    the small program select by magnitude, equation 10 and the program of the experiments by signed value (default; a bias cannot
+    balance magnitudes); that program also computes A x without a gradient to x (``grad_to_input=False``), against equation 6.
+    Loads are counted in training and d moves once after an optimizer step, not in each forward as there.
+    """
+
+    rank: int = option(32, "Rank units, each an expert.", at_least=1)
+    top_k: int = option(8, "Rank units that fire for a token.", at_least=1)
+    density: float | None = option(None, "Share of nonzero entries in each row of A; top_k/rank if not given.", above=0, at_most=1)
+    alpha: float | None = option(None, "Numerator of the scale alpha/rank; twice the rank if not given.", above=0)
+    rate: float = option(1e-3, "Step of the balance bias; 0 turns balancing off.", at_least=0)
+    select: str = option("signed", "Choose by value or by magnitude.", choices=("signed", "magnitude"))
+    grad_to_input: bool = option(True, "Let the gradient flow to the layer's input through the update.")
+    dropout: float = option(0.0, "Fraction of the update's input that is dropped in training.", at_least=0, below=1)
+
+    def check(self) -> None:
+        """Refuse more active units than there are."""
+        if self.top_k > self.rank:
+            raise OptionError(f"FlyLoRA: top_k must be at most rank, found top_k={self.top_k} and rank={self.rank}.")
+
+    def nonzeros(self, site: Site) -> int:
+        """Return the number of nonzero entries in each row of A."""
+        density = self.top_k / self.rank if self.density is None else self.density
+        return max(1, int(site.in_features * density))
+
+    def tensors(self, site: Site) -> dict[str, TensorSpec]:
+        """Return A as positions and values ``(rank, nonzeros)``, the trained B, and the bias of the selection."""
+        shape = (self.rank, self.nonzeros(site))
+        return {
+            "positions": TensorSpec(shape, distinct_columns(site.in_features), trained=False, dtype=torch.int32),
+            "values": TensorSpec(shape, lambda t, g: t.normal_(0, 1 / self.rank, generator=g), trained=False),
+            "B": TensorSpec((site.out_features, self.rank)),
+            "bias": TensorSpec((self.rank,), trained=False, dtype=torch.float32),
+        }
+
+    def factors(self, tensors: Tensors, site: Site) -> tuple[Tensor, Tensor]:
+        """Return A with its zeros, and B."""
+        values = tensors["values"]
+        a = values.new_zeros(self.rank, site.in_features).scatter_(1, tensors["positions"].long(), values)
+        return a, tensors["B"]
+
+    def scale(self, site: Site) -> float:
+        """Return alpha/rank."""
+        return 2.0 if self.alpha is None else self.alpha / self.rank
+
+    @property
+    def constant(self) -> bool:
+        """Whether every unit fires for every token."""
+        return self.top_k == self.rank
+
+    @property
+    def plain(self) -> bool:
+        """Whether the update is ``scale · B A`` in the gradient too."""
+        return self.constant and self.grad_to_input
+
+    def mid(self, h: Tensor, call: Call, tensors: Tensors) -> Tensor:
+        """Keep the chosen units."""
+        if not self.grad_to_input:
+            h = h.detach()
+        if self.constant:
+            return h
+        score = h.detach().float() + tensors["bias"]
+        mask = top_k_mask(score.abs() if self.select == "magnitude" else score, self.top_k)
+        if call.training and self.rate:
+            call.record("counts", lambda: counts(mask, call.of_tokens(call.context.padding_mask)), always=True)
+        report(call, mask)
+        return h.masked_fill(~mask, 0)
+
+    def after_step(self, tensors: Tensors, site: Site, record: Mapping[str, Tensor]) -> None:
+        """Move the bias against the loads of the step."""
+        if "counts" in record:
+            balance_step(tensors["bias"], record["counts"], self.rate)

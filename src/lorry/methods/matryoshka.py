@@ -1,0 +1,164 @@
+"""MatryoshkaLoRA and DyLoRA: one adapter whose first r rank units are an adapter for every r."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorry.core.adapter import Adapter
+from lorry.core.errors import OptionError
+from lorry.core.families import Bottleneck, check_rank
+from lorry.core.method import Layout, Places, Tensors, TensorSpec, constant, kaiming, preset, register
+from lorry.core.options import option
+from lorry.core.sites import Site
+
+
+@register("matryoshka-lora", paper="arXiv 2605.07850")
+@dataclass(frozen=True)
+class Matryoshka(Bottleneck):
+    """``ΔW = B diag(P) A`` with ``P_i`` the sum of the scales s_r of the trained ranks r > i: all
+    sub-adapters' outputs at once.
+
+    ``mode="dylora"`` (arXiv 2210.07558) draws one r for the whole model at each step instead, ``P_i = s_r [i
+    < r]``; ``mode="lora"`` trains the full rank only. After training `cut` fixes a rank; what is used, merged
+    and exported then is ``B_r A_r`` with the official scale s_r (``cut_scale="rank"``), which differs from
+    the function trained even at the full rank, or with the first r of P.
+    """
+
+    rank: int = option(16, "Rank R that is stored.", at_least=1)
+    ranks: tuple[int, ...] | None = option(
+        None, "Ranks to train for; powers of two up to the rank, and the rank itself, if not given."
+    )
+    mode: str = option("matryoshka", "Which P training has.", choices=("matryoshka", "dylora", "lora"))
+    scaling: str = option("none", "Scale s_r of a sub-adapter: 1, 1/r or 1/sqrt(r).", choices=("none", "rank", "sqrt"))
+    cut_scale: str = option(
+        "P",
+        "Scale after cutting: the weights P it was trained with, or the official s_r.",
+        choices=("P", "rank"),
+    )
+    at: int | None = option(None, "Rank that is used; None is the function that is trained.", at_least=1)
+    draw_seed: int = option(0, "Seed of DyLoRA's draws.", at_least=0)
+    dropout: float = option(0.0, "Fraction of the update's input that is dropped in training.", at_least=0, below=1)
+
+    def check(self) -> None:
+        """Refuse ranks beyond the stored one."""
+        wrong = [r for r in self.ranks or () if not (isinstance(r, int) and 1 <= r <= self.rank)]
+        if wrong or self.ranks == ():
+            raise OptionError(f"Matryoshka: ranks must lie between 1 and rank {self.rank}, found {wrong or 'none'}.")
+        if self.at is not None and self.at > self.rank:
+            raise OptionError(f"Matryoshka: at must be at most rank {self.rank}, found {self.at}.")
+
+    def check_site(self, site: Site) -> None:
+        """Refuse a rank above the width of the layer."""
+        check_rank(site, self.rank)
+
+    @property
+    def trained_ranks(self) -> tuple[int, ...]:
+        """The ranks that training serves, ascending."""
+        if self.mode == "lora":
+            return (self.rank,)
+        powers = [2**k for k in range(self.rank.bit_length())]
+        return tuple(sorted(set(self.ranks or [*powers, self.rank])))
+
+    def scale_of(self, rank: int) -> float:
+        """Return s_r."""
+        return {"none": 1.0, "rank": 1 / rank, "sqrt": 1 / math.sqrt(rank)}[self.scaling]
+
+    def weights(self) -> list[float]:
+        """Return P of the function that serves all trained ranks; for DyLoRA that of the full rank."""
+        served = (self.rank,) if self.mode == "dylora" else self.trained_ranks
+        return [sum(self.scale_of(r) for r in served if r > i) for i in range(self.rank)]
+
+    def tensors(self, site: Site) -> dict[str, TensorSpec]:
+        """Return A and B."""
+        return {
+            "A": TensorSpec((*site.lead, self.rank, site.in_features), kaiming),
+            "B": TensorSpec((*site.lead, site.out_features, self.rank)),
+        }
+
+    def layout(self, sites: Sequence[Site]) -> Layout:
+        """Return A and B of each site, and for DyLoRA the rank drawn for all of them."""
+        drawn = TensorSpec((1,), constant(self._draw(0)), trained=False, dtype=torch.int64)
+        return Layout({s.path: self.tensors(s) for s in sites}, {"drawn": drawn} if self.mode == "dylora" else {})
+
+    def _draw(self, step: int) -> int:
+        generator = torch.Generator().manual_seed(self.draw_seed * 1_000_003 + step)
+        ranks = self.trained_ranks
+        return ranks[int(torch.randint(len(ranks), (), generator=generator))]
+
+    def balance(self, places: Places, step: int, total: int) -> None:
+        """Draw DyLoRA's rank of the next step."""
+        if self.mode == "dylora" and places:
+            places[0][1]["drawn"].fill_(self._draw(step))
+
+    def factors(self, tensors: Tensors, site: Site) -> tuple[Tensor, Tensor]:
+        """Return A and ``B diag(P)``, or their first units with the scale of the cut."""
+        a, b = tensors["A"], tensors["B"]
+        if self.at is not None:
+            kept = self.weights()[: self.at] if self.cut_scale == "P" else [self.scale_of(self.at)] * self.at
+            return a[..., : self.at, :], b[..., : self.at] * b.new_tensor(kept)
+        # drawn ranks are for training; merging (no graph) and evaluation use all units
+        if self.mode == "dylora" and site.owner.training and torch.is_grad_enabled():
+            scales = b.new_tensor([self.scale_of(r) for r in range(1, self.rank + 1)])
+            drawn = tensors["drawn"]
+            units = torch.arange(self.rank, device=b.device)
+            return a, b * torch.where(units < drawn, scales.index_select(0, drawn - 1), 0.0)
+        return a, b * b.new_tensor(self.weights())
+
+
+preset("dylora", of="matryoshka-lora", paper="arXiv 2210.07558", mode="dylora")
+
+
+def cut(adapter: Adapter, rank: int | None, cut_scale: str | None = None) -> Adapter:
+    """Let the adapter use its first `rank` units from now on (all as trained for None), scaled by `cut_scale`
+    if given.
+
+    Raises
+    ------
+    OptionError
+        The rank exceeds the stored one.
+    """
+    return adapter.configure(at=rank, **({} if cut_scale is None else {"cut_scale": cut_scale}))
+
+
+@contextmanager
+def at_rank(adapter: Adapter, rank: int | None, cut_scale: str | None = None) -> Iterator[None]:
+    """Use the first `rank` units while the context lasts."""
+    method = adapter.method
+    assert isinstance(method, Matryoshka)
+    cut(adapter, rank, cut_scale)
+    try:
+        yield
+    finally:
+        cut(adapter, method.at, method.cut_scale)
+
+
+def mean_loss(adapter: Adapter, loss: Callable[[], Tensor]) -> Tensor:
+    """Return the mean of a loss over the trained ranks: nested training proper, at as many passes as there
+    are ranks.
+    """
+    assert isinstance(adapter.method, Matryoshka)
+    values = []
+    for rank in adapter.method.trained_ranks:
+        with at_rank(adapter, rank):
+            values.append(loss())
+    return torch.stack(values).mean()
+
+
+def aurac(ranks: Sequence[int], accuracies: Sequence[float], axis: str = "log2") -> float:
+    """Return the area under accuracy over rank (trapezoids), divided by the axis' length; ``axis`` is "log2"
+    or "linear".
+    """
+    if len(ranks) != len(accuracies) or not ranks or list(ranks) != sorted(set(ranks)) or ranks[0] < 1:
+        raise OptionError(
+            f"aurac needs ascending ranks from 1 with one accuracy each, found {list(ranks)} and {len(accuracies)}."
+        )
+    x = [math.log2(r) if axis == "log2" else float(r) for r in ranks]
+    pairs = zip(x, x[1:], accuracies, accuracies[1:], strict=False)
+    area = sum((right - left) * (a + b) / 2 for left, right, a, b in pairs)
+    return area / (x[-1] - x[0]) if len(x) > 1 else float(accuracies[0])

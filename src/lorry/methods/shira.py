@@ -1,0 +1,123 @@
+"""SHiRA: a few entries of the weight itself are trained; the update is sparse and of high rank."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor
+
+from lorry.core.errors import OptionError, SiteError
+from lorry.core.families import WeightDelta
+from lorry.core.method import Observed, Tensors, TensorSpec, register
+from lorry.core.options import option
+from lorry.core.sites import Site
+from lorry.kernels.sparse import scatter, sparse_linear
+
+
+@register("shira", paper="arXiv 2406.13175")
+@dataclass(frozen=True)
+class SHiRA(WeightDelta):
+    """``ΔW = scatter(values)`` at K fixed positions of the weight, values zero at the start (section 3).
+
+    Masks choose positions in each matrix on its own: random; struct, every n-th row or column and the
+    diagonal; wm, the largest ``|W|``; grad and snip, the largest ``|G|`` and ``|W ⊙ G|`` of the mean gradient
+    seen in calibration (until then they are those of wm). `part` t > 0 takes the next K positions instead of
+    the first, so that several adapters do not overlap.
+    """
+
+    mask: str = option("rand", "Which positions are trained.", choices=("rand", "struct", "wm", "grad", "snip"))
+    density: float = option(0.02, "Fraction of the positions that are trained.", above=0, at_most=1)
+    rank: int | None = option(None, "Train as many as a LoRA of this rank, in place of the density.", at_least=1)
+    every: int | None = option(None, "For struct: distance of the trained rows; 1/density if not given.", at_least=1)
+    axis: str = option("row", "For struct: rows or columns.", choices=("row", "column"))
+    part: int = option(0, "Which K positions in the order of the mask, counted in K; not for struct.", at_least=0)
+    dropout: float = option(0.0, "Fraction of the update's input that is dropped in training.", at_least=0, below=1)
+
+    @property
+    def calibration(self) -> Literal["none", "gradients", "inputs"]:
+        """The gradient of the weight, for two of the masks."""
+        return "gradients" if self.mask in ("grad", "snip") else "none"
+
+    def check_site(self, site: Site) -> None:
+        """Refuse more positions than the weight has."""
+        size = site.out_features * site.in_features
+        if self.count(site) * (self.part + 1) > size:
+            raise SiteError(
+                f"'{site.path}' has {size} positions, but part {self.part} of {self.count(site)} each needs "
+                f"{self.count(site) * (self.part + 1)}. Lower rank, density or part."
+            )
+
+    def check(self) -> None:
+        """Refuse parts of a structured mask."""
+        if self.mask == "struct" and self.part:
+            raise OptionError(
+                f"SHiRA: a struct mask has no parts, found part {self.part}; choose another distance or axis."
+            )
+
+    def count(self, site: Site) -> int:
+        """Return K for one matrix."""
+        if self.mask == "struct":
+            return len(self._structure(site))
+        size = site.out_features * site.in_features
+        return self.rank * (site.out_features + site.in_features) if self.rank else max(1, round(self.density * size))
+
+    def _structure(self, site: Site) -> Tensor:
+        rows, columns = torch.arange(site.out_features)[:, None], torch.arange(site.in_features)[None]
+        along = rows if self.axis == "row" else columns
+        chosen = (along % (self.every or max(1, round(1 / self.density))) == 0) | (rows == columns)
+        return chosen.flatten().nonzero().flatten()
+
+    def tensors(self, site: Site) -> dict[str, TensorSpec]:
+        """Return the values and their flat positions in ``(*lead, out, in)``, ascending."""
+        total = math.prod(site.lead) * self.count(site)
+        dtype = torch.int32 if math.prod(site.shape) < 2**31 else torch.int64
+        return {
+            "values": TensorSpec((total,)),
+            "index": TensorSpec((total,), trained=False, dtype=dtype),
+        }
+
+    def setup(self, tensors: dict[str, Tensor], site: Site, generator: Generator) -> None:
+        """Choose the positions."""
+        if self.mask in ("rand", "struct"):
+            self._choose(tensors, site, None, generator)
+        else:
+            self._choose(tensors, site, site.matrix().abs(), generator)
+
+    def prepare(self, tensors: Tensors, site: Site, seen: Observed, generator: Generator) -> None:
+        """Choose the positions by the gradient."""
+        if seen.gradient is None:
+            return
+        weight = site.matrix().cpu().float() if self.mask == "snip" else 1.0
+        self._choose(tensors, site, (weight * seen.gradient).abs(), generator)
+
+    def _choose(self, tensors: Tensors, site: Site, scores: Tensor | None, generator: Generator) -> None:
+        count, size = self.count(site), site.out_features * site.in_features
+        first = self.part * count
+        found = []
+        for expert in range(math.prod(site.lead)):
+            if self.mask == "struct":
+                chosen = self._structure(site)
+            elif scores is None:
+                chosen = torch.randperm(size, generator=generator)[first : first + count]
+            else:
+                flat = scores.reshape(-1, size)[expert].float().cpu()
+                chosen = flat.sort(descending=True, stable=True).indices[first : first + count]
+            found.append(chosen.sort().values + expert * size)
+        tensors["index"].copy_(torch.cat(found))
+
+    def delta(self, tensors: Tensors, site: Site) -> Tensor:
+        """Return the values at their positions."""
+        return scatter(tensors["values"], tensors["index"], math.prod(site.shape)).view(site.shape)
+
+    def sparse(self, tensors: Tensors, site: Site) -> tuple[Tensor, Tensor]:
+        """Return positions and values."""
+        return tensors["index"], tensors["values"]
+
+    def bypass(self, x: Tensor, tensors: Tensors, site: Site) -> Tensor:
+        """Return ``ΔW x``; at linear sites by an operation whose backward pass keeps no dense gradient."""
+        if site.kind.name != "linear":
+            return super().bypass(x, tensors, site)
+        return sparse_linear(x, tensors["values"], tensors["index"], (site.out_features, site.in_features))

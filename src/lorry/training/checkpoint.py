@@ -1,0 +1,219 @@
+"""Checkpoints of a fleet: a folder that appears whole or not at all, of safetensors and JSON alone.
+
+``checkpoints/00000120/`` holds ``state.json`` (what every job has done, and its place in its data) and for each
+job ``NAME.safetensors`` with the adapter, the optimizer's state, the gradient of a step under way, and the best
+adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lorry.core.errors import CheckpointError
+
+from .optim import load_optimizer, optimizer_tensors
+from .run import Progress, Run
+
+FORMAT = 1
+#: Options that may differ when a run is taken up again: they do not change what was done so far.
+_FREE = {"data", "eval_data", "steps", "epochs", "eval_every", "eval_batch_size", "patience"}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that the file is the old one or the new one, never a part."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.chmod(name, 0o644)
+    os.replace(name, path)
+
+
+def save(folder: Path, tick: int, runs: Sequence[Run], offsets: Mapping[str, int], keep: int) -> Path:
+    """Write a checkpoint and remove older ones.
+
+    Args:
+        folder: where checkpoints go.
+        tick: joint passes done.
+        runs: all jobs.
+        offsets: bytes of each job's metrics file up to here.
+        keep: how many checkpoints stay.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"{tick:08d}"
+    draft = Path(tempfile.mkdtemp(dir=folder, prefix=".draft-"))
+    try:
+        jobs = {}
+        for run in runs:
+            jobs[run.name] = {
+                "progress": asdict(run.progress),
+                "offset": offsets.get(run.name, 0),
+                "job": run.job.to_dict(),
+            }
+            if run.adapter is None or run.prepared is None or run.cursor is None:
+                continue
+            jobs[run.name] |= {"cursor": run.cursor.state(), "data": run.prepared.fingerprint()}
+            save_file(_tensors(run), draft / f"{run.name}.safetensors")
+        write_json(draft / "state.json", {"format": FORMAT, "tick": tick, "jobs": jobs})
+        draft.chmod(0o755)
+        for path in (*draft.iterdir(), draft):
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        if final.exists():  # of a run that was taken up from an earlier one
+            shutil.rmtree(final)
+        os.replace(draft, final)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    for old in _found(folder)[:-keep]:
+        shutil.rmtree(old)
+    for left in folder.glob(".draft-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    return final
+
+
+def clear(folder: Path) -> None:
+    """Remove all checkpoints in a folder."""
+    for old in _found(folder):
+        shutil.rmtree(old)
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest checkpoint in a folder, or None."""
+    found = _found(folder)
+    return found[-1] if found else None
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint.
+
+    Raises:
+        CheckpointError: it is damaged, or of a newer version.
+    """
+    try:
+        state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"The checkpoint {path} cannot be read ({error}); remove it to go on from the one before."
+        ) from error
+    if state.get("format") != FORMAT:
+        raise CheckpointError(
+            f"The checkpoint {path} has format {state.get('format')!r}, this version reads {FORMAT}."
+        )
+    return state
+
+
+def check_same(run: Run, saved: Mapping[str, Any]) -> None:
+    """Check that a job is the one that a checkpoint was written for.
+
+    Raises:
+        CheckpointError: names the options that differ, or says that the data changed.
+    """
+    now = json.loads(json.dumps(run.job.to_dict()))
+    was = saved["job"]
+    changed = [k for k in now if k not in _FREE and now[k] != was.get(k)]
+    if changed:
+        words = ", ".join(f"{k} was {was.get(k)!r}, now {now[k]!r}" for k in changed)
+        raise CheckpointError(
+            f"Job '{run.name}' cannot be taken up again: {words}. Use the same options, or another "
+            "output folder."
+        )
+    if run.prepared is not None and "data" in saved and saved["data"] != run.prepared.fingerprint():
+        raise CheckpointError(
+            f"Job '{run.name}' cannot be taken up again: its training rows are not those it began with."
+        )
+
+
+def restore(path: Path, run: Run, saved: Mapping[str, Any]) -> None:
+    """Bring a job that has begun to where it was.
+
+    Raises:
+        CheckpointError: another job's checkpoint, or tensors missing, surplus or misshapen.
+    """
+    check_same(run, saved)
+    known = {f.name for f in fields(Progress)}
+    progress = Progress(**{k: v for k, v in saved["progress"].items() if k in known})
+    if run.adapter is None or run.cursor is None or "cursor" not in saved:
+        run.progress = progress
+        return
+    try:
+        with safe_open(path / f"{run.name}.safetensors", "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"The checkpoint {path} lacks the tensors of job '{run.name}' ({error})."
+        ) from error
+    parts: dict[str, dict[str, Tensor]] = {"adapter": {}, "optimizer": {}, "grad": {}, "best": {}}
+    for key, value in tensors.items():
+        kind, _, name = key.partition("/")
+        parts[kind][name] = value
+    load_tensors(run, parts["adapter"])
+    run.progress = progress
+    run.best = parts["best"]
+    run.cursor.restore(saved["cursor"])
+    if not run.running:
+        run.release()
+        return
+    assert run.optimizer is not None
+    load_optimizer(run.optimizer, run.adapter, parts["optimizer"])
+    for name, parameter in run.adapter.named_parameters():
+        if name in parts["grad"]:
+            parameter.grad = parts["grad"][name].to(parameter.device)
+
+
+def load_tensors(run: Run, values: Mapping[str, Tensor]) -> None:
+    """Copy tensors into the run's adapter, all of them or none.
+
+    Raises:
+        CheckpointError: a tensor is missing, surplus or misshapen.
+    """
+    assert run.adapter is not None
+    own = {name: tensor for name, tensor, _ in run.adapter.named_tensors()}
+    wrong = sorted(own.keys() ^ values.keys()) or sorted(n for n in own if own[n].shape != values[n].shape)
+    if wrong:
+        raise CheckpointError(
+            f"The checkpoint of job '{run.name}' does not fit its adapter: {len(wrong)} tensors differ, first "
+            f"'{wrong[0]}'."
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(values[name])
+
+
+def _tensors(run: Run) -> dict[str, Tensor]:
+    assert run.adapter is not None
+    tensors = {f"adapter/{name}": tensor for name, tensor, _ in run.adapter.named_tensors()}
+    if run.optimizer is not None:
+        state = optimizer_tensors(run.optimizer, run.adapter)
+        tensors |= {f"optimizer/{name}": tensor for name, tensor in state.items()}
+        for name, parameter in run.adapter.named_parameters():
+            if parameter.grad is not None:
+                tensors[f"grad/{name}"] = parameter.grad
+    tensors |= {f"best/{name}": tensor for name, tensor in run.best.items()}
+    # a copy, because safetensors refuses tensors that share memory
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+
+
+def _found(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.name.isdigit() and (p / "state.json").is_file())

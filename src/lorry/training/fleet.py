@@ -1,0 +1,396 @@
+"""Fleets: jobs on one frozen base, trained together, each with the result that it would have alone."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorry.core.adapter import Adapter, mix_seed
+from lorry.core.api import attach, context
+from lorry.core.calibrate import calibrate, needs_calibration
+from lorry.core.errors import LorryError, OptionError
+from lorry.core.state import open_state
+
+from . import checkpoint
+from .batches import BatchPlan
+from .data_errors import DataError
+from .evaluate import evaluate
+from .jobs import DTYPES, Job, jobs_from
+from .joint import Base, grouped, train_pass
+from .prepare import Prepared, prepare
+from .progress import Bars
+from .report import VERSION, MetricsFile, draw_curves, job_report, print_table, read_metrics
+from .run import DONE, INTERRUPTED, Run
+
+
+@dataclass(frozen=True)
+class FleetResult:
+    """What a fleet made.
+
+    Attributes:
+        report: as in ``report.json``.
+        adapters: by job, on the model, not active; none for a job that failed before it began.
+    """
+
+    report: dict[str, Any]
+    adapters: dict[str, Adapter]
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        """The report of one job."""
+        return next(job for job in self.report["jobs"] if job["name"] == name)
+
+    @property
+    def ok(self) -> bool:
+        """Whether no job failed."""
+        return not any(job["status"].startswith("failed") for job in self.report["jobs"])
+
+
+class Fleet:
+    """Jobs on one frozen base; one job is a fleet of one.
+
+    In a joint pass every unfinished job contributes one micro-batch. The rows go through the base once, each with
+    its own job's adapter; each job then has its own loss, clipping, optimizer and schedule. Padding, dropout and
+    normalisation of a job do not depend on the others.
+
+    Args:
+        model: the base; its weights do not change.
+        tokenizer: a Hugging Face tokenizer; None if all jobs bring encoded rows.
+        jobs: jobs, or mappings with the fields of `Job`.
+        output: folder for adapters, metrics, checkpoints and the report.
+        checkpoint_every: joint passes between checkpoints; 0 writes one at the end alone.
+        keep_checkpoints: how many of them stay.
+        resume: take up the newest checkpoint in `output`, if there is one.
+        overwrite: allow an output folder that holds another run; its checkpoints are removed.
+        progress: show bars and the table; None does on a terminal.
+        console: a rich console to show them on.
+        max_pad_ratio: most tokens of a pass, padding included, as a multiple of what the jobs would have alone;
+            what is longer runs in a pass of its own. None joins all.
+        max_tokens: most tokens of a pass, padding included, to bound memory; one micro-batch may have more.
+        base_dropout: let the base's own dropout be on in training. A job's result then depends on its company.
+
+    Raises:
+        LorryError: options or targets that do not fit. The model is as it was then.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        jobs: Sequence[Job | Mapping[str, Any]],
+        output: str | Path,
+        *,
+        checkpoint_every: int = 0,
+        keep_checkpoints: int = 2,
+        resume: bool = False,
+        overwrite: bool = False,
+        progress: bool | None = None,
+        console: Any = None,
+        max_pad_ratio: float | None = 2.0,
+        max_tokens: int | None = None,
+        base_dropout: bool = False,
+    ) -> None:
+        if checkpoint_every < 0 or keep_checkpoints < 1:
+            raise OptionError("checkpoint_every must be at least 0 and keep_checkpoints at least 1.")
+        if max_pad_ratio is not None and max_pad_ratio < 1:
+            raise OptionError(f"max_pad_ratio must be at least 1, found {max_pad_ratio}.")
+        self.jobs = jobs_from(jobs)
+        self.output = Path(output)
+        self.model = model
+        self.checkpoint_every, self.keep = checkpoint_every, keep_checkpoints
+        self.max_pad_ratio, self.max_tokens = max_pad_ratio, max_tokens
+        self.show, self.console = progress, console
+        self.base = Base(model, _pad_id(tokenizer, model), base_dropout)
+        self.tick = 0
+        self.runs = [Run(job) for job in self.jobs]
+        self._metrics: dict[str, MetricsFile] = {}
+        self._stop = False
+        self._begin(tokenizer)
+        try:
+            self._open(resume, overwrite)
+        except BaseException:
+            self._detach()
+            raise
+
+    # -- start
+
+    def _begin(self, tokenizer: Any) -> None:
+        """Attach all adapters, and read all data; a job with bad data fails here, alone."""
+        try:
+            for run in self.runs:
+                run.adapter = _attach(self.model, run.job)
+        except BaseException:
+            self._detach()
+            raise
+        for run in self.runs:
+            assert run.adapter is not None
+            try:
+                prepared = prepare(run.job, tokenizer, self.model)
+            except (DataError, OSError) as error:
+                run.adapter.detach()
+                run.adapter = None
+                run.fail(str(error))
+                continue
+            try:
+                self._calibrate(run, prepared)
+                run.begin(run.adapter, prepared)
+            except LorryError:
+                self._detach()
+                raise
+
+    def _calibrate(self, run: Run, prepared: Prepared) -> None:
+        """Show the first rows of the data to a method that wants to see some; the same again when a run is resumed."""
+        assert run.adapter is not None
+        if not needs_calibration(run.adapter):
+            return
+        job, rows = run.job, prepared.train
+        order = BatchPlan(rows=len(rows), batch_size=job.batch_size, seed=job.seed).epoch(0)[: job.calibration]
+
+        def loss(model: nn.Module, batch: Sequence[int]) -> torch.Tensor:
+            with context(model):
+                logits, labels, _ = self.base.logits(rows.take(batch))
+            own = logits[..., : prepared.classes] if prepared.classes else logits
+            total, count = prepared.objective.loss(own, labels)
+            return total / count
+
+        calibrate(run.adapter, order, loss)
+
+    def _detach(self) -> None:
+        for run in self.runs:
+            if run.adapter is not None:
+                run.adapter.detach()
+                run.adapter = None
+
+    def _open(self, resume: bool, overwrite: bool) -> None:
+        """Open the output folder: take up a checkpoint, or start anew."""
+        folder = self.output / "checkpoints"
+        path = checkpoint.latest(folder) if resume else None
+        there = checkpoint.latest(folder) is not None or (self.output / "report.json").exists()
+        if there and not resume and not overwrite:
+            raise OptionError(
+                f"{self.output} holds a run already; take it up again (resume), replace it (overwrite), or choose "
+                "another folder."
+            )
+        offsets: dict[str, int] = {}
+        if path is not None:
+            state = checkpoint.read(path)
+            for run in self.runs:
+                if run.name in state["jobs"]:
+                    saved = state["jobs"][run.name]
+                    checkpoint.restore(path, run, saved)
+                    offsets[run.name] = saved["offset"]
+            self.tick = state["tick"]
+        elif overwrite and folder.is_dir():
+            checkpoint.clear(folder)
+        self.output.mkdir(parents=True, exist_ok=True)
+        for run in self.runs:
+            self._metrics[run.name] = MetricsFile(
+                self.output / run.name / "metrics.jsonl", offsets.get(run.name, 0)
+            )
+
+    # -- run
+
+    def train(self) -> FleetResult:
+        """Train all jobs to their ends.
+
+        Returns:
+            The report, and the adapters on the model (not active).
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C or SIGTERM; a checkpoint and a report were written first.
+        """
+        begun = time.perf_counter()
+        active = open_state(self.model).active
+        with (
+            Bars(self.runs, self.show, self.console) as bars,
+            self._interruptible(),
+            self.base.mode(training=True),
+        ):
+            self._evaluate([r for r in self.runs if r.running and not r.progress.evaluations])
+            self._finish([r for r in self.runs if not r.running or r.progress.step >= r.total])
+            while not self._stop and any(run.running for run in self.runs):
+                self._tick()
+                bars.update()
+        if self._stop:
+            for run in self.runs:
+                run.progress.status = INTERRUPTED if run.running else run.progress.status
+        open_state(self.model).active = active
+        report = self._report(time.perf_counter() - begun)
+        if self._stop:
+            raise KeyboardInterrupt(
+                f"stopped; the checkpoint is in {self.output / 'checkpoints'}, resume goes on from it"
+            )
+        return FleetResult(report, {r.name: r.adapter for r in self.runs if r.adapter is not None})
+
+    def _tick(self) -> None:
+        """One joint pass, the optimizer steps that it completes, and what follows from them."""
+        begun = time.perf_counter()
+        runs = {run.name: run for run in self.runs if run.running}
+        shares = [run.share() for run in runs.values()]
+        complete = []
+        for number, group in enumerate(grouped(shares, self.max_pad_ratio, self.max_tokens)):
+            train_pass(self.base, group, mix_seed("base", self.tick, number))
+        for share in shares:
+            if runs[share.name].take(share):
+                complete.append(runs[share.name])
+        rows = {run.name: run.finish_step() for run in complete}
+        self.tick += 1
+        elapsed = time.perf_counter() - begun
+        for run in runs.values():
+            run.progress.seconds += elapsed
+            row = rows.get(run.name)
+            if row is not None:
+                self._metrics[run.name].write({**row, "seconds": round(run.progress.seconds, 4)})
+        stepped = [run for run in complete if run.running]
+        self._evaluate([run for run in stepped if self._due(run)])
+        self._finish([run for run in runs.values() if not run.running or run.progress.step >= run.total])
+        over = not any(run.running for run in self.runs)
+        if self._stop or over or (self.checkpoint_every and self.tick % self.checkpoint_every == 0):
+            self.save_checkpoint()
+
+    @staticmethod
+    def _due(run: Run) -> bool:
+        step, every = run.progress.step, run.job.eval_every
+        return step >= run.total or bool(every and step % every == 0)
+
+    def _evaluate(self, runs: Sequence[Run]) -> None:
+        """Evaluate jobs, write the results, and let patience judge."""
+        runs = [r for r in runs if r.prepared is not None and r.prepared.evaluation is not None]
+        if not runs:
+            return
+        for name, metrics in evaluate(self.base, runs, self.max_pad_ratio, self.max_tokens).items():
+            run = next(r for r in runs if r.name == name)
+            run.judge(metrics)
+            self._metrics[name].write(
+                {"step": run.progress.step, **{f"eval_{k}": v for k, v in metrics.items()}}
+            )
+
+    def _finish(self, runs: Sequence[Run]) -> None:
+        """Close jobs that are at their end: best tensors back, adapter saved, optimizer let go."""
+        for run in runs:
+            if run.running:
+                run.progress.status = DONE
+            if run.failed or run.adapter is None:
+                continue
+            if run.optimizer is not None and run.restore_best():
+                metrics = evaluate(self.base, [run], self.max_pad_ratio, self.max_tokens)[run.name]
+                run.progress.evaluations.append({"step": run.progress.best_step, **metrics})
+            run.release()
+            run.adapter.metadata["training"] = _facts(run)
+            if run.path is None:
+                run.path = str(self.output / run.name / "adapter")
+                run.adapter.save(run.path)
+
+    def save_checkpoint(self) -> Path:
+        """Write a checkpoint now; returns its folder."""
+        offsets = {name: file.offset for name, file in self._metrics.items()}
+        return checkpoint.save(self.output / "checkpoints", self.tick, self.runs, offsets, self.keep)
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Let Ctrl-C and SIGTERM end the run after the pass under way; a second one ends it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(number: int, frame: Any) -> None:
+            if self._stop:
+                raise KeyboardInterrupt
+            self._stop = True
+
+        before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    # -- end
+
+    def _report(self, seconds: float) -> dict[str, Any]:
+        for file in self._metrics.values():
+            file.close()
+        jobs = [job_report(run, None if run.path is None else Path(run.path)) for run in self.runs]
+        base = open_state(self.model).base_name
+        report = {
+            "version": VERSION,
+            "base": base,
+            "passes": self.tick,
+            "seconds": round(seconds, 3),
+            "jobs": jobs,
+        }
+        curves = self.output / "losses.png"
+        metrics = {run.name: read_metrics(self.output / run.name / "metrics.jsonl") for run in self.runs}
+        report["curves"] = str(curves) if draw_curves(metrics, curves) else None
+        checkpoint.write_json(self.output / "report.json", report)
+        if self._shown():
+            print_table(report, self.console)
+        return report
+
+    def _shown(self) -> bool:
+        if self.show is not None:
+            return self.show
+        from rich.console import Console
+
+        return bool((self.console or Console(stderr=True)).is_terminal)
+
+
+def train(
+    model: nn.Module,
+    tokenizer: Any,
+    jobs: Sequence[Job | Mapping[str, Any]] | Job,
+    output: str | Path,
+    **options: Any,
+) -> FleetResult:
+    """Train one or several jobs on a base; see `Fleet` for the options."""
+    return Fleet(model, tokenizer, [jobs] if isinstance(jobs, Job) else jobs, output, **options).train()
+
+
+def _attach(model: nn.Module, job: Job) -> Adapter:
+    return attach(
+        model,
+        job.make_method(),
+        targets=job.targets,
+        name=job.name,
+        seed=job.seed,
+        exclude=job.exclude,
+        layers=job.layers,
+        site_options=job.site_options,
+        train_also=job.train_also,
+        dtype=DTYPES[job.dtype],
+        activate=False,
+    )
+
+
+def _pad_id(tokenizer: Any, model: nn.Module) -> int:
+    """The token that fills up rows; the mask hides it, so any will do where the tokenizer has none."""
+    config: Any = getattr(model, "config", None)
+    found = [getattr(config, "pad_token_id", None)]
+    found += [getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id")]
+    return next((int(value) for value in found if isinstance(value, int)), 0)
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    """What the adapter's metadata say about its training."""
+    p, job = run.progress, run.job.to_dict()
+    made = run.prepared
+    facts = {
+        "job": job,
+        "steps": p.step,
+        "tokens": p.tokens,
+        "last_loss": p.last_loss,
+        "torch": torch.__version__,
+    }
+    if made is not None and made.labels is not None:
+        facts["labels"] = list(made.labels)
+    if p.evaluations:
+        facts["eval"] = {"start": p.evaluations[0], "end": p.evaluations[-1]}
+    return facts

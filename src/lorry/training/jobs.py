@@ -1,0 +1,217 @@
+"""A job: everything that one training run is made of, as plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorry.core.errors import OptionError, near_misses
+from lorry.core.method import Method, method_from
+from lorry.core.options import check_options, from_options, option
+
+from .data import DataSpec
+from .objectives import OBJECTIVES, Objective, make_objective
+from .rows import EncodedSet
+from .schedule import SCHEDULES
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}")  # also the name of a folder and of an adapter
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run on a base that it may share with other jobs.
+
+    Raises:
+        OptionError: a value out of its range, a rule between options broken, or an unknown name (with near
+            misses).
+    """
+
+    name: str = option(MISSING, "Name of the job and of its adapter.")
+    data: Any = option(
+        MISSING, "Training data: a file or folder, a mapping {path, format, split, limit}, or records."
+    )
+    method: Any = option("lora", "Slug of the method, or a mapping {method: slug, **options}.")
+    targets: Any = option(
+        "all-linear", "Which layers get adapters: a preset, a name, a pattern, or a list of these."
+    )
+    exclude: Any = option((), "Layers to leave out, in the same syntax.")
+    layers: tuple[int, ...] | None = option(
+        None, "Indices of the transformer blocks to adapt; all if not given."
+    )
+    site_options: Mapping[str, Any] | None = option(
+        None, "Pattern -> method options at the layers that match."
+    )
+    train_also: Any = option((), "Whole modules to train beside the adapter, such as a new head.")
+    objective: Any = option(
+        "causal", "causal, completion, chat or classification; or {objective: name, **options}."
+    )
+    columns: Mapping[str, str] | None = option(
+        None, "Role -> column name, e.g. {text: review, label: stars}."
+    )
+    max_length: int | None = option(
+        None, "Tokens of a row; the objective's own default if not given.", at_least=2
+    )
+    packing: bool = option(False, "Put several examples into a row.")
+    labels: tuple[str, ...] | None = option(
+        None, "Classes in the order of the head; read from the data if not given."
+    )
+    eval_data: Any = option(None, "Held-out data, given like the training data.")
+    hold_out: float = option(
+        0.0, "Fraction of the training rows to hold out where there is no eval_data.", at_least=0, below=1
+    )
+    epochs: int | None = option(
+        None, "Passes over the data; one if neither epochs nor steps are given.", at_least=1
+    )
+    steps: int | None = option(None, "Optimizer steps, in place of epochs.", at_least=1)
+    batch_size: int = option(8, "Rows of a micro-batch.", at_least=1)
+    accumulation: int = option(1, "Micro-batches of an optimizer step.", at_least=1)
+    bucketing: int = option(
+        0, "Batch rows of like length, sorted within windows of this many batches.", at_least=0
+    )
+    rate: float = option(2e-4, "Learning rate at its highest.", above=0)
+    schedule: str = option("constant", "Course of the learning rate.", choices=SCHEDULES)
+    warmup: float = option(0.0, "Steps of linear warm-up, or a fraction of the run if below 1.", at_least=0)
+    rate_floor: float = option(
+        0.0, "What is left of the rate at the end, as a fraction.", at_least=0, at_most=1
+    )
+    optimizer: str = option("adamw", "Name of an optimizer of torch.optim: adamw, adam, sgd, adafactor, ...")
+    weight_decay: float = option(0.0, "Weight decay of the optimizer.", at_least=0)
+    betas: tuple[float, ...] | None = option(
+        None, "Decay rates of the moments, for optimizers that have them."
+    )
+    momentum: float = option(0.0, "Momentum, for optimizers that have it.", at_least=0, below=1)
+    clip: float | None = option(1.0, "Largest norm of the job's gradient; None does not clip.", above=0)
+    calibration: int = option(8, "Micro-batches that a method may see before training.", at_least=1)
+    seed: int = option(0, "Start of the adapter, order of the data, dropout.")
+    dtype: str = option("float32", "Type of the adapter's tensors.", choices=tuple(DTYPES))
+    eval_every: int = option(
+        0, "Steps between evaluations; 0 evaluates at the start and at the end.", at_least=0
+    )
+    eval_batch_size: int = option(16, "Rows of a batch in evaluation.", at_least=1)
+    patience: int | None = option(None, "Stop after this many evaluations without a better one.", at_least=1)
+    keep_best: bool = option(False, "End with the adapter of the best evaluation instead of the last one.")
+
+    def __post_init__(self) -> None:
+        """Check options one by one and against each other, before any data is read."""
+        if isinstance(self.rate, str):
+            raise OptionError(
+                f"Job '{self.name}': rate must be a number, found {self.rate!r} (YAML reads "
+                "1e-4 as text; write 1.0e-4)."
+            )
+        check_options(self)
+        if not _NAME.fullmatch(self.name):
+            raise OptionError(
+                "A job's name consists of letters, digits, '_', '-' and '.', and begins with a letter or digit; "
+                f"found {self.name!r}."
+            )
+        if self.epochs is not None and self.steps is not None:
+            raise OptionError(
+                f"Job '{self.name}': give epochs or steps, not both (found {self.epochs} and {self.steps})."
+            )
+        if self.data is None:
+            raise OptionError(f"Job '{self.name}' needs training data.")
+        evaluated = self.eval_data is not None or self.hold_out > 0
+        if not evaluated and (self.eval_every or self.patience or self.keep_best):
+            raise OptionError(
+                f"Job '{self.name}': eval_every, patience and keep_best need something to evaluate on; give "
+                "eval_data, or hold_out as a fraction of the training data."
+            )
+        if self.patience and not self.eval_every:
+            raise OptionError(
+                f"Job '{self.name}': patience counts evaluations; set eval_every to the steps between them."
+            )
+        if self.betas is not None and len(self.betas) != 2:
+            raise OptionError(f"Job '{self.name}': betas are two numbers, found {self.betas!r}.")
+        self.make_method()
+        self.make_objective()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Job:
+        """Build a job from parsed YAML or JSON; unknown keys are errors with near misses."""
+        return from_options(cls, values)
+
+    def make_method(self) -> Method:
+        """The method, built from its slug or mapping."""
+        return self.method if isinstance(self.method, Method) else method_from(self.method)
+
+    def make_objective(self) -> Objective:
+        """The objective, with the job's length, packing and columns."""
+        if not isinstance(self.objective, str | Mapping):
+            return self.objective
+        values = {"objective": self.objective} if isinstance(self.objective, str) else dict(self.objective)
+        name = str(values.pop("objective", values.pop("name", "causal")))
+        if self.max_length is not None:
+            values.setdefault("max_length", self.max_length)
+        if self.packing:
+            if name == "classification":
+                raise OptionError(
+                    f"Job '{self.name}': classification examples cannot be packed; set packing to false."
+                )
+            values.setdefault("packing", True)
+        roles = _roles(name)
+        for role, column in (self.columns or {}).items():
+            if roles and role not in roles:
+                raise OptionError(
+                    f"Job '{self.name}': objective '{name}' has no column '{role}'."
+                    f"{near_misses(role, roles)} It has: {', '.join(roles)}."
+                )
+            values[f"{role}_column"] = column
+        return make_objective(name, values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The job as plain data; records in memory are described, not written out."""
+        plain = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        plain["data"], plain["eval_data"] = _described(self.data), _described(self.eval_data)
+        return plain
+
+
+def jobs_from(values: Sequence[Job | Mapping[str, Any]]) -> list[Job]:
+    """Jobs from jobs or mappings, with names that differ.
+
+    Raises:
+        OptionError: no job, two of one name, or a bad option.
+    """
+    jobs = [v if isinstance(v, Job) else Job.from_dict(v) for v in values]
+    if not jobs:
+        raise OptionError("A fleet needs at least one job.")
+    names = [job.name for job in jobs]
+    for name in names:
+        if names.count(name) > 1:
+            raise OptionError(f"Two jobs are called '{name}'; each needs a name of its own.")
+        if name.lower() in ("checkpoints", "report.json", "losses.png"):
+            raise OptionError(f"A job cannot be called '{name}': the output folder has a place of that name.")
+    return jobs
+
+
+def _roles(name: str) -> list[str]:
+    cls = OBJECTIVES.get(name)
+    ending = "_column"
+    return [f.name[: -len(ending)] for f in dataclasses.fields(cls) if f.name.endswith(ending)] if cls else []
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Method):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, str | int | float | bool | None) else repr(value)
+
+
+def _described(data: Any) -> Any:
+    if data is None or isinstance(data, str | Path):
+        return None if data is None else str(data)
+    if isinstance(data, DataSpec):
+        return {k: _plain(v) for k, v in vars(data).items() if v is not None}
+    if isinstance(data, Mapping):
+        return _plain(data)
+    kind = "rows" if isinstance(data, EncodedSet) else "records"
+    return f"{len(data)} {kind} in memory"

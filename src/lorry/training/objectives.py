@@ -1,0 +1,367 @@
+"""What a job learns: how its records become rows, what its loss is, and by what it is judged.
+
+An objective is a frozen dataclass whose fields are the user's options. `OBJECTIVES` maps names to them; a new
+one is a
+class with the attributes and methods of `Objective`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from .chat import Turns, as_messages, chat_template, encode_chat
+from .data import Record, guess_column, require_column
+from .data_errors import DataError, suggest
+from .encode import encode_causal, encode_classification, encode_completion
+from .losses import ClassTally, TokenTally, causal_loss, class_tally, classification_loss, token_tally
+from .rows import EncodedSet, Truncation
+
+TEXT_COLUMNS = ("text", "sentence", "content", "document", "review")
+PROMPT_COLUMNS = ("prompt", "instruction", "question", "query")
+COMPLETION_COLUMNS = ("completion", "output", "response", "answer", "target")
+MESSAGE_COLUMNS = ("messages", "conversations", "conversation", "chat")
+LABEL_COLUMNS = ("label", "labels", "class", "category", "target")
+
+Tally = TokenTally | ClassTally
+_FIELD = re.compile(r"\{(\w+)\}")
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What the trainer asks of an objective."""
+
+    name: ClassVar[str]
+    """Its key in `OBJECTIVES`."""
+    task: ClassVar[Literal["causal-lm", "sequence-classification"]]
+    """Which head the model needs."""
+    best: ClassVar[tuple[str, Literal["min", "max"]]]
+    """The metric by which evaluations are compared, and which way is better."""
+
+    def encode(
+        self, tokenizer: Any, records: Sequence[Record], *, labels: Sequence[str] | None = None
+    ) -> EncodedSet:
+        """Records to rows, with a report of what was left out. ``labels`` are a classifier's classes, in
+        order.
+        """
+        ...
+
+    def loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+        """Summed loss and number of predictions on one job's rows."""
+        ...
+
+    def tally(self, logits: Tensor, labels: Tensor) -> Tally:
+        """Evaluation sums on one job's rows; tallies add up, and ``tally.metrics()`` reads them."""
+        ...
+
+
+class _TokenObjective:
+    """The loss and the metrics of all objectives that predict tokens."""
+
+    task: ClassVar[Literal["causal-lm", "sequence-classification"]] = "causal-lm"
+    best: ClassVar[tuple[str, Literal["min", "max"]]] = ("loss", "min")
+
+    def loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+        """Summed cross-entropy and number of labelled tokens (`causal_loss`)."""
+        return causal_loss(logits, labels)
+
+    def tally(self, logits: Tensor, labels: Tensor) -> Tally:
+        """Sums for loss, perplexity and token accuracy (`token_tally`)."""
+        return token_tally(logits, labels)
+
+
+@dataclass(frozen=True)
+class Causal(_TokenObjective):
+    """Next-token prediction on every token of a text."""
+
+    name: ClassVar[str] = "causal"
+    max_length: int = 512
+    """Tokens of a row; longer texts go on in the next row."""
+    text_column: str | None = None
+    """Column of the text; guessed if not named."""
+    packing: bool = False
+    """Fill each row with several texts."""
+    add_eos: bool = True
+    """End each text with the end-of-text token."""
+
+    def encode(
+        self, tokenizer: Any, records: Sequence[Record], *, labels: Sequence[str] | None = None
+    ) -> EncodedSet:
+        """Encode the text column (`encode_causal`)."""
+        column = _column(records, self.text_column, TEXT_COLUMNS, "text", "text_column")
+        return encode_causal(
+            tokenizer,
+            _texts(records, column),
+            max_length=self.max_length,
+            packing=self.packing,
+            add_eos=self.add_eos,
+        )
+
+
+@dataclass(frozen=True)
+class Completion(_TokenObjective):
+    """Prediction of a completion from its prompt; the prompt is no label."""
+
+    name: ClassVar[str] = "completion"
+    max_length: int = 512
+    """Tokens of a row."""
+    prompt_column: str | None = None
+    """Column of the prompt; guessed if not named."""
+    input_column: str | None = None
+    """Column of a further input to an instruction, may be empty; ``input`` if there is an ``instruction``."""
+    completion_column: str | None = None
+    """Column of the completion; guessed if not named."""
+    template: str | None = None
+    """The prompt's text with columns in braces, such as ``Question: {question}\\nAnswer:``; then used as it
+    is."""
+    separator: str | None = None
+    """Text between prompt and completion; by default nothing after a column ``prompt`` or a template, else a
+    line break."""
+    packing: bool = False
+    """Put several whole examples into each row."""
+    truncation: Truncation = "right"
+    """What is cut off an example that is too long: ``right``, ``left``, or ``drop`` the example."""
+    add_eos: bool = True
+    """End each completion with the end-of-text token."""
+
+    def prompt(self, record: Record) -> str:
+        """The prompt's text of one record, separator included: what to generate from after training."""
+        return self._prompts([record])[0]
+
+    def encode(
+        self, tokenizer: Any, records: Sequence[Record], *, labels: Sequence[str] | None = None
+    ) -> EncodedSet:
+        """Encode prompts and completions (`encode_completion`)."""
+        column = _column(
+            records, self.completion_column, COMPLETION_COLUMNS, "completion", "completion_column"
+        )
+        return encode_completion(
+            tokenizer,
+            list(zip(self._prompts(records), _texts(records, column), strict=True)),
+            max_length=self.max_length,
+            packing=self.packing,
+            truncation=self.truncation,
+            add_eos=self.add_eos,
+        )
+
+    def _prompts(self, records: Sequence[Record]) -> list[str]:
+        if self.template is not None:
+            return [text + (self.separator or "") for text in _fill(self.template, records)]
+        column = _column(records, self.prompt_column, PROMPT_COLUMNS, "prompt", "prompt_column")
+        separator = self.separator if self.separator is not None else "" if column == "prompt" else "\n"
+        prompts = _texts(records, column)
+        extra = self.input_column
+        if extra is None and column == "instruction" and "input" in records[0]:
+            extra = "input"
+        if extra is not None:
+            require_column(records, extra, "input")
+            inputs = _texts(records, extra, empty=True)
+            prompts = [f"{p}\n\n{i}" if i else p for p, i in zip(prompts, inputs, strict=True)]
+        return [p + separator for p in prompts]
+
+
+@dataclass(frozen=True)
+class Chat(_TokenObjective):
+    """Conversations in the tokenizer's chat template; the assistant's turns are the labels."""
+
+    name: ClassVar[str] = "chat"
+    max_length: int = 1024
+    """Tokens of a row."""
+    messages_column: str | None = None
+    """Column of the messages; guessed if not named."""
+    tools_column: str | None = None
+    """Column of tool schemas for the template; ``tools`` if there is one."""
+    turns: Turns = "all"
+    """Train on ``all`` assistant turns, or on the ``last``."""
+    template: str | None = None
+    """Jinja text in place of the tokenizer's chat template."""
+    packing: bool = False
+    """Put several whole conversations into each row."""
+    truncation: Truncation = "right"
+    """What is cut off a conversation that is too long: ``right``, ``left``, or ``drop`` it."""
+
+    def encode(
+        self, tokenizer: Any, records: Sequence[Record], *, labels: Sequence[str] | None = None
+    ) -> EncodedSet:
+        """Encode the conversations (`encode_chat`)."""
+        chat_template(tokenizer, self.template)  # before anything else: without one, no data will do
+        column = _column(records, self.messages_column, MESSAGE_COLUMNS, "messages", "messages_column")
+        tools = self.tools_column or ("tools" if "tools" in records[0] else None)
+        if tools is not None:
+            require_column(records, tools, "tools")
+        return encode_chat(
+            tokenizer,
+            [as_messages(_value(r, column, i), f"record {i}") for i, r in enumerate(records)],
+            tools=[r.get(tools) for r in records] if tools is not None else None,
+            max_length=self.max_length,
+            packing=self.packing,
+            truncation=self.truncation,
+            turns=self.turns,
+            template=self.template,
+        )
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Classes of texts or pairs of texts."""
+
+    name: ClassVar[str] = "classification"
+    task: ClassVar[Literal["causal-lm", "sequence-classification"]] = "sequence-classification"
+    best: ClassVar[tuple[str, Literal["min", "max"]]] = ("accuracy", "max")
+    max_length: int = 256
+    """Tokens of a row."""
+    text_column: str | None = None
+    """Column of the text; guessed if not named."""
+    pair_column: str | None = None
+    """Column of a second text; ``text_pair``, ``sentence2``, ``hypothesis`` or ``passage`` if there is
+    one."""
+    label_column: str | None = None
+    """Column of the class; guessed if not named."""
+    truncation: Truncation = "right"
+    """``right`` cuts long texts, ``drop`` leaves them out."""
+
+    def label_names(self, records: Sequence[Record]) -> tuple[str, ...]:
+        """The classes of the training records in a stable order: numbers by value, names by alphabet.
+
+        Raises:
+            DataError: fewer than two classes, a label that is missing, or a fraction.
+        """
+        column = _column(records, self.label_column, LABEL_COLUMNS, "label", "label_column")
+        names = {_label(_value(r, column, i), i, column) for i, r in enumerate(records)}
+        if len(names) < 2:
+            raise DataError(
+                f"column {column!r} has the one class {names.pop()!r}; a classifier needs two or more"
+            )
+        numeric = all(re.fullmatch(r"-?\d+", n) for n in names)
+        return tuple(sorted(names, key=int) if numeric else sorted(names))
+
+    def encode(
+        self, tokenizer: Any, records: Sequence[Record], *, labels: Sequence[str] | None = None
+    ) -> EncodedSet:
+        """Encode texts and classes (`encode_classification`).
+
+        Args:
+            tokenizer: a Hugging Face tokenizer.
+            records: the examples.
+            labels: classes in the model's order; None takes those of these records (`label_names`). Give the
+                training set's here for evaluation data.
+        """
+        first = ("text", "sentence", "sentence1", "premise", "question", *TEXT_COLUMNS)
+        text = _column(records, self.text_column, first, "text", "text_column")
+        pair = self.pair_column or next(
+            (c for c in ("text_pair", "sentence2", "hypothesis", "passage") if c in records[0] and c != text),
+            None,
+        )
+        if pair is not None:
+            require_column(records, pair, "second text")
+        column = _column(records, self.label_column, LABEL_COLUMNS, "label", "label_column")
+        names = list(labels) if labels is not None else list(self.label_names(records))
+        index = {name: i for i, name in enumerate(names)}
+        classes = []
+        for i, record in enumerate(records):
+            label = _label(_value(record, column, i), i, column)
+            if label not in index:
+                raise DataError(f"record {i}: unknown label {label!r}; {suggest(label, names)}")
+            classes.append(index[label])
+        return encode_classification(
+            tokenizer,
+            _texts(records, text),
+            classes,
+            pairs=_texts(records, pair, empty=True) if pair is not None else None,
+            max_length=self.max_length,
+            truncation=self.truncation,
+        )
+
+    def loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+        """Summed cross-entropy and number of examples (`classification_loss`)."""
+        return classification_loss(logits, labels)
+
+    def tally(self, logits: Tensor, labels: Tensor) -> Tally:
+        """Sums for loss, accuracy and macro F1 (`class_tally`)."""
+        return class_tally(logits, labels)
+
+
+OBJECTIVES: dict[str, type[Causal] | type[Completion] | type[Chat] | type[Classification]] = {
+    cls.name: cls for cls in (Causal, Completion, Chat, Classification)
+}
+"""Name to objective."""
+
+
+def make_objective(name: str, options: Mapping[str, Any] | None = None) -> Objective:
+    """Build an objective by name from parsed options.
+
+    Raises:
+        DataError: an unknown name or option, with near misses.
+    """
+    if name not in OBJECTIVES:
+        raise DataError(f"unknown objective {name!r}; {suggest(name, OBJECTIVES)}")
+    cls = OBJECTIVES[name]
+    known = [f.name for f in fields(cls)]
+    for option in options or {}:
+        if option not in known:
+            raise DataError(f"objective {name!r} has no option {option!r}; {suggest(option, known)}")
+    return cls(**dict(options or {}))
+
+
+def _column(
+    records: Sequence[Record], named: str | None, candidates: Sequence[str], what: str, option: str
+) -> str:
+    if not records:
+        raise DataError("no records to encode")
+    if named is not None:
+        return require_column(records, named, what)
+    return guess_column(records, candidates, what, option)
+
+
+def _value(record: Record, column: str, index: int) -> Any:
+    if column not in record:
+        raise DataError(
+            f"record {index} has no column {column!r}; it has {list(record)}, unlike the records before"
+        )
+    return record[column]
+
+
+def _texts(records: Sequence[Record], column: str, empty: bool = False) -> list[str]:
+    """A column as texts; numbers are written out. With ``empty``, a missing value counts as no text."""
+    texts = []
+    for i, record in enumerate(records):
+        value = record.get(column) if empty else _value(record, column, i)
+        if value is None and empty:
+            value = ""
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            value = str(value)
+        if not isinstance(value, str):
+            raise DataError(f"record {i}: column {column!r} holds a {type(value).__name__}, expected text")
+        texts.append(value)
+    return texts
+
+
+def _fill(template: str, records: Sequence[Record]) -> list[str]:
+    """A template's text for each record. Braces name columns and do nothing else."""
+    names = _FIELD.findall(template)
+    if not names:
+        raise DataError(
+            f"the template {template!r} names no column; write one in braces, such as {{question}}"
+        )
+    columns = {n: _texts(records, require_column(records, n, "template"), empty=True) for n in names}
+
+    def one(index: int) -> str:
+        return _FIELD.sub(lambda match: columns[match[1]][index], template)
+
+    return [one(i) for i in range(len(records))]
+
+
+def _label(value: Any, index: int, column: str) -> str:
+    """The name of a class: text without spaces around it; whole numbers as such, however they are stored."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool):
+        value = str(value).lower()
+    if isinstance(value, int | str) and str(value).strip():
+        return str(value).strip()
+    expected = "expected a class (a name or a whole number)"
+    raise DataError(f"record {index}: column {column!r} holds {value!r}, {expected}")

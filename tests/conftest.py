@@ -1,0 +1,26 @@
+"""Fixtures for all tests. The environment is set before torch or transformers is imported by any of them."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parents[1]
+#: Optional real data and weights beside the checkout; tests that need them skip where they are absent.
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of optional real data and weights."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip("no ../shared/data beside the checkout")
+    return SHARED

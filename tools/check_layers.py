@@ -30,10 +30,11 @@ BANDS: tuple[tuple[str, ...], ...] = (
         "federated",
         "diffusion",
         "multimodal",
+        "interop",
     ),
     ("bench",),
     ("systems",),
-    ("claims",),
+    ("claims", "demo"),
     ("cli", "web"),
 )
 LEVEL = {name: level for level, names in enumerate(BANDS) for name in names}
@@ -58,6 +59,8 @@ FACE_MAY = frozenset(name for names in BANDS[: LEVEL["training"] + 1] for name i
 
 #: Third-party roots that may be imported at the top of a module: anywhere, and also in the thin faces.
 TOP_LEVEL = frozenset({"torch", "safetensors"})
+#: A module of Triton kernels is a module of decorated functions; it is itself imported only where a kernel is used.
+TOP_LEVEL_KERNELS = frozenset({"triton"})
 TOP_LEVEL_FACES = frozenset({"typer", "click", "rich", "pydantic", "yaml", "fastapi", "uvicorn"})
 
 #: The third-party roots that the three lowest packages may use at all, inside functions: storages of a base
@@ -136,13 +139,9 @@ def imports(tree: ast.Module, parts: tuple[str, ...]) -> list[Import]:
             if node.level:
                 stem = here[: len(here) - node.level + 1]
                 base = ".".join([*stem, *([base] if base else [])])
-            found.extend(
-                Import(f"{base}.{alias.name}", node.lineno, top, typing_only) for alias in node.names
-            )
+            found.extend(Import(f"{base}.{alias.name}", node.lineno, top, typing_only) for alias in node.names)
         inner_top = top and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        guarded = (
-            set(node.body) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) else set()
-        )
+        guarded = set(node.body) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) else set()
         for child in ast.iter_child_nodes(node):
             visit(child, inner_top, typing_only or child in guarded)
 
@@ -161,7 +160,8 @@ def judge(unit: str, found: Import, package: Path) -> str | None:
         return None
     if found.top_level:
         faces = LEVEL.get(unit) == LEVEL["cli"]
-        if root not in TOP_LEVEL and not (faces and root in TOP_LEVEL_FACES):
+        extra = TOP_LEVEL_FACES if faces else TOP_LEVEL_KERNELS if unit == "kernels" else frozenset()
+        if root not in TOP_LEVEL | extra:
             return f"imports {root} at the top of a module: import it in the function that uses it"
     if unit in LOW_PACKAGES and root not in LOW_MAY:
         return f"{unit} may use only {', '.join(sorted(LOW_MAY))}, not {root}: move this to a higher layer"
@@ -183,9 +183,7 @@ def judge_inside(unit: str, target: str, package: Path) -> str | None:
         return f"{unit} imports the public face (lorry.{target}): import it from the part that defines it"
     if unit == PACKAGE:
         return None if target in FACE_MAY else f"the public face may not import lorry.{target}"
-    allowed_here = (
-        target == unit or LEVEL[target] < LEVEL[unit] or target in NEIGHBOURS.get(unit, frozenset())
-    )
+    allowed_here = target == unit or LEVEL[target] < LEVEL[unit] or target in NEIGHBOURS.get(unit, frozenset())
     if allowed_here:
         return None
     relation = "a neighbour" if LEVEL[target] == LEVEL[unit] else "a higher layer"

@@ -39,6 +39,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=64,
+        initializer_range=0.3,  # enough signal in a random base for an adapter to learn from
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=1,
@@ -83,11 +84,13 @@ def run_json(lorry: Callable[..., Result]) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def adapter(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory, run_json: Callable[..., Any]) -> Path:
+def adapter(
+    base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory, run_json: Callable[..., Any]
+) -> Path:
     """An adapter trained by `lorry train` on the tiny model."""
     out = tmp_path_factory.mktemp("run") / "next"
     report = run_json(
-        "train", "--base", base, "--data", data, "--out", out, "--objective", "completion", "--option", "rank=4",
-        "--steps", 60, "--rate", "2e-2", "--batch-size", 10, "--name", "next",
+        "train", "--base", base, "--data", data, "--out", out, "--objective", "completion",
+        "--option", "rank=4", "--steps", 60, "--rate", "2e-2", "--batch-size", 10, "--name", "next",
     )  # fmt: skip
     return Path(report["jobs"][0]["adapter"])

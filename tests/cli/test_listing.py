@@ -12,7 +12,19 @@ import pytest
 
 from lorry.cli.main import MISUSE
 
-COMMANDS = ("plan", "train", "eval", "generate", "merge", "convert", "inspect", "methods", "bench", "demo", "version")
+COMMANDS = (
+    "plan",
+    "train",
+    "eval",
+    "generate",
+    "merge",
+    "convert",
+    "inspect",
+    "methods",
+    "bench",
+    "demo",
+    "version",
+)
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 
 
@@ -28,10 +40,13 @@ def test_help_needs_no_library_beyond_torch():
     """`lorry --help` must not wait for transformers or matplotlib."""
     code = (
         "import sys, lorry.cli.main as m\n"
-        "print([n for n in ('transformers', 'matplotlib', 'datasets', 'diffusers', 'peft', 'pandas') if n in sys.modules])"
+        "print([n for n in ('transformers', 'matplotlib', 'datasets', 'diffusers', 'peft', 'pandas') if n "
+        "in sys.modules])"
     )
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 

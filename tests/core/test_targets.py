@@ -232,3 +232,13 @@ def test_options_know_choices_and_missing_values():
         from_options(Settings, {"size": 2, "mode": "exakt"})
     with pytest.raises(lorry.OptionError, match="needs a value for 'size'"):
         from_options(Settings, {})
+
+
+def test_a_module_is_one_kind_of_site_for_all_adapters():
+    model = llama()
+    lorry.attach(model, lorry.LoRA(rank=2), targets=["lm_head"], name="low-rank")
+    with pytest.raises(lorry.SiteError, match="as linear and as block"):
+        lorry.attach(model, lorry.LoRA(rank=2), targets="attention", train_also=["lm_head"], name="whole")
+    assert list(lorry.adapters(model)) == ["low-rank"]
+    with pytest.raises(lorry.SiteError, match="as linear and as block"):
+        lorry.attach(model, lorry.LoRA(rank=2), targets=["q_proj", "lm_head"], train_also=["lm_head"], name="both")

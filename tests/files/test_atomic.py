@@ -82,7 +82,10 @@ def test_a_process_killed_at_any_moment_leaves_a_whole_folder(swap, tmp_path):
     """)
     paths = os.pathsep.join(sys.path)
     process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": paths}, text=True
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": paths},
+        text=True,
     )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     wanted = []

@@ -42,8 +42,14 @@ FROM_PEFT = {
         ),
     ),
     "layers_to_transform": (llama, dict(r=4, target_modules=["q_proj"], layers_to_transform=[0, 2])),
-    "exclude": (llama, dict(r=4, target_modules=["q_proj", "v_proj"], exclude_modules=["1.self_attn.v_proj"])),
-    "pissa": (llama, dict(r=4, lora_alpha=8, init_lora_weights="pissa", target_modules=["q_proj", "down_proj"])),
+    "exclude": (
+        llama,
+        dict(r=4, target_modules=["q_proj", "v_proj"], exclude_modules=["1.self_attn.v_proj"]),
+    ),
+    "pissa": (
+        llama,
+        dict(r=4, lora_alpha=8, init_lora_weights="pissa", target_modules=["q_proj", "down_proj"]),
+    ),
     "embedding": (llama, dict(r=4, lora_alpha=8, target_modules=["embed_tokens", "v_proj"])),
     "embedding dora": (llama, dict(r=4, use_dora=True, target_modules=["embed_tokens"])),
     "saved embeddings": (llama, dict(r=4, target_modules=["v_proj"], save=dict(save_embedding_layers=True))),
@@ -81,7 +87,10 @@ TO_PEFT = {
     "by site": (
         llama,
         lorry.LoRA(rank=4),
-        dict(targets=["q_proj", "v_proj"], site_options={"layers.1.*.q_proj": {"rank": 2, "alpha": 7}, "v_proj": {"rank": 3}}),
+        dict(
+            targets=["q_proj", "v_proj"],
+            site_options={"layers.1.*.q_proj": {"rank": 2, "alpha": 7}, "v_proj": {"rank": 3}},
+        ),
     ),
     "mixed scales": (
         llama,
@@ -155,7 +164,8 @@ def test_round_trip_is_the_identity(method, options, format, dtype, tmp_path):
 
 
 def test_targets_are_exact_where_names_are_ambiguous(tmp_path):
-    """A path at the root is also the end of another path, so that only a regular expression tells them apart."""
+    """A path at the root is also the end of another path, so that only a regular expression tells them
+    apart."""
 
     class Model(torch.nn.Module):
         def __init__(self):
@@ -170,23 +180,29 @@ def test_targets_are_exact_where_names_are_ambiguous(tmp_path):
     from peft import PeftModel
 
     model, x = Model(), torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
-    stir(lorry.attach(model, lorry.LoRA(rank=2), targets=["fc"], exclude=["inner.fc"])).save(tmp_path / "a", format="peft")
+    stir(lorry.attach(model, lorry.LoRA(rank=2), targets=["fc"], exclude=["inner.fc"])).save(
+        tmp_path / "a", format="peft"
+    )
     wrapped = PeftModel.from_pretrained(Model(), str(tmp_path / "a"))
     assert sum("lora_A" in n for n, _ in wrapped.named_parameters()) == 1
     close(wrapped(x), model(x))
 
 
 def test_converted_pissa_is_a_plain_lora_of_twice_the_rank(tmp_path):
-    from peft import LoraConfig, get_peft_model
     from files.tiny_models import stir_peft
+    from peft import LoraConfig, get_peft_model
 
     base = llama()
-    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=3, init_lora_weights="pissa", target_modules=["q_proj"]))
+    model = get_peft_model(
+        copy.deepcopy(base), LoraConfig(r=3, init_lora_weights="pissa", target_modules=["q_proj"])
+    )
     model.peft_config["default"].init_lora_weights = True
     model.save_pretrained(str(tmp_path / "start"))
     model.peft_config["default"].init_lora_weights = "pissa"
     wanted = output(stir_peft(model))
-    model.save_pretrained(str(tmp_path / "a"), path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    model.save_pretrained(
+        str(tmp_path / "a"), path_initial_model_for_weight_conversion=str(tmp_path / "start")
+    )
     adapter = lorry.load(base, tmp_path / "a")
     assert adapter.method == lorry.LoRA(rank=6, alpha=16)
     close(output(base), wanted)
@@ -216,21 +232,36 @@ def test_export_of_dora_is_approximate_and_says_so(tmp_path):
     deltas = dict((s.path, d) for s, d in adapter.deltas())
     other = llama()
     got = dict((s.path, d) for s, d in lorry.load(other, tmp_path / "a").deltas())
-    lost = sum(float((deltas[p] - got[p]).square().sum()) for p in deltas) / sum(float(d.square().sum()) for d in deltas.values())
+    lost = sum(float((deltas[p] - got[p]).square().sum()) for p in deltas) / sum(
+        float(d.square().sum()) for d in deltas.values()
+    )
     assert lost**0.5 == pytest.approx(coarse.relative_error, rel=1e-4)
+
+
+def test_methods_that_depend_on_the_token_are_refused_by_name(tmp_path):
+    class Gated(lorry.LoRA):
+        def mid(self, h, call, tensors):
+            return h * (h > 0)
+
+    adapter = lorry.attach(llama(), Gated(rank=2), targets=["q_proj"])
+    with pytest.raises(lorry.AdapterError, match="Gated depends on the input"):
+        export_plain(adapter, tmp_path / "a", rank=2)
+    assert not (tmp_path / "a").exists()
 
 
 def test_other_tuners_come_through_pefts_own_conversion(tmp_path):
     from files.tiny_models import stir_peft
     from peft import LoKrConfig, get_peft_model
 
-    from lorry.core.files.peft_other import convert
+    from lorry.interop.peft_tuners import convert
 
     base = llama()
     before = {n: p.clone() for n, p in base.named_parameters()}
-    model = stir_peft(get_peft_model(copy.deepcopy(base), LoKrConfig(r=2, target_modules=["q_proj", "down_proj"])))
+    model = stir_peft(
+        get_peft_model(copy.deepcopy(base), LoKrConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    )
     model.save_pretrained(str(tmp_path / "lokr"))
-    with pytest.raises(lorry.CheckpointError, match="LOKR.*peft_other.convert"):
+    with pytest.raises(lorry.CheckpointError, match="LOKR.*peft_tuners.convert"):
         lorry.load(base, tmp_path / "lokr")
     receipt = convert(tmp_path / "lokr", base, tmp_path / "lora", rank=16)
     assert receipt.relative_error < 1e-5 and receipt.sites == 6
@@ -242,7 +273,7 @@ def test_other_tuners_come_through_pefts_own_conversion(tmp_path):
 def test_a_tuner_without_conversion_is_refused_by_name(tmp_path):
     from peft import IA3Config, get_peft_model
 
-    from lorry.core.files.peft_other import convert
+    from lorry.interop.peft_tuners import convert
 
     base = llama()
     config = IA3Config(target_modules=["q_proj"], feedforward_modules=[])

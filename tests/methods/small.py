@@ -16,7 +16,9 @@ class Stack(nn.Module):
 
     def __init__(self, layers: int = 2, width: int = 16, inner: int = 24) -> None:
         super().__init__()
-        blocks = [nn.ModuleDict({"up": nn.Linear(width, inner), "down": nn.Linear(inner, width)}) for _ in range(layers)]
+        blocks = [
+            nn.ModuleDict({"up": nn.Linear(width, inner), "down": nn.Linear(inner, width)}) for _ in range(layers)
+        ]
         self.layers = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 import pytest
 import torch
+from methods.small import batch, copies, scatter_trained, set_tensors, stack, train
 
 import lorry
-from methods.small import batch, copies, scatter_trained, set_tensors, stack, train
 
 
 def pair(rank, blocks, **options):

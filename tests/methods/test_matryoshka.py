@@ -1,10 +1,10 @@
 import pytest
 import torch
+from methods.small import batch, copies, scatter_trained, set_tensors, stack, train
 
 import lorry
 from lorry.core.calibrate import finish_step
 from lorry.methods.matryoshka import at_rank, aurac, cut, mean_loss
-from methods.small import batch, copies, scatter_trained, set_tensors, stack, train
 
 SCALINGS = ("none", "rank", "sqrt")
 
@@ -17,7 +17,10 @@ def adapted(layers=2, **options):
 def test_weights_of_the_sheet():
     full = lorry.Matryoshka(rank=16)
     assert full.weights() == [5, 4, 3, 3, 2, 2, 2, 2] + [1] * 8
-    assert lorry.Matryoshka(rank=16, scaling="rank").weights() == [1.9375, 0.9375, 0.4375, 0.4375] + [0.1875] * 4 + [0.0625] * 8
+    assert (
+        lorry.Matryoshka(rank=16, scaling="rank").weights()
+        == [1.9375, 0.9375, 0.4375, 0.4375] + [0.1875] * 4 + [0.0625] * 8
+    )
     expected = [2.811, 1.811, 1.104, 1.104, 0.604]
     assert lorry.Matryoshka(rank=16, scaling="sqrt").weights()[:5] == pytest.approx(expected, abs=1e-3)
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
+from methods.small import batch, copies, scatter_trained, set_tensors, stack, train
 
 import lorry
-from methods.small import batch, copies, scatter_trained, set_tensors, stack, train
 
 UP, DOWN = "layers.*.up[24x16]", "layers.*.down[16x24]"
 
@@ -122,7 +122,11 @@ def test_merged_equals_unmerged():
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"private": 3}, "private must be at most"), ({"private": 2, "rank": 3}, "rank must be 2"), ({"alpha": 4.0}, "explicit rank")],
+    [
+        ({"private": 3}, "private must be at most"),
+        ({"private": 2, "rank": 3}, "rank must be 2"),
+        ({"alpha": 4.0}, "explicit rank"),
+    ],
 )
 def test_options_that_contradict(options, words):
     with pytest.raises(lorry.OptionError, match=words):

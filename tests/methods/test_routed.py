@@ -1,4 +1,6 @@
-"""What every routed method owes the core: checkpointing replays routes, rows are as alone, padding does not count."""
+"""What every routed method owes the core: checkpointing replays routes, rows are as alone, padding does not
+count.
+"""
 
 import pytest
 import torch
@@ -67,7 +69,9 @@ def test_checkpointing_replays_routes_and_losses(slug, reentrant):
         found.append((loss.detach(), gradients(adapter)))
     torch.testing.assert_close(found[0][0], found[1][0])
     for name, gradient in found[0][1].items():
-        torch.testing.assert_close(found[1][1][name], gradient, atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[1][1][name], gradient, atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("slug", CASES)
@@ -116,8 +120,9 @@ def test_padding_counts_nowhere(slug):
     mask = torch.arange(9).expand(3, -1) < 5
     found = []
     for batch, facts in ((ids, {}), (padded, {"padding_mask": mask})):
-        with lorry.context(model, recording=True, task_ids=labels(ids), **facts) as context, lorry.rows(
-            model, ["default"] * 3, seeds={"default": 5}
+        with (
+            lorry.context(model, recording=True, task_ids=labels(ids), **facts) as context,
+            lorry.rows(model, ["default"] * 3, seeds={"default": 5}),
         ):
             model(batch)
             extra, chosen = lorry.auxiliary_loss(model), log_probability(model, "default")
@@ -143,7 +148,8 @@ def test_saved_and_loaded_is_bit_equal(slug, tmp_path):
         before = model(ids).logits
     adapter.save(tmp_path / "a")
     fresh = llama()
-    # trained further, its tensors are copies; those of a frozen adapter lie in the file, where products may round otherwise
+    # trained further, its tensors are copies; those of a frozen adapter lie in the file, where products may
+    # round otherwise
     loaded = lorry.load(fresh, tmp_path / "a", trainable=True)
     with lorry.context(fresh, task_ids=labels(ids)), torch.no_grad():
         assert same_bytes(fresh(ids).logits, before)

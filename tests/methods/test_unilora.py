@@ -2,10 +2,10 @@ import math
 
 import pytest
 import torch
+from methods.small import batch, copies, peft_model, set_tensors, stack, train
 
 import lorry
 from lorry.methods.unilora import balanced
-from methods.small import batch, copies, peft_model, set_tensors, stack, train
 
 
 def matrix_of(adapter):
@@ -66,7 +66,10 @@ def test_identity_projection_is_lora():
     parts = [values[f"{path}.{n}"].flatten() for path in sorted(lora.entries) for n in "AB"]
     set_tensors(uni, {"shared.theta": torch.cat(parts)})
     assert torch.allclose(lora_model(x), uni_model(x), atol=1e-6)
-    losses = [train(m, a, 5, optimizer=lambda p: torch.optim.SGD(p, lr=0.1)) for m, a in ((lora_model, lora), (uni_model, uni))]
+    losses = [
+        train(m, a, 5, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+        for m, a in ((lora_model, lora), (uni_model, uni))
+    ]
     assert torch.allclose(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-5)
 
 

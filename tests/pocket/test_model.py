@@ -125,7 +125,10 @@ def test_answers_equal_greedy_by_hand(loaded) -> None:
 
 
 def test_exact_match_counts(loaded) -> None:
-    right = pocket.examples("reverse", "test", 20, seed=2)
+    lines = pocket.examples("copy", "test", 30, seed=2)
+    answers = pocket.answer(*loaded, [line.prompt for line in lines], max_new_tokens=12)
+    right = [line for line, found in zip(lines, answers, strict=True) if line.answer == found][:20]
+    assert len(right) == 20
     wrong = [pocket.Example(line.prompt, line.answer[:-1]) for line in right[:5]]
     longer = [pocket.Example(line.prompt, line.answer + "x") for line in right[:5]]
     assert pocket.exact_match(*loaded, right) == 1.0

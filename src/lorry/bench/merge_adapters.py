@@ -1,8 +1,9 @@
 """Merging two rank-16 adapters against PEFT's add_weighted_adapter, for the same result, over layer widths.
 
-Both sides start from two adapters attached to the same linear layer (scale 1, where PEFT's types are what they say) and end with a
-third, attached one; Lorry's time includes its receipt. Runs are interleaved; ratios are of medians. Peak memory is measured in
-fresh processes, as the growth of the resident set's high-water mark over its level before the merge.
+Both sides start from two adapters attached to the same linear layer (scale 1, where PEFT's types are what they say)
+and end with a third, attached one; Lorry's time includes its receipt. Runs are interleaved; ratios are of medians.
+Peak memory is measured in fresh processes, as the growth of the resident set's high-water mark over its level before
+the merge.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def _factors(width: int, rank: int, seed: int) -> list[tuple[torch.Tensor, torch
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator) / width**0.5
+        drawn: torch.Tensor = torch.randn(*shape, generator=generator) / width**0.5
+        return drawn
 
     return [(draw(rank, width), draw(width, rank)) for _ in range(2)]
 
@@ -52,7 +54,9 @@ def _lorry(width: int, rank: int, seed: int, name: str) -> Callable[[], torch.Te
     model = Layer(width)
     adapters = []
     for i, (a, b) in enumerate(_factors(width, rank, seed)):
-        adapter = lorry.attach(model, {"method": "lora", "rank": rank}, targets=["proj"], name=f"a{i}", activate=False).train(False)
+        adapter = lorry.attach(
+            model, {"method": "lora", "rank": rank}, targets=["proj"], name=f"a{i}", activate=False
+        ).train(False)
         for key, value in (("A", a), ("B", b)):
             adapter.entries["proj"].home.replace(key, value)
         adapters.append(adapter)
@@ -147,12 +151,20 @@ def run(
         What is merged; texts are split at commas.
     repeats
         Runs of each side; the peer stops earlier once it has used `peer_seconds`, after at least one timed run.
-    threads
-        Of torch.
+    peer_seconds
+        See `repeats`.
+    threads, seed
+        Of torch, and of the factors.
     memory
         Measure peak memory too.
     """
-    widths = [int(w) for w in widths.split(",")] if isinstance(widths, str) else [widths] if isinstance(widths, int) else widths
+    widths = (
+        [int(w) for w in widths.split(",")]
+        if isinstance(widths, str)
+        else [widths]
+        if isinstance(widths, int)
+        else widths
+    )
     types = types.split(",") if isinstance(types, str) else types
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -175,7 +187,9 @@ def _version() -> str:
 
 def _case(name: str, width: int, rank: int, repeats: int, budget: float, seed: int) -> dict[str, Any]:
     runs = {side: make(width, rank, seed, name) for side, make in _SIDES.items()}
-    results = {"lorry": runs["lorry"]()}  # a first, untimed run of the fast side; the peer's slow types have no cold start to speak of
+    results = {
+        "lorry": runs["lorry"]()
+    }  # a first, untimed run of the fast side; the peer's slow types have no cold start to speak of
     times: dict[str, list[float]] = {side: [] for side in runs}
     for _ in range(repeats):
         for side, call in runs.items():

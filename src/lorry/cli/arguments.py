@@ -24,7 +24,8 @@ TargetsOption = Annotated[
     typer.Option(
         "--targets",
         "-t",
-        help="Preset (all-linear, attention, mlp, ...), name, suffix, pattern with *, kind:NAME or re:REGEX; repeatable, "
+        help="Preset (all-linear, attention, mlp, ...), name, suffix, pattern with *, kind:NAME or "
+        "re:REGEX; repeatable, "
         "or separated by commas.",
     ),
 ]
@@ -121,7 +122,8 @@ def adapter_reference(text: str) -> tuple[str, Path, float]:
         path, weight = Path(weighted["path"]).expanduser(), float(weighted["weight"])
     if not path.exists():
         raise OptionError(
-            f"There is no adapter at {path}. Expected a folder or file, written [NAME=]PATH[:WEIGHT], found {text!r}."
+            f"There is no adapter at {path}. Expected a folder or file, written [NAME=]PATH[:WEIGHT], "
+            f"found {text!r}."
         )
     stem = path.resolve().name if path.is_dir() else path.stem
     return name or re.sub(r"[^A-Za-z0-9_.\-]+", "-", stem).strip("-.") or "adapter", path, weight

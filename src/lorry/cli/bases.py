@@ -49,7 +49,8 @@ def folder_of(name: str) -> Path:
     path = Path(name).expanduser()
     if not path.is_dir():
         raise CheckpointError(
-            f"There is no folder {path}. Expected 'pocket' or a local Hugging Face model folder; nothing is downloaded here "
+            f"There is no folder {path}. Expected 'pocket' or a local Hugging Face model folder; nothing "
+            "is downloaded here "
             f"(`hf download {name} --local-dir DIR` does that)."
         )
     if not (path / "config.json").is_file():
@@ -99,7 +100,9 @@ def model_class(config: Any, task: str = "auto") -> Any:
 
 
 def skeleton(name: str, task: str = "auto", labels: int | None = None) -> nn.Module:
-    """Return a base on the meta device: its real class and shapes, without memory and without reading weights."""
+    """Return a base on the meta device: its real class and shapes, without memory and without reading
+    weights.
+    """
     diffuser = _diffusers_class(folder_of(name))
     if diffuser is not None:
         with torch.device("meta"):
@@ -117,7 +120,7 @@ def skeleton(name: str, task: str = "auto", labels: int | None = None) -> nn.Mod
             raise CheckpointError(
                 f"{name} has no model for the task '{task}': {str(error).splitlines()[0]}"
             ) from error
-    model.config._name_or_path = str(folder_of(name)) if name != POCKET else POCKET  # type: ignore[union-attr, assignment]
+    model.config._name_or_path = str(folder_of(name)) if name != POCKET else POCKET  # type: ignore[union-attr]
     return model
 
 
@@ -145,12 +148,14 @@ def load_base(name: str, dtype: str = "auto", task: str = "auto", labels: int | 
     except (OSError, ValueError) as error:
         raise CheckpointError(f"Cannot load the base {folder}: {str(error).splitlines()[0]}") from error
     if name == POCKET:
-        model.config._name_or_path = POCKET  # type: ignore[union-attr, assignment]
+        model.config._name_or_path = POCKET  # type: ignore[union-attr]
     return model.eval()
 
 
 def _diffusers_class(folder: Path) -> Any:
-    """Return the diffusers class of a folder such as a pipeline's ``unet``, or None for a transformers model."""
+    """Return the diffusers class of a folder such as a pipeline's ``unet``, or None for a
+    transformers model.
+    """
     try:
         name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
     except (OSError, ValueError, AttributeError):
@@ -161,39 +166,10 @@ def _diffusers_class(folder: Path) -> Any:
 
     cls = getattr(diffusers, str(name), None)
     if cls is None:
-        raise CheckpointError(f"{folder / 'config.json'} names the class '{name}', which this version of diffusers lacks.")
-    return cls
-
-
-def load_for_training(name: str, dtype: str, task: str, labels: int | None) -> tuple[nn.Module, list[str]]:
-    """Return a base, and the modules for which its folder has no weights (a new classification head).
-
-    They are drawn from a fixed seed, so that a resumed run starts from the same base.
-    """
-    if task == "causal-lm":
-        return load_base(name, dtype, task="auto" if name == POCKET else task), []
-    torch.manual_seed(0)
-    cls = model_class(config_of(name), task)
-    options: dict[str, Any] = {"num_labels": labels} if labels else {}
-    wanted = torch.float32 if dtype == "auto" and name == POCKET else dtype_of(dtype)
-    try:
-        model, info = cls.from_pretrained(
-            folder_of(name),
-            dtype=wanted,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-        )
-    except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"Cannot load {folder_of(name)} for {task}: {str(error).splitlines()[0]}"
-        ) from error
-    if model.config.pad_token_id is None:
-        # a classifier finds the last token of a row by its padding
-        model.config.pad_token_id = load_tokenizer(name).pad_token_id
-    fresh = sorted({key.rpartition(".")[0] for key in info["missing_keys"]})
-    return model.eval(), [f for f in fresh if f]
+            f"{folder / 'config.json'} names the class '{name}', which this version of diffusers lacks."
+        )
+    return cls
 
 
 def load_tokenizer(name: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import keyword
 import pkgutil
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,7 +29,7 @@ def available() -> dict[str, str]:
         spec = importlib.util.find_spec(f"lorry.bench.{module.name}")
         text = Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin else ""
         if "\ndef run(" in text:
-            found[module.name.replace("_", "-")] = _first_line(text)
+            found[module.name.rstrip("_").replace("_", "-")] = _first_line(text)
     return found
 
 
@@ -54,7 +55,7 @@ def bench(
     if name not in benches:
         listed = f" There is: {', '.join(benches)}." if benches else " This installation has none."
         raise OptionError(f"There is no bench '{name}'.{near_misses(name, benches)}{listed}")
-    module = importlib.import_module(f"lorry.bench.{name.replace('-', '_')}")
+    module = importlib.import_module(f"lorry.bench.{_module_name(name)}")
     result = _run(module, name, key_values(option))
     if save is not None:
         from lorry.cli.output import plain
@@ -66,6 +67,11 @@ def bench(
         return
     shown = getattr(module, "table", None)
     out().print(shown(result) if callable(shown) else json.dumps(result, indent=2, default=str))
+
+
+def _module_name(name: str) -> str:
+    """Return the module of a bench; one called like a keyword has an underscore behind it."""
+    return f"{name}_" if keyword.iskeyword(name) else name.replace("-", "_")
 
 
 def _run(module: Any, name: str, options: dict[str, Any]) -> dict[str, Any]:

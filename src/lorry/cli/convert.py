@@ -28,11 +28,15 @@ def convert(
         typer.Option(
             "--base",
             "-b",
-            help="The model it was made for, where names, sites or fingerprint depend on it; the one that the file names if not given.",
+            help="The model it was made for, where names, sites or fingerprint depend on it; the one that "
+            "the file names if not given.",
         ),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Rank of updates that PEFT's format can only approximate; the receipt has the error.")
+        int | None,
+        typer.Option(
+            min=1, help="Rank of updates that PEFT's format can only approximate; the receipt has the error."
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is there.")] = False,
     check_base: Annotated[

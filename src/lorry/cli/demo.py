@@ -21,8 +21,8 @@ def demo(
 ) -> None:
     """Train four adapters at once, mix, merge, save and load them, and write a report of it."""
     from lorry.cli.bases import quiet
-    from lorry.cli.inspect_adapter import site_facts
     from lorry.cli.pictures import before_after, curves, heat_map
+    from lorry.cli.spectrum import site_facts
     from lorry.demo import job, page
 
     quiet()

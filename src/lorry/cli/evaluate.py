@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,7 +31,8 @@ def evaluate(
     objective: Annotated[
         str | None,
         typer.Option(
-            help="causal, completion, chat or classification; what the first adapter was trained with if not given."
+            help="causal, completion, chat or classification; what the first adapter was trained with if "
+            "not given."
         ),
     ] = None,
     objective_option: Annotated[
@@ -55,42 +55,79 @@ def evaluate(
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure loss and perplexity, accuracy of a classifier, or exact match of completions, before and after."""
-    import lorry
-    from lorry.cli.bases import load_base, load_for_training, load_tokenizer
+    """Measure loss, accuracy of a classifier, or exact match of completions, before and after."""
+    from lorry.cli.objective import chosen_objective, training_facts
     from lorry.training.data import load_records
 
     references = adapter_references(adapter)
     facts = [training_facts(path) for path, _ in references.values()]
     goal = chosen_objective(objective, key_values(objective_option, "--objective-option"), facts)
     records = load_records(data, split=split, limit=limit)
-    labels = next((tuple(f["labels"]) for f in facts if f.get("labels")), None)
-    tokenizer = load_tokenizer(base)
-    classifies = goal.task == "sequence-classification"
-    if classifies:
-        labels = labels or goal.label_names(records)
-        model: Any = load_for_training(base, dtype, goal.task, len(labels))[0]
-    else:
-        model = load_base(base, dtype)
+    labels = _labels(goal, records, facts)
+    model, tokenizer = _loaded(base, dtype, references, goal.task, labels, check_base)
     encoded = goal.encode(tokenizer, records, labels=labels)
-    for name, (path, _) in references.items():
-        receipt = lorry.load(model, path, name=name, check_base=check_base).receipt
-        note(str(receipt))
-    compositions: dict[str, Mapping[str, float]] = {} if classifies and references else {"base": {}}
-    compositions |= {name: {name: weight} for name, (_, weight) in references.items()}
-    if together and len(references) > 1:
-        compositions["together"] = {name: weight for name, (_, weight) in references.items()}
-    classes = len(labels) if classifies and labels else None
+    compositions = _compositions(references, together, with_base=not (labels and references))
     pairs = _pairs(goal, records) if exact and goal.name == "completion" else None
-    measured = _measure(model, tokenizer, goal, encoded.rows, compositions, classes, pairs, batch_size)
+    many = len(labels) if labels else None
+    measured = _measure(model, tokenizer, goal, encoded.rows, compositions, many, pairs, batch_size)
     if as_json:
-        print_json(
-            {"base": base, "objective": goal.name, "data": encoded.report.as_dict(), "results": measured}
-        )
-        return
+        report = encoded.report.as_dict()
+        print_json({"base": base, "objective": goal.name, "data": report, "results": measured})
+    else:
+        _print(f"{goal.name}: {encoded.report}", measured)
+
+
+def _print(title: str, measured: Columns) -> None:
     names = list(dict.fromkeys(k for m in measured.values() for k in m))
     rows = [(label, *(_shown(k, m.get(k)) for k in names)) for label, m in measured.items()]
-    out().print(table(f"{goal.name}: {encoded.report}", ("", *names), rows, right=names))
+    out().print(table(title, ("", *names), rows, right=names))
+
+
+def _compositions(
+    references: Mapping[str, tuple[Path, float]], together: bool, *, with_base: bool
+) -> dict[str, Mapping[str, float]]:
+    """Return what to measure: the bare base (unless its head is new), each adapter, all of them together."""
+    chosen: dict[str, Mapping[str, float]] = {"base": {}} if with_base else {}
+    chosen |= {name: {name: weight} for name, (_, weight) in references.items()}
+    if together and len(references) > 1:
+        chosen["together"] = {name: weight for name, (_, weight) in references.items()}
+    return chosen
+
+
+def _labels(goal: Any, records: Sequence[Any], facts: Sequence[Mapping[str, Any]]) -> tuple[str, ...] | None:
+    """Return a classifier's classes in the order of its head: the adapters', or those of the data."""
+    if goal.task != "sequence-classification":
+        return None
+    known = {tuple(f["labels"]) for f in facts if f.get("labels")}
+    if len(known) > 1:
+        found = " and ".join(", ".join(names) for names in sorted(known))
+        raise OptionError(
+            f"The adapters were trained for different classes ({found}); measure them one by one."
+        )
+    return known.pop() if known else tuple(goal.label_names(records))
+
+
+def _loaded(
+    base: str,
+    dtype: str,
+    references: Mapping[str, tuple[Path, float]],
+    task: str,
+    labels: Sequence[str] | None,
+    check_base: bool,
+) -> tuple[Any, Any]:
+    """Return the base with all adapters, and its tokenizer."""
+    import lorry
+    from lorry.cli.bases import load_base, load_tokenizer
+    from lorry.cli.new_heads import load_for_training
+
+    tokenizer = load_tokenizer(base)
+    if labels:
+        model: Any = load_for_training(base, dtype, task, len(labels))[0]
+    else:
+        model = load_base(base, dtype)
+    for name, (path, _) in references.items():
+        note(str(lorry.load(model, path, name=name, check_base=check_base).receipt))
+    return model, tokenizer
 
 
 def _measure(
@@ -121,45 +158,6 @@ def _measure(
             if pairs:
                 measured[label]["exact_match"] = exact_match(model, tokenizer, pairs, batch_size, tick)
     return measured
-
-
-def training_facts(path: Path) -> dict[str, Any]:
-    """Return what an adapter's metadata say about its training; nothing for adapters of other tools."""
-    manifest = path / "lorry.json"
-    if not manifest.is_file():
-        return {}
-    from lorry.core.files.manifest import read_manifest
-
-    found = read_manifest(manifest).metadata.get("training")
-    return dict(found) if isinstance(found, Mapping) else {}
-
-
-def chosen_objective(name: str | None, options: Mapping[str, Any], facts: Sequence[Mapping[str, Any]]) -> Any:
-    """Return the objective that was asked for, or else the one that the first adapter with a known one was trained with."""
-    from lorry.training.jobs import Job
-    from lorry.training.objectives import OBJECTIVES, make_objective
-
-    if name is not None:
-        return make_objective(name, options)
-    fields = {f.name for f in dataclasses.fields(Job)}
-    for fact in facts:
-        job = fact.get("job")
-        if not isinstance(job, Mapping):
-            continue
-        kept = {k: job[k] for k in ("objective", "columns", "max_length") if k in job and k in fields}
-        trained = Job.from_dict({"name": "eval", "data": "-", **kept}).make_objective()
-        # rows are never packed here: each is measured on its own
-        known = {f.name for f in dataclasses.fields(trained)}  # type: ignore[arg-type]
-        unknown = sorted(options.keys() - known)
-        if unknown:
-            raise OptionError(
-                f"Objective '{trained.name}' has no option '{unknown[0]}'. It has: {', '.join(sorted(known))}."
-            )
-        changed = {**({"packing": False} if "packing" in known else {}), **options}
-        return dataclasses.replace(trained, **changed)  # type: ignore[type-var]
-    raise OptionError(
-        f"No adapter says what it was trained for: give --objective (one of {', '.join(OBJECTIVES)})."
-    )
 
 
 def _pairs(goal: Any, records: Sequence[Any]) -> list[tuple[str, str]]:

@@ -36,7 +36,8 @@ def generate(
             "--prompt",
             "-p",
             metavar="[NAME[:W][+NAME[:W]]::]TEXT",
-            help="Prompt; repeatable. `math::2+2=` uses one adapter, `math:0.7+story:0.3::text` a mixture, `none::text` the bare "
+            help="Prompt; repeatable. `math::2+2=` uses one adapter, `math:0.7+story:0.3::text` a "
+            "mixture, `none::text` the bare "
             "base, and plain text all given adapters. `::text` keeps any `::` in the text.",
         ),
     ] = None,
@@ -78,7 +79,7 @@ def generate(
     if as_json:
         print_json({"rows": rows, "receipts": receipts})
         return
-    shown = [(i, _label(r["adapters"]), r["prompt"], r["text"]) for i, r in enumerate(rows)]
+    shown = [(i, _label(p.adapters), p.text, t) for i, (p, t) in enumerate(zip(wanted, texts, strict=True))]
     out().print(table("", ("row", "adapters", "prompt", "continuation"), shown, right=("row",)))
 
 
@@ -92,7 +93,8 @@ def read_prompts(texts: Sequence[str] | None, file: Path | None, loaded: Mapping
             unknown = record.keys() - {"prompt", "adapter"}
             if not isinstance(record.get("prompt"), str) or unknown:
                 raise OptionError(
-                    f"{file}: record {index} has the keys {sorted(record)}; expected 'prompt' (text) and 'adapter'."
+                    f"{file}: record {index} has the keys {sorted(record)}; expected 'prompt' (text) and "
+                    "'adapter'."
                 )
             given = record.get("adapter", dict(loaded))
             given = (
@@ -136,7 +138,8 @@ def _checked(composition: Mapping[str, Any], loaded: Mapping[str, float], where:
         if name not in loaded:
             there = ", ".join(loaded) or "none"
             raise OptionError(
-                f"{where}: no adapter '{name}' is given (given: {there}).{near_misses(str(name), loaded)} For a text that "
+                f"{where}: no adapter '{name}' is given (given: {there}).{near_misses(str(name), loaded)} "
+                "For a text that "
                 "contains '::', begin it with '::'."
             )
     return {str(k): float(v) for k, v in composition.items()}
@@ -154,6 +157,7 @@ def continue_all(
     import torch
 
     import lorry
+    from lorry.cli.measure import decode
 
     torch.manual_seed(seed)
     texts: list[str] = []
@@ -167,33 +171,6 @@ def continue_all(
             lorry.activate(model, None)
             texts += decode(model, tokenizer, plain, options)
     return texts
-
-
-def decode(model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> list[str]:
-    """Return the continuation of each prompt of one left-padded batch, without special tokens."""
-    import torch
-
-    from lorry.training.encode import special_prefix, tokenize
-
-    if tokenizer.pad_token_id is None:
-        raise OptionError(
-            "The tokenizer has neither a padding nor an end-of-text token, so prompts cannot be batched."
-        )
-    # the tokens of training: the special prefix and the text, never an end-of-text token
-    prefix = special_prefix(tokenizer)
-    coded = [prefix + ids for ids in tokenize(tokenizer, prompts)]
-    if not all(coded):
-        raise OptionError(
-            "A prompt is empty, and this tokenizer has no beginning-of-text token to start from."
-        )
-    width = max(map(len, coded))
-    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(c)) + c for c in coded], device=model.device)
-    mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in coded], device=model.device)
-    with torch.no_grad():
-        tokens = model.generate(
-            input_ids=ids, attention_mask=mask, pad_token_id=tokenizer.pad_token_id, **options
-        )
-    return list(tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True))
 
 
 def _label(adapters: Composition) -> str:

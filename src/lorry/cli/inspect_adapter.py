@@ -12,8 +12,6 @@ from lorry.cli.arguments import Json
 from lorry.cli.output import facts_table, note, out, print_json, table
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from lorry.core.files.info import AdapterFile
     from lorry.core.method import Method
 
@@ -34,6 +32,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show method, sites, base fingerprint, and norms and singular values of the update at each site."""
+    from lorry.cli.spectrum import facts_of
     from lorry.core.files.info import read_info
 
     file = read_info(path, eager=True)
@@ -52,70 +51,6 @@ def inspect(
         print_json(facts)
     else:
         _print(facts, all_sites)
-
-
-def site_facts(path: Path) -> list[dict[str, Any]]:
-    """Return the facts of every site of an adapter file that has a spectrum."""
-    from lorry.core.files.info import read_info
-
-    file = read_info(path, eager=True)
-    return [s for s in (facts_of(file, name) for name in file.sites) if s.get("singular_values")]
-
-
-def facts_of(file: AdapterFile, path: str) -> dict[str, Any]:
-    """Return what a file says of one site, with norms and singular values where they follow from the file alone."""
-    from lorry.cli.spectrum import singular_values, summary
-    from lorry.core.families import Bottleneck
-
-    part = file.sites[path]
-    tensors: Mapping[str, Tensor] = {
-        **{name: file.read(key) for name, key in file.shared.items() if key in file.file.places},
-        **file.tensors(path),
-    }
-    method = part.method
-    site = _stand_in(path, part.kind, part.shape, tensors)
-    facts: dict[str, Any] = {
-        "path": path,
-        "layer": site.layer,
-        "kind": part.kind or "linear",
-        "shape": list(part.shape or site.shape),
-        "method": method.to_dict(),
-        "parameters": sum(t.numel() for t in tensors.values()),
-        "tensors": {
-            name: {"shape": list(t.shape), "norm": float(t.double().norm())} for name, t in tensors.items()
-        },
-    }
-    if isinstance(method, Bottleneck) and method.constant:
-        try:
-            a, b = method.factors(tensors, site)
-        except (KeyError, AttributeError):
-            facts["note"] = "the update needs the base weight too"
-            return facts
-        facts |= {"rank": int(a.shape[-2]), "scale": method.scale(site)}
-        facts |= summary(singular_values(a, b, method.scale(site)))
-        if not method.plain:
-            facts["note"] = "low-rank part alone; its output gain needs the base weight"
-    return facts
-
-
-def _stand_in(
-    path: str, kind: str | None, shape: tuple[int, ...] | None, tensors: Mapping[str, Tensor]
-) -> Any:
-    """Return a site without a model, which tells a method the sizes."""
-    from torch import nn
-
-    from lorry.core.kinds import KINDS
-    from lorry.core.sites import Site
-
-    if shape is None:
-        a, b = tensors.get("A"), tensors.get("B")
-        known = a is not None and b is not None and a.ndim > 1 and b.ndim > 1
-        shape = (
-            (*b.shape[:-2], b.shape[-2], a.shape[-1]) if known and a is not None and b is not None else (0, 0)
-        )
-    module = nn.Module()
-    found = next((k for k in KINDS if k.name == (kind or "linear")), KINDS[0])
-    return Site(path, found, module, module, "", shape[-2], shape[-1], tuple(shape[:-2]))
 
 
 def _head(file: AdapterFile) -> dict[str, Any]:
@@ -148,12 +83,14 @@ def _print(facts: Mapping[str, Any], all_sites: bool) -> None:
     rows = [
         (
             "adapter",
-            f"{facts['name']} ({facts['format']} format, {size(facts['bytes'])}, {' '.join(facts['dtypes'])})",
+            f"{facts['name']} ({facts['format']} format, {size(facts['bytes'])}, "
+            f"{' '.join(facts['dtypes'])})",
         ),
         ("method", f"{facts['method']['method']} ({options}); {facts['paper']}; merge: {facts['merge']}"),
         (
             "sites",
-            f"{len(sites)} with {sum(s['parameters'] for s in sites):,} elements in {facts['tensors']} tensors",
+            f"{len(sites)} with {sum(s['parameters'] for s in sites):,} elements in {facts['tensors']} "
+            "tensors",
         ),
         ("base", facts["base"] or "not said"),
         ("fingerprint", facts["fingerprint"] or "none: the file does not say which base it was made for"),

@@ -102,11 +102,14 @@ def main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """LoRA adapters through their whole life: plan, train, study, merge, serve and convert them, with proof."""
+    """LoRA adapters through their whole life: plan, train, study, merge, serve and convert them, with
+    proof.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not debug:
-        # said while modules are imported, before anything can be told to be quiet, and no business of the user's
+        # said while modules are imported, before anything can be told to be quiet, and no business of the
+        # user's
         for name in ("torchao", "torch.utils._pytree"):
             logging.getLogger(name).setLevel(logging.ERROR)
     if threads:

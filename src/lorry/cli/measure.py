@@ -38,8 +38,12 @@ def held_out(
         Gives the tally of a batch; see `lorry.training.objectives`.
     rows
         Encoded and not packed.
+    pad_id
+        Token that fills up rows.
     classes
         How many of the head's logits count; None for all.
+    batch_size
+        Rows of a batch.
     tick
         Called after each batch.
     """
@@ -72,8 +76,6 @@ def exact_match(
     model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]], batch_size: int, tick: Any = None
 ) -> float:
     """Return the share of prompts that greedy decoding continues exactly, up to spaces at both ends."""
-    from lorry.cli.generate import decode
-
     if not pairs:
         raise OptionError("Exact match needs prompts with completions, found none.")
     right = 0
@@ -89,3 +91,28 @@ def exact_match(
         if tick is not None:
             tick()
     return right / len(pairs)
+
+
+def decode(model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> list[str]:
+    """Return the continuation of each prompt of one left-padded batch, without special tokens."""
+    from lorry.training.encode import special_prefix, tokenize
+
+    if tokenizer.pad_token_id is None:
+        raise OptionError(
+            "The tokenizer has neither a padding nor an end-of-text token, so prompts cannot be batched."
+        )
+    # the tokens of training: the special prefix and the text, never an end-of-text token
+    prefix = special_prefix(tokenizer)
+    coded = [prefix + ids for ids in tokenize(tokenizer, prompts)]
+    if not all(coded):
+        raise OptionError(
+            "A prompt is empty, and this tokenizer has no beginning-of-text token to start from."
+        )
+    width = max(map(len, coded))
+    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(c)) + c for c in coded], device=model.device)
+    mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in coded], device=model.device)
+    with torch.no_grad():
+        tokens = model.generate(
+            input_ids=ids, attention_mask=mask, pad_token_id=tokenizer.pad_token_id, **options
+        )
+    return list(tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True))

@@ -76,7 +76,9 @@ def merge_into(
     task: str = "auto",
     check_base: bool = True,
 ) -> dict[str, Any]:
-    """Merge adapters into a base, write model, tokenizer and receipt to `to`, and return the receipt as plain data."""
+    """Merge adapters into a base, write model, tokenizer and receipt to `to`, and return the receipt
+    as plain data.
+    """
     import lorry
     from lorry.cli.bases import folder_of, load_base
 
@@ -105,7 +107,9 @@ def merge_into(
 
 
 def untie(model: Any) -> None:
-    """Let the configuration say that input and output embeddings differ, so that loading does not tie them again."""
+    """Let the configuration say that input and output embeddings differ, so that loading does not tie
+    them again.
+    """
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         if getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False

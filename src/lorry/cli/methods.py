@@ -52,11 +52,11 @@ def _print(known: dict[str, Any], named: dict[str, Any], detail: bool) -> None:
     ]
     out().print(table("Methods", columns, rows))
     if named:
-        rows = [
+        shown = [
             (slug, p["paper"], f"{p['of']} with " + ", ".join(f"{k}={v}" for k, v in p["options"].items()))
             for slug, p in named.items()
         ]
-        out().print(table("Presets", ("preset", "paper", "is"), rows))
+        out().print(table("Presets", ("preset", "paper", "is"), shown))
     if detail:
         for slug, info in known.items():
             options = [(name, _default(o), o["help"]) for name, o in info["options"].items()]

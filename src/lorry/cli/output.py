@@ -39,7 +39,9 @@ def err() -> Console:
 
 
 def failure(message: str) -> None:
-    """Print one error, in red where there is colour, on stderr and on one line as far as the terminal goes."""
+    """Print one error, in red where there is colour, on stderr and on one line as far as the terminal
+    goes.
+    """
     err().print(f"error: {message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -38,12 +38,13 @@ def _save(figure: Any, path: Path) -> Path:
 
 
 def heat_map(sites: Sequence[Mapping[str, Any]], path: Path, title: str) -> Path:
-    """Draw the norm of the update by site name and layer, and the singular values of each site on a log scale.
+    """Draw the norm of the update by site name and layer, and the log singular values of each site.
 
     Parameters
     ----------
     sites
-        Mappings with ``path``, ``layer`` (or None), ``norm`` and ``singular_values``, in the order of the model.
+        Mappings with ``path``, ``layer`` (or None), ``norm`` and ``singular_values``, in the order of the
+        model.
     path
         The PNG file to write.
     title
@@ -105,7 +106,9 @@ def _spectra(figure: Any, axis: Any, spectra: Any, paths: Sequence[str]) -> None
 
 
 def _label(path: str) -> str:
-    """Return the name of a site with its parent where that says more (``mlp.experts`` of a bank keeps both)."""
+    """Return the name of a site with its parent where that says more (``mlp.experts`` of a bank keeps
+    both).
+    """
     parts = [p for p in path.split(".") if not p.isdigit()]
     return ".".join(parts[-2:]) if len(parts) > 1 else path
 

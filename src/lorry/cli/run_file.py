@@ -38,7 +38,8 @@ class RunFile:
     keep_checkpoints: int = option(2, "How many checkpoints stay.", at_least=1)
     max_pad_ratio: float | None = option(
         2.0,
-        "Most tokens of a joint pass, padding included, as a multiple of what the jobs have alone; null joins all.",
+        "Most tokens of a joint pass, padding included, as a multiple of what the jobs have alone; null "
+        "joins all.",
         at_least=1,
     )
     max_tokens: int | None = option(

@@ -89,7 +89,9 @@ train.__annotations__ = {p.name: p.annotation for p in train.__signature__.param
 
 
 def _run_of(own: dict[str, Any], job: dict[str, Any]) -> RunFile:
-    """Return the run that the command line means: that of the file with some values replaced, or that of one job."""
+    """Return the run that the command line means: that of the file with some values replaced, or that
+    of one job.
+    """
     import dataclasses
 
     from lorry.cli.run_file import RunFile, read_run_file
@@ -101,7 +103,8 @@ def _run_of(own: dict[str, Any], job: dict[str, Any]) -> RunFile:
     if own["config"] is not None:
         if job:
             raise OptionError(
-                f"--{next(iter(job)).replace('_', '-')} and a YAML file do not go together; put it into the file."
+                f"--{next(iter(job)).replace('_', '-')} and a YAML file do not go together; put it into "
+                "the file."
             )
         return dataclasses.replace(read_run_file(own["config"]), **given)
     missing = [
@@ -141,10 +144,12 @@ def execute(run: RunFile, *, resume: bool = False, overwrite: bool = False) -> d
 
 
 def _base_and_jobs(run: RunFile) -> tuple[Any, list[Job]]:
-    """Load the base with the head that the jobs need; parts of it that came without weights are trained by every job."""
+    """Load the base with the head that the jobs need; parts of it that came without weights are
+    trained by every job.
+    """
     import dataclasses
 
-    from lorry.cli.bases import load_for_training
+    from lorry.cli.new_heads import load_for_training
     from lorry.training.objectives import Classification
 
     jobs = run.job_list()
@@ -152,7 +157,8 @@ def _base_and_jobs(run: RunFile) -> tuple[Any, list[Job]]:
     tasks = {o.task for o in objectives} if run.task == "auto" else {run.task}
     if len(tasks) > 1:
         raise OptionError(
-            "Jobs that classify and jobs that predict tokens need different heads, so they cannot share one run: make two."
+            "Jobs that classify and jobs that predict tokens need different heads, so they cannot share "
+            "one run: make two."
         )
     classes = 0
     for index, (job, objective) in enumerate(zip(jobs, objectives, strict=True)):
@@ -172,7 +178,9 @@ def _base_and_jobs(run: RunFile) -> tuple[Any, list[Job]]:
 
 
 def _labels(job: Job, objective: Any) -> tuple[str, ...] | None:
-    """Return a job's classes; None for data that cannot be read, which the fleet reports as that job's failure."""
+    """Return a job's classes; None for data that cannot be read, which the fleet reports as that
+    job's failure.
+    """
     from lorry.training.data import load_records
     from lorry.training.data_errors import DataError
 

@@ -30,10 +30,11 @@ class Context:
     values
         Anything else that a method reads, by name.
     losses
-        Auxiliary losses left by layers in this pass: ``(adapter, place, name) -> scalar tensor``, the place being a site path or
-        what several sites share.
+        Auxiliary losses left by layers in this pass: ``(adapter, place, name) -> scalar tensor``, the place
+        being a site path or what several sites share.
     left
-        Other tensors with a gradient that a loss is made of after the pass (log-probabilities, pooled loads), keyed likewise.
+        Other tensors with a gradient that a loss is made of after the pass (log-probabilities, pooled loads),
+        keyed likewise.
     makers
         Which site left the entry of `losses` or `left` under a key.
     records
@@ -65,7 +66,7 @@ class Context:
 
 def recomputing() -> bool:
     """Whether this forward is the recomputation of a checkpointed one, inside a backward pass."""
-    return bool(torch._C._current_graph_task_id() != -1)
+    return not torch.compiler.is_compiling() and bool(torch._C._current_graph_task_id() != -1)
 
 
 @dataclass
@@ -107,18 +108,29 @@ class Call:
 
     def dropout(self, p: float) -> Tensor:
         """Return the input with a fraction `p` of its elements dropped, in training only."""
-        return dropout(self.x, p, self.seed()) if p > 0 and self.training and self.x.is_floating_point() else self.x
+        return (
+            dropout(self.x, p, self.seed())
+            if p > 0 and self.training and self.x.is_floating_point()
+            else self.x
+        )
 
     def project(self, weight: Tensor, *, detach: bool = False) -> Tensor:
-        """Return the layer's input under a projection of its own, a router ``(experts, in)``, as logits ``(..., experts)`` in float32.
+        """Return the layer's input under a projection of its own, a router ``(experts, in)``, as logits
+        ``(..., experts)`` in float32 or better.
 
         With `detach`, no gradient reaches the input.
         """
         x = self.x.detach() if detach else self.x
-        return self.site.kind.down(self.site, x, weight.to(x.dtype if x.is_floating_point() else self.output.dtype)).float()
+        logits = self.site.kind.down(
+            self.site, x, weight.to(x.dtype if x.is_floating_point() else self.output.dtype)
+        )
+        # choices made in half precision are often ties
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def of_rows(self, values: Tensor | None) -> Tensor | None:
-        """Restrict a per-row tensor of the context to the rows of this call; layers may see each row several times (beams)."""
+        """Restrict a per-row tensor of the context to the rows of this call; layers may see each row several
+        times (beams).
+        """
         if values is None:
             return None
         values = values.to(self.output.device)
@@ -127,13 +139,19 @@ class Call:
         return values if self.rows is None else values[self.rows]
 
     def of_tokens(self, values: Tensor | None) -> Tensor | None:
-        """Restrict a per-token tensor ``(batch, length, ...)`` of the context to the tokens of this call, in the layout of its input.
+        """Restrict a per-token tensor ``(batch, length, ...)`` of the context to the tokens of this call, in
+        the layout of its input.
 
-        Returns None where the layer does not see these tokens (another length: a vision tower, a cached step; a convolution).
+        Returns None where the layer does not see these tokens (another length: a vision tower, a cached step;
+        a convolution).
         """
         if values is None or self.site.kind.name == "conv":
             return None
-        if self.x.ndim == 2 and self.x.is_floating_point() and self.batch == values.shape[0] * values.shape[1]:
+        if (
+            self.x.ndim == 2
+            and self.x.is_floating_point()
+            and self.batch == values.shape[0] * values.shape[1]
+        ):
             return self.of_rows(values.flatten(0, 1))
         fits = self.x.ndim >= 2 and self.x.shape[1] == values.shape[1] and self.batch % len(values) == 0
         return self.of_rows(values) if fits else None
@@ -148,20 +166,25 @@ class Call:
         value
             A scalar, weighted.
         at
-            What several sites share (a router, the whole model); the last one of them that leaves the loss counts. The site
-            itself if not given.
+            What several sites share (a router, the whole model); the last one of them that leaves the loss
+            counts. The site itself if not given.
         """
         self._keep(self.context.losses, name, value, at)
 
     def leave(self, name: str, value: Tensor, at: str | None = None) -> None:
-        """Leave a tensor with its gradient, of which a loss is made after the pass; see `lorry.core.method.Method.joint_loss`."""
+        """Leave a tensor with its gradient, of which a loss is made after the pass; see
+        `lorry.core.method.Method.joint_loss`.
+        """
         self._keep(self.context.left, name, value, at)
 
-    def _keep(self, kept: dict[tuple[str, str, str], Tensor], name: str, value: Tensor, at: str | None) -> None:
+    def _keep(
+        self, kept: dict[tuple[str, str, str], Tensor], name: str, value: Tensor, at: str | None
+    ) -> None:
         """Keep a value of the first computation.
 
-        Reentrant checkpointing computes first without a graph. What is kept then is a leaf; the backward pass of the loss fills
-        its gradient before it reaches the segment, and the recomputation hands that gradient on (`settle`).
+        Reentrant checkpointing computes first without a graph. What is kept then is a leaf; the backward pass
+        of the loss fills its gradient before it reaches the segment, and the recomputation hands that
+        gradient on (`settle`).
         """
         key = (self.adapter, at or self.site.path, name)
         if not recomputing():
@@ -181,7 +204,9 @@ class Call:
         return output
 
     def record(self, name: str, value: Callable[[], Tensor], always: bool = False) -> None:
-        """Leave a statistic; it is computed only if somebody records, or `always` (state outside the gradient)."""
+        """Leave a statistic; it is computed only if somebody records, or `always` (state outside the
+        gradient).
+        """
         if (always or self.context.recording) and not recomputing():
             with torch.no_grad():
                 self.context.records[self.adapter, self.site.path, name] = value()

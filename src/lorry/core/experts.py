@@ -38,17 +38,20 @@ def from_adapters(
     model
         The base; files are checked against it as in `lorry.load`.
     method
-        One that adopts other adapters (``lora-mixer``, ``comol``), with its options; number and ranks of experts are filled in.
+        One that adopts other adapters (``lora-mixer``, ``comol``), with its options; number and ranks of
+        experts are filled in.
     experts
-        Names of adapters on the model, or paths of adapter files. They must be plain low-rank adapters on the same sites; ranks may
-        differ where the method allows it. Nothing of them is changed; the mixture holds copies.
+        Names of adapters on the model, or paths of adapter files. They must be plain low-rank adapters on the
+        same sites; ranks may differ where the method allows it. Nothing of them is changed; the mixture holds
+        copies.
     name, seed, dtype, activate
         As in `lorry.attach`.
 
     Raises
     ------
     AdapterError
-        Experts on different sites, or one whose update is not a product of two factors. The model is as it was.
+        Experts on different sites, or one whose update is not a product of two factors. The model is as it
+        was.
     """
     method = method if isinstance(method, Method) else method_from(method)
     if not experts:
@@ -75,7 +78,14 @@ def from_adapters(
                 errors.append(entry.method.adopt(entry.tensors(), entry.site, given))
         count = sum(len(home.specs) for _, home in adapter.homes())
         adapter.receipt = Receipt(
-            "import", name, count, count, len(sites), "match", relative_error=max(errors), notes=tuple(map(str, experts))
+            "import",
+            name,
+            count,
+            count,
+            len(sites),
+            "match",
+            relative_error=max(errors),
+            notes=tuple(map(str, experts)),
         )
         install(adapter, trainable=True, activate=activate)
     finally:
@@ -92,7 +102,9 @@ def _member(model: nn.Module, expert: str | os.PathLike[str], number: int, loade
     if isinstance(expert, str) and expert in state.adapters:
         return state.adapters[expert]
     if not Path(expert).exists():
-        raise AdapterError(f"Expert '{expert}' is neither an adapter on this model ({some(state.adapters)}) nor a file.")
+        raise AdapterError(
+            f"Expert '{expert}' is neither an adapter on this model ({some(state.adapters)}) nor a file."
+        )
     from lorry.core.files.load import load
 
     loaded.append(load(model, expert, name=f"expert-{number}-of-mixture", activate=False))
@@ -105,7 +117,8 @@ def _check_sites(members: Sequence[Adapter], experts: Sequence[str | os.PathLike
         other = first ^ set(member.entries)
         if other:
             raise AdapterError(
-                f"Experts must sit on the same sites, but '{experts[0]}' and '{expert}' differ at {some(sorted(other))}."
+                f"Experts must sit on the same sites, but '{experts[0]}' and '{expert}' differ at "
+                f"{some(sorted(other))}."
             )
 
 
@@ -114,7 +127,8 @@ def _factors(entry: Entry) -> tuple[Tensor, Tensor, float]:
     method = entry.method
     if not isinstance(method, Bottleneck) or not method.plain or entry.site.lead:
         raise AdapterError(
-            f"Adapter '{entry.adapter.name}' ({type(method).__name__}) cannot be an expert: its update at '{entry.site.path}' is "
+            f"Adapter '{entry.adapter.name}' ({type(method).__name__}) cannot be an expert: its update at "
+            f"'{entry.site.path}' is "
             "not a product of two factors."
         )
     a, b = method.factors(entry.tensors(), entry.site)

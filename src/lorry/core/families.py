@@ -172,14 +172,15 @@ class Block(Method):
 
 def _squares(site: Site, weight: Tensor) -> Tensor:
     """Return the squared norms of the channels of the base weight, kept for as long as the weight is the same."""
+    exact = torch.promote_types(weight.dtype, torch.float32)
     if torch.compiler.is_compiling():
-        return torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float32).square()
+        return torch.linalg.vector_norm(weight, dim=-1, dtype=exact).square()
     stored = site.stored
     kept = site.owner.__dict__.setdefault("_lorry_norms", {})
     # a weak reference: an address may be that of another weight by now, e.g. after a merge was taken back
     found = kept.get(site.path)
     if found is None or found[0]() is not stored or found[1] != stored._version:
-        squares = torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float32).square()
+        squares = torch.linalg.vector_norm(weight, dim=-1, dtype=exact).square()
         found = kept[site.path] = (weakref.ref(stored), stored._version, squares)
     squares = found[2]
     return squares

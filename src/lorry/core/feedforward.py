@@ -1,4 +1,6 @@
-"""Feed-forward blocks of transformers: which module is one, what its parts are called, and what it computes between them."""
+"""Feed-forward blocks of transformers: which module is one, what its parts are called, and what it computes
+between them.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,10 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorry.core.kinds import KINDS
+from lorry.core.kinds import BLOCK, KINDS
 from lorry.core.sites import Site
 
-#: Names of the projections that read the input, and of the one that gives the output. A single fused one holds gate and up.
+#: Names of the projections that read the input, and of the one that gives the output; "fused" is gate and up.
 _FORMS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("gate_proj", "up_proj"), "down_proj", "gated"),  # Llama, Mistral, Qwen, Gemma
     (("gate_up_proj",), "down_proj", "fused"),  # Phi-3
@@ -71,22 +73,49 @@ class FeedForward:
 
 
 def feed_forward(module: nn.Module, path: str = "") -> FeedForward | None:
-    """Return the parts of a feed-forward block, or None if the module is none, or has trained parts besides these.
+    """Return the parts of a feed-forward block, or None if the module is none, or has trained parts besides
+    these.
 
-    A block with active dropout of its own between the projections computes without it here; frozen bases have none.
+    A block with active dropout of its own between the projections computes without it here; frozen bases have
+    none.
     """
     for inputs, output, form in _FORMS:
         names = (*inputs, output)
         children = [getattr(module, name, None) for name in names]
         if not all(isinstance(child, nn.Module) for child in children):
             continue
-        sites = {name: s for name, child in zip(names, children, strict=True) for s in _linear(f"{path}.{name}", child)}
+        sites = {
+            name: s
+            for name, child in zip(names, children, strict=True)
+            for s in _linear(f"{path}.{name}", child)
+        }
         own = {id(p) for child in children for p in child.parameters()}  # type: ignore[union-attr]
         every = {id(p) for n, p in module.named_parameters() if "lorry_" not in n}
         if len(sites) == len(names) and every <= own:
             activation = next((a for n in _ACTIVATIONS if callable(a := getattr(module, n, None))), None)
             return FeedForward(inputs, output, form, activation, sites)
     return None
+
+
+def with_blocks(sites: Sequence[Site], root: nn.Module) -> list[tuple[Site, tuple[str, ...] | None]]:
+    """Return sites with feed-forward blocks in the place of their projections.
+
+    A block comes with the names of those of its projections that were among the sites (or all, if the block
+    itself was); other sites come with None.
+    """
+    placed: dict[str, tuple[Site, tuple[str, ...] | None]] = {}
+    for site in sites:
+        whole = site.kind.name == "block"
+        path = site.path if whole else site.path.rpartition(".")[0]
+        block = site.owner if whole else root.get_submodule(path)
+        parts = feed_forward(block, path)
+        if not whole and (parts is None or site.name not in parts.names):
+            placed[site.path] = (site, None)
+            continue
+        names = () if parts is None else parts.names if whole else (site.name,)
+        found = placed.get(path) or (next(iter(BLOCK.sites(path, block))), ())
+        placed[path] = (found[0], (*(found[1] or ()), *names))
+    return list(placed.values())
 
 
 def _linear(path: str, module: nn.Module | None) -> list[Site]:

@@ -80,7 +80,7 @@ class Link:
 
     def _additive(self, base: Base, active: Active, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         site = self.sites[0]
-        if active.rows is not None and len(x) == 1 and site.kind.name == "embedding":
+        if site.kind.name == "embedding" and len(x) == 1 and active.rows is not None:
             x = x.expand(active.rows, *x.shape[1:])  # positions, looked up once for all rows
         if torch.compiler.is_compiling():
             packed = PACKED.get(self.state.slot.number)

@@ -1,7 +1,7 @@
 """Routing: choices among experts, their losses and their statistics, as pure functions.
 
-Scores, gates and probabilities have the experts in the last dimension; the dimensions before it are tokens. ``real`` is True at
-tokens that count, in the shape of the tokens, or None if all do.
+Scores, gates and probabilities have the experts in the last dimension; the dimensions before it are tokens.
+``real`` is True at tokens that count, in the shape of the tokens, or None if all do.
 """
 
 from __future__ import annotations
@@ -13,8 +13,30 @@ from lorry.core.call import Call
 from lorry.core.errors import OptionError
 
 
+def check_top_k(method: object, top_k: int, experts: int) -> None:
+    """Refuse more active experts than there are.
+
+    Raises
+    ------
+    OptionError
+        Names the method, the rule and the values.
+    """
+    if top_k > experts:
+        name = type(method).__name__
+        raise OptionError(
+            f"{name}: top_k must be at most experts, found top_k={top_k} and experts={experts}."
+        )
+
+
+def precise(logits: Tensor) -> Tensor:
+    """Return logits in float32 or better: choices made in half precision are often ties."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def top_k_mask(scores: Tensor, k: int) -> Tensor:
-    """Return True at the k highest scores of each token; of equal scores those of the first experts, on every device."""
+    """Return True at the k highest scores of each token; of equal scores those of the first experts, on every
+    device.
+    """
     if k >= scores.shape[-1]:
         return torch.ones_like(scores, dtype=torch.bool)
     least = scores.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
@@ -24,19 +46,25 @@ def top_k_mask(scores: Tensor, k: int) -> Tensor:
 
 
 def ranked(scores: Tensor, k: int) -> Tensor:
-    """Return the indices of the k highest scores of each token, best first; of equal scores the first expert comes first."""
+    """Return the indices of the k highest scores of each token, best first; of equal scores the first expert
+    comes first.
+    """
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
 def top_p_mask(probabilities: Tensor, p: float) -> Tensor:
-    """Return True at each token's most probable experts, up to and with the one at which their sum exceeds `p`."""
+    """Return True at each token's most probable experts, up to and with the one at which their sum exceeds
+    `p`.
+    """
     values, order = probabilities.sort(dim=-1, descending=True, stable=True)
     keep = values.cumsum(-1) - values <= p
     return torch.zeros_like(keep).scatter(-1, order, keep)
 
 
 def within_capacity(mask: Tensor, capacity: int) -> Tensor:
-    """Return `mask` ``(rows, length, experts)`` without the tokens of a row beyond an expert's capacity, in running order."""
+    """Return `mask` ``(rows, length, experts)`` without the tokens of a row beyond an expert's capacity, in
+    running order.
+    """
     return mask & (mask.cumsum(-2) <= capacity)
 
 
@@ -46,7 +74,9 @@ def counts(mask: Tensor, real: Tensor | None) -> Tensor:
 
 
 def balance_step(bias: Tensor, load: Tensor, rate: float) -> None:
-    """Move a bias of the scores in place towards equal loads: ``d += rate · sign(mean(load) - load)`` (loss-free balancing)."""
+    """Move a bias of the scores in place towards equal loads: ``d += rate · sign(mean(load) - load)`` (loss-
+    free balancing).
+    """
     bias.add_(torch.sign(load.mean() - load).to(bias), alpha=rate)
 
 
@@ -65,13 +95,15 @@ def balance_sums(probabilities: Tensor, choices: Tensor, real: Tensor | None) ->
     Returns
     -------
     Tensor
-        k lines with the counts of the first, second, ... choice, one with the summed probabilities (the only one with a gradient), one
-        with the number of tokens.
+        k lines with the counts of the first, second, ... choice, one with the summed probabilities (the only
+        one with a gradient), one with the number of tokens.
     """
     p = _flat(probabilities, real)
     chosen = _flat(choices, real)
     experts = p.shape[-1]
-    lines = [torch.bincount(chosen[:, j] + 1, minlength=experts + 1)[1:].to(p) for j in range(chosen.shape[-1])]
+    lines = [
+        torch.bincount(chosen[:, j] + 1, minlength=experts + 1)[1:].to(p) for j in range(chosen.shape[-1])
+    ]
     return torch.stack([*lines, p.sum(0), torch.full_like(lines[0], len(p))])
 
 
@@ -88,7 +120,9 @@ def entropy(probabilities: Tensor, real: Tensor | None = None) -> Tensor:
 
 
 def effective_experts(gates: Tensor, real: Tensor | None = None) -> Tensor:
-    """Return each token's effective number of experts ``(Σ w)² / Σ w²``, averaged over the tokens that use any."""
+    """Return each token's effective number of experts ``(Σ w)² / Σ w²``, averaged over the tokens that use
+    any.
+    """
     w = _flat(gates, real).abs()
     squares = w.square().sum(-1)
     used = squares > 0
@@ -98,7 +132,8 @@ def effective_experts(gates: Tensor, real: Tensor | None = None) -> Tensor:
 def draw_order(logits: Tensor, k: int, generator: Generator) -> Tensor:
     """Draw k experts for each token without replacement, in order: ``(..., k)``, by the Gumbel top-k trick.
 
-    Noise is drawn position by position, so that the draws of a row do not depend on how far the batch is padded.
+    Noise is drawn position by position, so that the draws of a row do not depend on how far the batch is
+    padded.
     """
     rows, *inner, experts = logits.shape
     noise = torch.rand((*inner, rows, experts), generator=generator).movedim(-2, 0).to(logits.device)
@@ -107,9 +142,11 @@ def draw_order(logits: Tensor, k: int, generator: Generator) -> Tensor:
 
 
 def log_probability(logits: Tensor, order: Tensor) -> Tensor:
-    """Return the log-probability of drawing the experts of `order` ``(..., k)`` one after another without replacement ``(...)``.
+    """Return the log-probability of drawing the experts of `order` ``(..., k)`` one after another without
+    replacement ``(...)``.
 
-    Each draw is a softmax over the experts that are left, by masking, not by subtracting probabilities from 1.
+    Each draw is a softmax over the experts that are left, by masking, not by subtracting probabilities from
+    1.
     """
     total = torch.zeros(logits.shape[:-1], dtype=logits.dtype, device=logits.device)
     left = logits
@@ -123,7 +160,8 @@ def log_probability(logits: Tensor, order: Tensor) -> Tensor:
 def leave_one_out(losses: Tensor, log_probabilities: Tensor) -> Tensor:
     """Return a loss whose gradient trains both what is differentiable and the policy that drew the routes.
 
-    ``mean_m L_m + 1/(M-1) Σ_m (L_m - L̄) log Q_m`` with the advantages held constant: REINFORCE with a leave-one-out baseline.
+    ``mean_m L_m + 1/(M-1) Σ_m (L_m - L̄) log Q_m`` with the advantages held constant: REINFORCE with a
+    leave-one-out baseline.
 
     Parameters
     ----------
@@ -145,9 +183,11 @@ def leave_one_out(losses: Tensor, log_probabilities: Tensor) -> Tensor:
 
 
 def report(call: Call, gates: Tensor, probabilities: Tensor | None = None) -> None:
-    """Record how a layer routed, if somebody records: load and mass of each expert, entropy, effective number of experts.
+    """Record how a layer routed, if somebody records: load and mass of each expert, entropy, effective number
+    of experts.
 
-    ``load`` is the share of tokens that use an expert, ``mass`` its mean gate; ``entropy`` (nats) is of the router's distribution.
+    ``load`` is the share of tokens that use an expert, ``mass`` its mean gate; ``entropy`` (nats) is of the
+    router's distribution.
     """
     if not call.context.recording:
         return

@@ -110,8 +110,6 @@ class ModelState:
                 owners.setdefault(id(entry.site.owner), []).append(entry.site)
             elif entry.site.path not in {s.path for s in entry.site.owner.__dict__["_lorry_link"].sites}:
                 link: Link = entry.site.owner.__dict__["_lorry_link"]
-                if entry.site.kind.additive or link.sites[0].kind.name != entry.site.kind.name:
-                    raise SiteError(f"'{entry.site.path}' already carries adapters as {link.sites[0]}, not as {entry.site}.")
                 link.add(entry.site)
         for sites in owners.values():
             owner = sites[0].owner
@@ -124,9 +122,16 @@ class ModelState:
             self.root.__class__ = adapted_class(self._root_class)
 
     def check_owners(self, sites: Iterable[Site]) -> None:
-        """Raise if a site belongs to another state (a part of this model was adapted on its own before)."""
+        """Raise `SiteError` if a site belongs to another state, or if a module would have to be two kinds of site."""
+        kinds: dict[int, str] = {}
         for site in sites:
             link = site.owner.__dict__.get("_lorry_link")
+            kind = link.sites[0].kind.name if link is not None else kinds.setdefault(id(site.owner), site.kind.name)
+            if kind != site.kind.name:
+                raise SiteError(
+                    f"'{site.path}' would carry adapters as {kind} and as {site.kind.name} site. Train the module whole in all "
+                    "adapters (train_also), or in none."
+                )
             if link is not None and link.state is not self:
                 raise SiteError(
                     f"'{site.path}' already carries adapters attached to {type(link.state.root).__name__}, a part or a parent "
@@ -163,6 +168,7 @@ class ModelState:
 
     def activate(self, composition: str | Composition | None) -> None:
         """Let a composition of adapters apply to all rows; None for the bare base."""
+        self._notice_compiling()
         weights = compose(composition, self.adapters)
         key = tuple(weights.items())
         active = self._composed.get(key)
@@ -178,13 +184,20 @@ class ModelState:
         merged = [n for n, a in self.adapters.items() if a.merged]
         if merged:
             raise AdapterError(f"Adapter '{merged[0]}' is merged into the base and would apply to every row; unmerge it first.")
+        self._notice_compiling()
         return self._packed(for_rows(compositions, self.adapters, seeds))
 
     def _packed(self, active: Active) -> Active:
-        if self.compiled or getattr(self.root, "_compiled_call_impl", None) is not None:
-            self.expect_compiled()
+        # of several adapters the packed form is a copy, which would not follow the steps of those in training
+        live = active.rows is None and len(active.parts) > 1 and any(p.adapter.trainable for p in active.parts)
+        if self.compiled and not live:
             active.packed = pack(active, [link.sites[0] for _, link in self._links.values()])
         return active
+
+    def _notice_compiling(self) -> None:
+        """See whether ``model.compile()`` was called meanwhile."""
+        if getattr(self.root, "_compiled_call_impl", None) is not None:
+            self.expect_compiled()
 
     def expect_compiled(self) -> None:
         """Prepare the form for compiled graphs from now on, for compositions that were worked out before too."""

@@ -52,9 +52,11 @@ def storage_of(site: Site) -> Storage:
     SiteError
         The weight is of a type that no storage knows.
     """
-    import lorry.core.quantized  # noqa: F401  registers itself; here, so that `import lorry` does not pay for it
-
     weight = site.stored
+    if DENSE.keeps(weight):
+        return DENSE
+    import lorry.core.quantized  # noqa: F401  registers itself; here, so that only those who need it pay for it
+
     for storage in _STORAGES:
         if storage.keeps(weight):
             return storage
@@ -83,7 +85,7 @@ class Dense(Storage):
         return nn.Parameter(value.to(site.stored.dtype), requires_grad=site.stored.requires_grad)
 
 
-register_storage(Dense())
+DENSE = register_storage(Dense())
 
 
 def lossless(weight: Tensor) -> bool:

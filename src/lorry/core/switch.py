@@ -1,6 +1,6 @@
 """Switching the adapter of a base in place: a sparse update overwrites a few values, and they are put back bit for bit.
 
-Merging exchanges whole weights; here the bytes touched are those of the adapter, so the cost does not grow with the base.
+Merging exchanges whole weights; here the bytes touched are those of the adapter, whatever the size of the base.
 """
 
 from __future__ import annotations
@@ -17,81 +17,107 @@ from lorry.core.sites import Site
 from lorry.core.storage import Dense, storage_of
 
 
-@dataclass
-class Overwritten:
-    """Which values of the base an adapter has overwritten, and what they were.
+@dataclass(frozen=True)
+class Patch:
+    """What a switch writes into one weight.
 
     Attributes:
-        adapter: whose values are in the base now.
-        saved: at each site the rows and columns that were written, and the base's own values there.
+        site: the weight.
+        index: positions in the memory of the stored weight, ascending in the order of the adapter.
+        own: the base's values there.
+        new: the values with the adapter, rounded once.
     """
 
-    adapter: Adapter
-    saved: list[tuple[Site, tuple[Tensor, ...], Tensor]]
+    site: Site
+    index: Tensor
+    own: Tensor
+    new: Tensor
 
-    def restore(self) -> None:
+
+class Switch:
+    """A sparse adapter made ready to be written into its base, and taken out, as often as one likes."""
+
+    def __init__(self, adapter: Adapter, patches: list[Patch]) -> None:
+        self.adapter = adapter
+        self.patches = patches
+        self.written = False
+
+    def on(self) -> None:
+        """Write the adapter's values into the base.
+
+        Raises:
+            AdapterError: an adapter is in the base already (two sets of overwritten values would be mixed up), or this
+                one is active and would count twice.
+        """
+        state, name = self.adapter.state, self.adapter.name
+        _check_bare(self.adapter)
+        if state.active is not None and any(part.adapter is self.adapter for part in state.active.parts):
+            raise AdapterError(
+                f"Adapter '{name}' is active and would count twice; call lorry.activate(model, None) first."
+            )
+        for patch in self.patches:
+            _flat(patch.site).index_copy_(0, patch.index, patch.new)
+        state.merged.append(name)
+        self.written = True
+
+    def off(self) -> None:
         """Put the base's own values back.
 
         Raises:
-            AdapterError: it was done already.
+            AdapterError: the adapter's values are not in the base.
         """
-        if not self.saved:
-            raise AdapterError(f"The values of adapter '{self.adapter.name}' were taken out of the base already.")
-        with torch.no_grad():
-            for site, where, values in self.saved:
-                _matrix(site)[where] = values
-        self.saved = []
+        if not self.written:
+            raise AdapterError(f"The values of adapter '{self.adapter.name}' are not in the base.")
+        for patch in self.patches:
+            _flat(patch.site).index_copy_(0, patch.index, patch.own)
         self.adapter.state.merged.remove(self.adapter.name)
+        self.written = False
 
 
-def overwrite(adapter: Adapter, weight: float = 1.0) -> Overwritten:
-    """Write ``W + weight · ΔW`` into the base in place, at the positions where a sparse adapter changes it.
+def make_switch(adapter: Adapter, weight: float = 1.0) -> Switch:
+    """Make a sparse adapter ready to be switched in place.
 
     Args:
         adapter: an adapter whose method gives `WeightDelta.sparse`, on a dense base.
         weight: strength of the update.
 
     Raises:
-        AdapterError: the update is not sparse, the base is quantised, the adapter is active, or another adapter is in
-            the base already (two sets of overwritten values would be mixed up). Nothing is changed then.
+        AdapterError: the update is not sparse, the base is quantised, or an adapter is in the base now.
     """
-    state = adapter.state
-    if state.merged:
-        raise AdapterError(
-            f"Adapter '{state.merged[-1]}' is in the base; take it out before '{adapter.name}' is written."
-        )
-    if state.active is not None and any(part.adapter is adapter for part in state.active.parts):
-        raise AdapterError(
-            f"Adapter '{adapter.name}' is active and would count twice; call lorry.activate(model, None) first."
-        )
-    plans: list[tuple[Site, tuple[Tensor, ...], Tensor]] = []
+    _check_bare(adapter)
+    patches = []
     for entry in adapter.entries.values():
         method, site = entry.method, entry.site
         found = method.sparse(entry.tensors(), site) if isinstance(method, WeightDelta) else None
         if found is None or not isinstance(storage_of(site), Dense):
-            raise AdapterError(
-                f"The update at '{site.path}' is not sparse on a dense weight; merge it with adapter.merge()."
-            )
-        index, values = found
-        _matrix(site)
-        plans.append((site, torch.unravel_index(index.long(), site.shape), values.detach() * weight))
-    saved = []
-    with torch.no_grad():
-        for site, where, change in plans:
-            matrix = _matrix(site)
-            before = matrix[where].clone()
-            exact = torch.promote_types(before.dtype, torch.float32)
-            matrix[where] = (before.to(exact) + change.to(exact)).to(before.dtype)
-            saved.append((site, where, before))
-    state.merged.append(adapter.name)
-    return Overwritten(adapter, saved)
+            raise AdapterError(f"The update at '{site.path}' is not sparse on a dense weight; use adapter.merge().")
+        index = _in_memory(site, found[0])
+        own = _flat(site).index_select(0, index)
+        exact = torch.promote_types(own.dtype, torch.float32)
+        new = (own.to(exact) + weight * found[1].detach().to(exact)).to(own.dtype)
+        patches.append(Patch(site, index, own, new))
+    return Switch(adapter, patches)
 
 
-def _matrix(site: Site) -> Tensor:
-    """Return the stored weight as a matrix that shares its memory."""
+def _check_bare(adapter: Adapter) -> None:
+    if adapter.state.merged:
+        other = adapter.state.merged[-1]
+        raise AdapterError(f"Adapter '{other}' is in the base; take it out before '{adapter.name}' is written.")
+
+
+def _flat(site: Site) -> Tensor:
+    """Return the memory of the stored weight as a vector."""
+    stored = site.stored.detach()
+    if not stored.is_contiguous():
+        raise AdapterError(f"The weight of '{site.path}' is not contiguous and cannot be written in place.")
+    return stored.view(-1)
+
+
+def _in_memory(site: Site, index: Tensor) -> Tensor:
+    """Return where entries of the matrix ``(*lead, out, in)`` lie in the memory of the stored weight."""
     matrix = site.kind.to_matrix(site, site.stored.detach())
-    if matrix.untyped_storage().data_ptr() != site.stored.untyped_storage().data_ptr():
-        raise AdapterError(
-            f"The weight of '{site.path}' has a memory format that cannot be written in place as a matrix."
-        )
-    return matrix
+    index = index.long()
+    if matrix.is_contiguous():
+        return index
+    places = torch.unravel_index(index, site.shape)
+    return torch.stack([place * step for place, step in zip(places, matrix.stride(), strict=True)]).sum(0)

@@ -41,19 +41,15 @@ def select(
 
     Parameters
     ----------
-    model
-        The model, for its output head and for blocks.
-    catalogue
-        All sites by path.
+    model, catalogue
+        The model, for its output head and for blocks, and all its sites by path.
     targets
         A preset (`PRESETS`), ``kind:NAME``, ``re:REGEX`` (searched as a full match of the path), a pattern with ``*``, a path,
         a suffix of a path (``q_proj``, ``mlp.down_proj``), or a list of these.
     kinds
         The kinds that the method can sit on.
-    exclude
-        The same syntax; sites that match are left out.
-    layers
-        Indices of transformer blocks to keep; None keeps all.
+    exclude, layers
+        Sites to leave out, in the same syntax; indices of transformer blocks to keep (None keeps all).
 
     Raises
     ------
@@ -78,18 +74,13 @@ def select(
     left_out = {p: "not targeted" for p in catalogue if p not in chosen}
     if head in left_out:
         left_out[head] = "the output head; name it to adapt it"
-    kept = []
-    for path, site in chosen.items():
-        reason = _reason(site, allowed, dropped, layers)
-        if reason:
-            left_out[path] = reason
-        else:
-            kept.append(site)
-    if not kept:
-        reasons = sorted(set(left_out[p] for p in chosen))
-        raise SiteError(f"Targets {wanted} match {len(chosen)} sites, but all are left out: {'; '.join(reasons)}.")
+    reasons = {path: _reason(site, allowed, dropped, layers) for path, site in chosen.items()}
+    left_out.update({path: reason for path, reason in reasons.items() if reason})
     order = {path: i for i, path in enumerate(catalogue)}
-    kept.sort(key=lambda s: order.get(s.path, len(order)))
+    kept = sorted((s for p, s in chosen.items() if not reasons[p]), key=lambda s: order.get(s.path, len(order)))
+    if not kept:
+        why = "; ".join(sorted({str(reason) for reason in reasons.values()}))
+        raise SiteError(f"Targets {wanted} match {len(chosen)} sites, but all are left out: {why}.")
     return Selection(tuple(kept), left_out)
 
 

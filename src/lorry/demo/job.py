@@ -18,10 +18,10 @@ from lorry.training.jobs import Job
 from lorry.training.report import read_metrics
 
 #: The skills of the demo: held out from the pocket model's training, learned by one adapter each.
-SKILLS = ("previous", "swap", "unrotate", "star")
+SKILLS = ("previous", "even", "unrotate", "star")
 #: The two adapters whose mixture and merge are shown.
-MERGED = ("unrotate", "star")
-RANK, STEPS, BATCH, RATE = 8, 100, 32, 5e-3
+MERGED = ("previous", "star")
+RANK, ALPHA, STEPS, BATCH, RATE = 8, 16.0, 100, 32, 5e-3
 TRAIN_ROWS, TEST_ROWS = 3200, 200
 
 Say = Callable[[str], None]
@@ -102,7 +102,8 @@ def run(
     model, tokenizer = pocket.load()
     tests = {name: pocket.examples(name, "test", test_rows, seed=1) for name in SKILLS}
     say(
-        f"pocket model: {sum(p.numel() for p in model.parameters()):,} parameters; {test_rows} test words for each skill"
+        f"pocket model: {sum(p.numel() for p in model.parameters()):,} parameters; {test_rows} test words "
+        "for each skill"
     )
     before = {name: pocket.exact_match(model, tokenizer, tests[name]) for name in SKILLS}
     demo.facts["test_rows"] = test_rows
@@ -119,7 +120,8 @@ def run(
     reload(demo, model, tokenizer, tests)
     shown = "peft is not installed" if demo.peft_max_difference is None else f"{demo.peft_max_difference:.1e}"
     say(
-        f"saved, loaded into a fresh base (difference {demo.reload_max_difference:.1e}) and into peft ({shown})"
+        f"saved, loaded into a fresh base (difference {demo.reload_max_difference:.1e}) and into peft "
+        f"({shown})"
     )
     demo.seconds = time.perf_counter() - began
     return demo
@@ -134,13 +136,11 @@ def train(demo: Demo, model: Any, tokenizer: Any, steps: int, bars: bool | None)
                 {"prompt": e.prompt, "completion": e.answer}
                 for e in pocket.examples(name, "train", TRAIN_ROWS, seed=0)
             ],
-            method={"method": "lora", "rank": RANK},
+            method={"method": "lora", "rank": RANK, "alpha": ALPHA},
             objective="completion",
             steps=steps,
             batch_size=BATCH,
             rate=RATE,
-            schedule="linear",
-            warmup=5,
             seed=index,
         )
         for index, name in enumerate(SKILLS)
@@ -240,8 +240,14 @@ def _peft(path: Path) -> Any:
         import peft
     except ImportError:
         return None
+    import warnings
+
     fresh, _ = pocket.load()
-    return peft.PeftModel.from_pretrained(fresh, str(path)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # peft's use of transformers, no business of the reader
+        return peft.PeftModel.from_pretrained(fresh, str(path)).eval()
 
 
 def logits(model: Any, tokenizer: Any, tests: dict[str, Any], names: Sequence[str]) -> torch.Tensor:

@@ -7,11 +7,13 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lorry.demo.job import BATCH, MERGED, RANK, RATE, TEST_ROWS, Demo
+from lorry.demo.job import ALPHA, BATCH, MERGED, RANK, RATE, TEST_ROWS, Demo
 
 
 def write(demo: Demo) -> Path:
-    """Write ``report.json`` and ``report.md`` and return the latter; pictures are drawn by the caller beforehand."""
+    """Write ``report.json`` and ``report.md`` and return the latter; pictures are drawn by the caller
+    beforehand.
+    """
     _put(demo.folder / "report.json", json.dumps(demo.to_dict(), indent=2) + "\n")
     page = demo.folder / "report.md"
     _put(page, text(demo))
@@ -22,12 +24,15 @@ def text(demo: Demo) -> str:
     """Return the report as Markdown."""
     training = demo.facts.get("training", {})
     jobs = {job["name"]: job for job in training.get("jobs", ())}
-    steps = next(iter(jobs.values()), {}).get("steps", 0)
+    steps = max((job["steps"] for job in jobs.values()), default=0)
     parts = [
         "# Lorry demo",
-        f"Four LoRA adapters (rank {RANK}, all linear layers) were trained at once on one frozen pocket model: {steps} steps of "
-        f"{BATCH} lines each at rate {RATE:g}, every job with its own data, optimizer, schedule and seed. Everything on this page was "
-        f"measured in one run of {demo.seconds:.0f} seconds; exact match is over {demo.facts.get('test_rows', TEST_ROWS)} test words "
+        f"Four LoRA adapters (rank {RANK}, alpha {ALPHA:g}, all linear layers) were trained at once on one frozen pocket "
+        f"model: {steps} steps of "
+        f"{BATCH} lines each at rate {RATE:g}, every job with its own data, optimizer, schedule and seed. "
+        "Everything on this page was "
+        f"measured in one run of {demo.seconds:.0f} seconds; exact match is over "
+        f"{demo.facts.get('test_rows', TEST_ROWS)} test words "
         "for each skill, none of which was trained on.",
         "## Before and after",
         _table(
@@ -52,7 +57,8 @@ def text(demo: Demo) -> str:
         *_merge(demo),
         *_files(demo),
         "## What was learned, site by site",
-        f"Frobenius norm of the update and singular values of the adapter `{demo.adapters[0]['name']}`, worked out from its factors.",
+        f"Frobenius norm of the update and singular values of the adapter `{demo.adapters[0]['name']}`, "
+        "worked out from its factors.",
         "![norms and singular values](heat-map.png)",
     ]
     return "\n\n".join(parts) + "\n"
@@ -62,7 +68,8 @@ def _mixed(demo: Demo) -> list[str]:
     rows = ((r["adapter"], f"`{r['prompt']}`", f"`{r['answer']}`", f"`{r['expected']}`") for r in demo.mixed)
     return [
         "## One batch, an adapter of its own in every row",
-        f"{demo.facts.get('mixed_rows', 0)} prompts went through the model in one batch, neighbouring rows with different adapters. "
+        f"{demo.facts.get('mixed_rows', 0)} prompts went through the model in one batch, neighbouring "
+        "rows with different adapters. "
         f"{demo.mixed_exact:.1%} were answered exactly; the first rows:",
         _table(("row's adapter", "prompt", "answer", "expected"), rows),
     ]
@@ -76,10 +83,15 @@ def _merge(demo: Demo) -> list[str]:
     back = "bit for bit what it was" if merge["base_restored"] else "NOT what it was"
     return [
         "## Two adapters merged",
-        f"`{merge['composition']}`: composed without merging (`lorry.activate(model, {{a: 1, b: 1}})`), then merged into the base "
-        f"weights. Largest difference of logits between the two: {merge['max_difference_merged_composed']:.1e}. After unmerging, the "
+        f"`{merge['composition']}`: composed without merging (`lorry.activate(model, {{a: 1, b: 1}})`), "
+        "then merged into the base "
+        "weights. Largest difference of logits between the two: "
+        f"{merge['max_difference_merged_composed']:.1e}. After unmerging, the "
         f"base was {back}.",
         _table(("skill", "its adapter alone", "both composed", "both merged"), rows),
+        "Merging is exact; what two skills do to each other in so small a model is another matter. Adding two "
+        "updates that were trained apart lets them interfere, which the table shows unvarnished; giving each "
+        "row its own adapter, as above, does not.",
         f"```\n{receipts}\n```",
     ]
 
@@ -92,7 +104,8 @@ def _files(demo: Demo) -> list[str]:
         peft = f"loaded by peft into another one, {demo.peft_max_difference:.1e}"
     return [
         "## Saved and loaded",
-        f"Every adapter was saved, and loaded into a fresh copy of the base: the logits differ by {demo.reload_max_difference:.1e} at "
+        "Every adapter was saved, and loaded into a fresh copy of the base: the logits differ by "
+        f"{demo.reload_max_difference:.1e} at "
         f"most; {peft}.",
         f"```\n{receipts}\n```",
     ]

@@ -5,12 +5,16 @@ Positions are flat indices into ``(rows, columns)``, ascending and unique. `refe
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+# torch says once in each process that compressed sparse tensors are in beta; the operations used here are tested
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 
 def reference(x: Tensor, values: Tensor, index: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -24,13 +28,15 @@ def sparse_linear(x: Tensor, values: Tensor, index: Tensor, shape: tuple[int, in
     In float32 and float64 products run over the stored positions alone; other types have no such products and go
     through a dense S, and in the backward pass a dense gradient, which live in this one operation only.
     """
+    if torch.compiler.is_compiling():  # compilers do not know compressed tensors
+        return reference(x, values, index, shape)
     result: Tensor = _SparseLinear.apply(x, values, index, shape)  # type: ignore[no-untyped-call]
     return result
 
 
 def scatter(values: Tensor, index: Tensor, size: int) -> Tensor:
     """Return a vector of `size` zeros with `values` at `index`."""
-    return values.new_zeros(size).index_copy(0, index, values)
+    return values.new_zeros(size).index_copy(0, index.long(), values)
 
 
 class _SparseLinear(torch.autograd.Function):

@@ -1,4 +1,6 @@
-"""Merging: an algebra of adapters. Adapters of one base go in, one ordinary adapter and a receipt come out; no model is needed."""
+"""Merging: an algebra of adapters. Adapters of one base go in, one ordinary adapter and a receipt come out; no model
+is needed.
+"""
 
 from __future__ import annotations
 

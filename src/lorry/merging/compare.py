@@ -145,7 +145,9 @@ class _AtSite:
             reads.append(float((v1.mT @ v2).square().sum()) / k)
             angles.append(float(torch.rad2deg(between[0].clamp(-1, 1).arccos())))
         count = max(len(reads), 1)
-        return PairAtSite(max(-1.0, min(1.0, cosine)), sum(reads) / count, sum(writes) / count, min(angles, default=90.0))
+        return PairAtSite(
+            max(-1.0, min(1.0, cosine)), sum(reads) / count, sum(writes) / count, min(angles, default=90.0)
+        )
 
 
 def _at_site(here: Mapping[str, Sequence[Factors]]) -> _AtSite:
@@ -171,7 +173,10 @@ def comparison_table(result: Comparison, limit: int | None = None) -> Table:
     for pair, cosine in result.overall.items():
         first, _, second = pair.partition("|")
         sites = result.pairs.get(pair, {})
-        mean = [sum(getattr(p, k) for p in sites.values()) / max(len(sites), 1) for k in ("reads", "writes", "smallest_angle")]
+        mean = [
+            sum(getattr(p, k) for p in sites.values()) / max(len(sites), 1)
+            for k in ("reads", "writes", "smallest_angle")
+        ]
         table.add_row(
             f"{first} | {second}",
             f"all {len(sites)} shared",
@@ -184,7 +189,9 @@ def comparison_table(result: Comparison, limit: int | None = None) -> Table:
         )
         for path, p in list(sites.items())[: len(sites) if limit is None else limit]:
             norms = f"{result.norms[first][path]:.3g} | {result.norms[second][path]:.3g}"
-            table.add_row("", path, norms, f"{p.cosine:+.3f}", f"{p.reads:.3f}", f"{p.writes:.3f}", f"{p.smallest_angle:.0f}°")
+            table.add_row(
+                "", path, norms, f"{p.cosine:+.3f}", f"{p.reads:.3f}", f"{p.writes:.3f}", f"{p.smallest_angle:.0f}°"
+            )
     return table
 
 

@@ -1,4 +1,6 @@
-"""Merging adapters: inputs are opened and checked, sites streamed through a method, the result measured and rounded once."""
+"""Merging adapters: inputs are opened and checked, sites streamed through a method, the result measured and rounded
+once.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from lorry.core.adapter import Adapter
-from lorry.core.errors import AdapterError, CheckpointError, FingerprintError, LorryError, OptionError, near_misses, some
+from lorry.core.errors import (
+    AdapterError,
+    CheckpointError,
+    FingerprintError,
+    LorryError,
+    OptionError,
+    near_misses,
+    some,
+)
 from lorry.merging.factors import Factors, decompose
 from lorry.merging.inputs import Candidate, Pool, SiteInput
 from lorry.merging.measure import pair_facts, ratio, squared_errors, total
@@ -49,32 +59,35 @@ def merge(
 ) -> MergedAdapter:
     """Merge adapters of one base into one.
 
-    Everything is computed in float64 from factors with their scale folded in, site by site; adapters are taken in the order of
-    their names, so the order in which they are given changes nothing.
+    Everything is computed in float64 from factors with their scale folded in, site by site; adapters are taken in the
+    order of their names, so the order in which they are given changes nothing.
 
     Parameters
     ----------
     inputs
         Directories or live adapters; a mapping gives them names, otherwise their own names are used.
     weights
-        By name, or in the order of `inputs`: a number, a list spread over the layers, or pattern of sites -> these. 1/n each if not
-        given. An adapter takes no part at a site where its weight is 0.
+        By name, or in the order of `inputs`: a number, a list spread over the layers, or pattern of sites -> these.
+        1/n each if not given. An adapter takes no part at a site where its weight is 0.
     method, options
         See `lorry.merging.merge_methods`.
     schedule
         Factors on the weights at some sites.
     out
         Also write the result here; nothing is written if anything fails.
+    name
+        Of the result.
     model
-        The base: needed for adapters whose update depends on its weights (DoRA from a file) and for kohya's names; directories
-        that need it are loaded onto it for the time of the merge.
+        The base: needed for adapters whose update depends on its weights (DoRA from a file) and for kohya's names;
+        directories that need it are loaded onto it for the time of the merge.
     objective
-        Loss to minimise, for methods that search: called with the model carrying the candidate, or with the candidate's factors
-        (site path -> `Factors`) if no model is given.
+        Loss to minimise, for methods that search: called with the model carrying the candidate, or with the
+        candidate's factors (site path -> `Factors`) if no model is given.
     extras
         Further data that a method declares.
     whole_modules
-        What to do with modules that were trained whole (a classifier's head): there is no update to merge without the base.
+        What to do with modules that were trained whole (a classifier's head): there is no update to merge without the
+        base.
     check_base
         Refuse inputs with different base fingerprints.
     dtype
@@ -90,28 +103,33 @@ def merge(
     chosen = merge_method_named(method)
     parsed = chosen.parse(options or {})
     if dtype not in _DTYPES:
-        raise OptionError(f"dtype must be one of {', '.join(_DTYPES)}, found {dtype!r}.{near_misses(str(dtype), _DTYPES)}")
+        raise OptionError(
+            f"dtype must be one of {', '.join(_DTYPES)}, found {dtype!r}.{near_misses(str(dtype), _DTYPES)}"
+        )
     target = _target(out, overwrite)
     named = _named(inputs)
     with ExitStack() as stack:
         sources = {n: open_source(item, n, model, stack) for n, item in sorted(named.items())}
         verdict = _same_base(sources, check_base)
         work = _Work(sources, _shapes(sources), whole_modules)
-        given = dict(zip(named, weights, strict=True)) if _in_order(weights, named) else weights
-        assert given is None or isinstance(given, Mapping)
-        work.weights = Weights(list(sources), given, schedule, list(work.shapes))
+        work.weights = Weights(list(sources), _by_name(weights, named), schedule, list(work.shapes))
         merged = _run(chosen, parsed, work, model, objective, extras or {}, _DTYPES[dtype], verdict, name)
     if target is not None:
         merged.save(target, overwrite=overwrite)
     return merged
 
 
-def _in_order(weights: Any, named: Mapping[str, Any]) -> bool:
+def _by_name(
+    weights: Mapping[str, Weight] | Sequence[Weight] | None, named: Mapping[str, AdapterLike]
+) -> Mapping[str, Weight] | None:
+    """Return weights by name, given so or in the order of the inputs."""
     if weights is None or isinstance(weights, Mapping):
-        return False
+        return weights
     if isinstance(weights, str) or not isinstance(weights, Sequence) or len(weights) != len(named):
-        raise OptionError(f"weights must be name -> weight, or one for each of the {len(named)} adapters, found {weights!r}.")
-    return True
+        raise OptionError(
+            f"weights must be name -> weight, or one for each of the {len(named)} adapters, found {weights!r}."
+        )
+    return dict(zip(named, weights, strict=True))
 
 
 def _target(out: str | os.PathLike[str] | None, overwrite: bool) -> Path | None:
@@ -138,7 +156,11 @@ def _named(inputs: Inputs) -> dict[str, AdapterLike]:
     else:
         named = {}
         for item in inputs:
-            own = item.name if isinstance(item, Adapter) else Path(item).name.removesuffix(".safetensors").replace("|", "_") or "adapter"
+            own = (
+                item.name
+                if isinstance(item, Adapter)
+                else Path(item).name.removesuffix(".safetensors").replace("|", "_") or "adapter"
+            )
             number = 2
             unique = own
             while unique in named:
@@ -160,8 +182,10 @@ def _same_base(sources: Mapping[str, Source], check: bool) -> str:
                     return "ignored"
                 wrong = [p for p in a.sites if p in b.sites and a.sites[p] != b.sites[p]]
                 raise FingerprintError(
-                    f"Adapters of different bases cannot be merged: '{first}' was made for '{a.base or 'unnamed'}' ({a.digest}), '{second}' "
-                    f"for '{b.base or 'unnamed'}' ({b.digest}); {len(wrong)} sites differ, e.g. {some(wrong, 2)}. Pass check_base=False if "
+                    f"Adapters of different bases cannot be merged: '{first}' was made for '{a.base or 'unnamed'}' "
+                    f"({a.digest}), '{second}' "
+                    f"for '{b.base or 'unnamed'}' ({b.digest}); {len(wrong)} sites differ, e.g. {some(wrong, 2)}. "
+                    "Pass check_base=False if "
                     "you know better."
                 )
     return "match" if len(known) == len(marks) else "unknown"
@@ -177,7 +201,8 @@ def _shapes(sources: Mapping[str, Source]) -> dict[str, SiteFacts]:
             owner.setdefault(path, name)
             if known.shape != facts.shape:
                 raise FingerprintError(
-                    f"'{path}' is {'x'.join(map(str, known.shape))} for '{owner[path]}' but {'x'.join(map(str, facts.shape))} for '{name}': "
+                    f"'{path}' is {'x'.join(map(str, known.shape))} for '{owner[path]}' but "
+                    f"{'x'.join(map(str, facts.shape))} for '{name}': "
                     "the adapters were made for different bases."
                 )
             if facts.kernel and not known.kernel or known.kind == "linear" != facts.kind:
@@ -204,17 +229,21 @@ class _Work:
         for name, source in self.sources.items():
             if source.whole and self.whole_modules != "drop":
                 raise AdapterError(
-                    f"Adapter '{name}' holds modules that were trained whole ({some(source.whole)}), which are no update of a weight. "
+                    f"Adapter '{name}' holds modules that were trained whole ({some(source.whole)}), which are no "
+                    "update of a weight. "
                     "Pass whole_modules='drop' to merge the rest and leave them out."
                 )
             if source.whole:
                 self.dropped.append(f"whole modules of '{name}': {some(source.whole)}")
             missing = [p for p in self.shapes if p not in source.sites]
             if missing:
-                self.notes.append(f"'{name}' has no update at {len(missing)} of {len(self.shapes)} sites; it counts as 0 there")
+                self.notes.append(
+                    f"'{name}' has no update at {len(missing)} of {len(self.shapes)} sites; it counts as 0 there"
+                )
         self._hashes = {n: hashlib.blake2b(digest_size=8) for n in self.sources}
         self._ranks: dict[str, set[int]] = {n: set() for n in self.sources}
         self._hashed: set[str] = set()
+        self._facts: dict[str, dict[str, Any]] = {}
         self.site = lru_cache(maxsize=1)(self._site)
 
     def slots(self, path: str) -> list[str]:
@@ -230,14 +259,18 @@ class _Work:
                 yield from self.slots(path)
 
     def _site(self, path: str) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return all adapters' factors at a site, each with one leading dimension, hashing what is read for the first time."""
+        """Return all adapters' factors at a site, each with one leading dimension, hashing what is read for the first
+        time.
+        """
         found = {}
         for name, source in self.sources.items():
             if path not in source.sites:
                 continue
             a, b = source.read(path)
             if path not in self._hashed:
-                self._hashes[name].update(path.encode() + a.contiguous().numpy().tobytes() + b.contiguous().numpy().tobytes())
+                self._hashes[name].update(
+                    path.encode() + a.contiguous().numpy().tobytes() + b.contiguous().numpy().tobytes()
+                )
             self._ranks[name].add(a.shape[-2])
             found[name] = (a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:]))
         self._hashed.add(path)
@@ -251,9 +284,10 @@ class _Work:
         names = tuple(self.sources)
         weights = tuple(self.weights.at(n, path) if n in found else 0.0 for n in names)
         factors = tuple(
-            Factors(found[n][0][index], found[n][1][index]) if w != 0 else None for n, w in zip(names, weights, strict=True)
+            Factors(found[n][0][index], found[n][1][index]) if w != 0 else None
+            for n, w in zip(names, weights, strict=True)
         )
-        return SiteInput(slot, (out, inner), names, factors, weights)
+        return SiteInput(slot, (out, inner), names, factors, weights, self._facts.setdefault(slot, {}))
 
     def record(self, name: str) -> InputRecord:
         """Return what is said of an input in the receipt, after all its sites were read."""
@@ -291,12 +325,20 @@ def _run(
     """Run a method over all sites and gather result and receipt."""
     needed = [n for n in method.needs if n not in extras and not (n == "objective" and objective is not None)]
     if needed and not _idle(method, options):
-        raise OptionError(f"Merge method '{method.slug}' needs {', '.join(needed)}: pass objective=... or extras={{...}} in Python.")
+        raise OptionError(
+            f"Merge method '{method.slug}' needs {', '.join(needed)}: pass objective=... or extras={{...}} in Python."
+        )
     paths = tuple(work.paths())
     if not paths:
         raise OptionError("All weights are 0 at every site; there is nothing to merge.")
     notes = ([method.note] if method.note else []) + work.notes
-    pool = Pool(tuple(work.sources), paths, work.read, _scored(objective, work, model) if objective is not None else None, extras)
+    pool = Pool(
+        tuple(work.sources),
+        paths,
+        work.read,
+        _scored(objective, work, model) if objective is not None else None,
+        {"model": model, **extras},
+    )
     done: dict[str, tuple[Factors, SiteRecord, dict[str, float]]] = {}
     with torch.no_grad():
         for site, result in _results(method, options, pool):
@@ -304,13 +346,19 @@ def _run(
     missing = [p for p in paths if p not in done]
     if missing:
         raise LorryError(f"Merge method '{method.slug}' gave no result at {len(missing)} sites: {some(missing)}.")
-    tensors = {p: _joined([done[s][0] for s in work.slots(p)], work.shapes[p].shape[:-2], dtype) for p in work.shapes if work.slots(p)[0] in done}
+    tensors = {
+        p: _joined([done[s][0] for s in work.slots(p)], work.shapes[p].shape[:-2], dtype)
+        for p in work.shapes
+        if work.slots(p)[0] in done
+    }
     figures = [f for _, _, f in done.values()]
     sites = {p: work.shapes[p] for p in tensors}
     records = tuple(work.record(n) for n in work.sources)
     for source_name, source in work.sources.items():
         for path, error in source.approximated.items():
-            notes.append(f"'{source_name}' is no product of thin factors at '{path}': decomposed with relative error {error:.1e}")
+            notes.append(
+                f"'{source_name}' is no product of thin factors at '{path}': decomposed with relative error {error:.1e}"
+            )
     skipped = [p for p in work.shapes if p not in tensors]
     if skipped:
         work.dropped.append(f"{len(skipped)} sites where all weights are 0: {some(skipped)}")
@@ -335,7 +383,7 @@ def _run(
 
 def _idle(method: MergeMethod, options: Mapping[str, Any]) -> bool:
     """Whether the options switch the search off, so that what it needs is not needed."""
-    return bool(method.plain) and all(options[k] == v for k, v in method.plain.items())
+    return bool(method.plain) and all(options[k] == v for k, v in (method.plain or {}).items())
 
 
 def _results(method: MergeMethod, options: dict[str, Any], pool: Pool) -> Iterator[tuple[SiteInput, Factors]]:
@@ -358,7 +406,9 @@ def _finished(site: SiteInput, result: Factors, dtype: torch.dtype) -> tuple[Fac
     balanced = result.balanced() if dtype == torch.float16 else result  # its range is narrow
     stored = Factors(balanced.a.to(dtype).double(), balanced.b.to(dtype).double())
     if not (torch.isfinite(stored.a).all() and torch.isfinite(stored.b).all()):
-        raise AdapterError(f"The result at '{site.path}' does not fit into {dtype}; use dtype='float32'. Nothing was written.")
+        raise AdapterError(
+            f"The result at '{site.path}' does not fit into {dtype}; use dtype='float32'. Nothing was written."
+        )
     figures = squared_errors(site, result, stored)
     cosine, reads, writes = pair_facts(site)
     rows = site.present()

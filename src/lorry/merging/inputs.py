@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from lorry.core.adapter import mix_seed
-from lorry.merging.factors import Factors
+from lorry.merging.factors import Factors, Joint
 
 
 @dataclass(frozen=True)
 class SiteInput:
-    """The adapters to merge at one site, in the order of their names, so that the order in which they were given is nothing.
+    """The adapters to merge at one site, in the order of their names, so that the order in which they were given is
+    nothing.
 
     Attributes
     ----------
@@ -51,6 +53,11 @@ class SiteInput:
         """Return ``|w| / strength`` for each adapter that is present; equal shares if all weights are 0."""
         rows, total = self.present(), self.strength
         return [abs(w) / total if total else 1 / len(rows) for _, _, w in rows]
+
+    @cached_property
+    def joint(self) -> Joint:
+        """Return all present updates in one pair of orthonormal bases; worked out once for method and receipt."""
+        return Joint.of([f for _, f, _ in self.present()])
 
     def generator(self, seed: int, name: str) -> torch.Generator:
         """Return a generator that depends on seed, site and adapter name alone."""

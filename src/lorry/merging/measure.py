@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lorry.merging.factors import Factors, bases, cosines, difference_norm, gram, overlap, stack
+from lorry.merging.factors import Factors, bases, cosines, gram, gram_norm, overlap, rounding_norm
 from lorry.merging.inputs import SiteInput
 
 
@@ -15,8 +15,9 @@ def pair_facts(site: SiteInput) -> tuple[dict[str, float], dict[str, float], dic
     rows = site.present()
     if len(rows) < 2:
         return {}, {}, {}
-    cosine = cosines(gram([f for _, f, _ in rows]))
-    spans = [bases(f) for _, f, _ in rows]
+    parts = site.joint.parts()
+    cosine = cosines(gram(parts))
+    spans = [bases(f) for f in parts]
     found: tuple[dict[str, float], dict[str, float], dict[str, float]] = ({}, {}, {})
     for i in range(len(rows)):
         for j in range(i + 1, len(rows)):
@@ -28,14 +29,17 @@ def pair_facts(site: SiteInput) -> tuple[dict[str, float], dict[str, float], dic
 
 
 def squared_errors(site: SiteInput, result: Factors, stored: Factors) -> dict[str, float]:
-    """Return squared norms: of the result, of the exact weighted sum, of their difference, and of what rounding changed."""
-    rows = site.present()
-    if rows:
-        exact = stack([f for _, f, _ in rows], [w for _, _, w in rows])
-        away, size = difference_norm(result, exact), exact.norm()
-    else:
-        away, size = result.norm(), 0.0
-    return {"norm": result.norm() ** 2, "exact": size**2, "error": away**2, "rounding": difference_norm(result, stored) ** 2}
+    """Return squared norms: of the result, of the exact weighted sum, of their difference, and of what rounding
+    changed.
+    """
+    weights = [w for _, _, w in site.present()]
+    exact = float(site.joint.core(weights).norm())
+    return {
+        "norm": gram_norm(result) ** 2,
+        "exact": exact**2,
+        "error": site.joint.distance(result, weights) ** 2,
+        "rounding": rounding_norm(result, stored) ** 2,
+    }
 
 
 def ratio(part: float, whole: float) -> float:

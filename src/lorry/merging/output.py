@@ -68,7 +68,9 @@ class MergedAdapter:
         own = self.tensors[path]
         return own["B"].double() @ own["A"].double()
 
-    def attach(self, model: nn.Module, name: str | None = None, *, activate: bool = True, trainable: bool = False) -> Adapter:
+    def attach(
+        self, model: nn.Module, name: str | None = None, *, activate: bool = True, trainable: bool = False
+    ) -> Adapter:
         """Attach the result to a model.
 
         Raises
@@ -85,10 +87,15 @@ class MergedAdapter:
         check_name(name or self.name, state)
         missing = [p for p in self.sites if p not in state.sites]
         if missing:
-            raise SiteError(f"The model {type(state.root).__name__} lacks {len(missing)} of {len(self.sites)} sites: {some(missing)}.")
+            raise SiteError(
+                f"The model {type(state.root).__name__} lacks {len(missing)} of {len(self.sites)} sites: "
+                f"{some(missing)}."
+            )
         for path, facts in self.sites.items():
             if state.sites[path].shape != facts.shape:
-                raise SiteError(f"'{path}' is {state.sites[path].shape} in this model, the merged adapter is for {facts.shape}.")
+                raise SiteError(
+                    f"'{path}' is {state.sites[path].shape} in this model, the merged adapter is for {facts.shape}."
+                )
         sites = [state.sites[p] for p in self.sites]
         state.check_owners(sites)
         if self.fingerprint.sites:
@@ -181,13 +188,15 @@ def _site(path: str, facts: SiteFacts) -> Site:
         cls = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}.get(len(kernel))
         if cls is None or inner != channels * int(torch.tensor(kernel).prod()):
             raise CheckpointError(f"'{path}': kernel {facts.kernel} does not fit {inner} inputs.")
-        owner = cls(channels, out, tuple(kernel), device="meta")
+        owner = cls(channels, out, tuple(kernel), device="meta")  # type: ignore[arg-type]
     kind = next(k for k in KINDS if k.name == facts.kind)
     return Site(path, kind, owner, owner, "weight", out, inner, lead=tuple(lead))
 
 
 @contextmanager
-def trial_adapter(model: nn.Module, tensors: Mapping[str, Mapping[str, Tensor]], *, trainable: bool = False) -> Iterator[Adapter]:
+def trial_adapter(
+    model: nn.Module, tensors: Mapping[str, Mapping[str, Tensor]], *, trainable: bool = False
+) -> Iterator[Adapter]:
     """Let a model carry factors ``{path: {"A", "B"}}`` of scale 1, and nothing else, while the context lasts."""
     from lorry.core.api import install
     from lorry.core.state import open_state
@@ -199,7 +208,9 @@ def trial_adapter(model: nn.Module, tensors: Mapping[str, Mapping[str, Tensor]],
         path, _, name = full.rpartition(".")
         return tensors[path][name].clone()
 
-    chosen = [(state.sites[p], method_from({"method": "lora", "rank": int(own["A"].shape[-2])})) for p, own in tensors.items()]
+    chosen = [
+        (state.sites[p], method_from({"method": "lora", "rank": int(own["A"].shape[-2])})) for p, own in tensors.items()
+    ]
     name = next(f"merge-trial-{i}" for i in range(len(state.adapters) + 1) if f"merge-trial-{i}" not in state.adapters)
     adapter = build(state, name, chosen[0][1], chosen, dtype=torch.float32, values=value, seed=0, metadata={})
     try:

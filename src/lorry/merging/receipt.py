@@ -40,8 +40,8 @@ class SiteRecord:
     rounding
         The same for the rounding of the stored factors against the method's own float64 result.
     cosines, reads, writes
-        For each pair ``"a|b"``: cosine of the updates; mean squared cosine of the principal angles between what they read
-        and between what they write (0 none, 1 one within the other).
+        For each pair ``"a|b"``: cosine of the updates; mean squared cosine of the principal angles between what they
+        read and between what they write (0 none, 1 one within the other).
     facts
         What the method noted: entries dropped, energy cut off, displacement, clusters.
     """
@@ -67,7 +67,8 @@ class MergeReceipt:
     Attributes
     ----------
     base
-        ``match``: all inputs were made for the same base; ``unknown``: at least one does not say; ``ignored``: the caller said so.
+        ``match``: all inputs were made for the same base; ``unknown``: at least one does not say; ``ignored``: the
+        caller said so.
     dropped
         What of the inputs is not in the result, in words.
     error, rounding
@@ -113,12 +114,14 @@ class MergeReceipt:
         span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         lines = [
             f"merge by {self.method}: {names} -> {len(self.sites)} sites of rank {span}, base {self.base}",
-            f"  against the exact weighted sum {self.error:.2e}, rounding to {self.dtype} {self.rounding:.2e} (relative)",
+            f"  against the exact weighted sum {self.error:.2e}, rounding to {self.dtype} {self.rounding:.2e} "
+            "(relative)",
         ]
         for pair, values in self.pairs().items():
             first, _, second = pair.partition("|")
             lines.append(
-                f"  {first} and {second}: cosine {values['cosines']:+.3f}, shared input {values['reads']:.3f}, shared output {values['writes']:.3f}"
+                f"  {first} and {second}: cosine {values['cosines']:+.3f}, shared input {values['reads']:.3f}, "
+                f"shared output {values['writes']:.3f}"
             )
         lines += [f"  dropped: {d}" for d in self.dropped] + [f"  note: {n}" for n in self.notes]
         return "\n".join(lines)

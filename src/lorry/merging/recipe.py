@@ -23,7 +23,9 @@ class RecipeInput:
     """An adapter in a recipe."""
 
     path: str = option(MISSING, "Adapter folder or single file, relative to the recipe.")
-    weight: Any = option(None, "A number, a list spread over the layers, or pattern of sites -> these; 1/n for all if none has one.")
+    weight: Any = option(
+        None, "A number, a list spread over the layers, or pattern of sites -> these; 1/n for all if none has one."
+    )
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,9 @@ class Recipe:
     name: str = option("merged", "Name of the result.")
     model: str | None = option(None, "The base, where an input needs it.")
     dtype: str = option("float32", "Of the result.", choices=("float32", "bfloat16", "float16", "float64"))
-    whole_modules: str = option("refuse", "Modules that were trained whole: refuse the merge, or drop them.", choices=("refuse", "drop"))
+    whole_modules: str = option(
+        "refuse", "Modules that were trained whole: refuse the merge, or drop them.", choices=("refuse", "drop")
+    )
     check_base: bool = option(True, "Refuse adapters of different bases.")
 
 
@@ -72,7 +76,7 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     if not isinstance(values, dict):
         raise OptionError(f"The recipe '{path}' must be a mapping with 'inputs', found {type(values).__name__}.")
     try:
-        recipe = _checked(Recipe, values)
+        recipe: Recipe = _checked(Recipe, values)
         _inputs(recipe)
         _steps(recipe)
         if not isinstance(recipe.options, dict | None):
@@ -116,7 +120,9 @@ def merge_recipe(
     model = None
     if recipe.model is not None:
         if load_model is None:
-            raise OptionError(f"The recipe '{path}' names the base '{recipe.model}', but nothing to load it with was given.")
+            raise OptionError(
+                f"The recipe '{path}' names the base '{recipe.model}', but nothing to load it with was given."
+            )
         local = home / recipe.model
         model = load_model(str(local) if local.exists() else recipe.model)
     weights = _weights(inputs)
@@ -177,7 +183,11 @@ def _steps(recipe: Recipe) -> list[Step]:
         step = _checked(RecipeStep, value)
         layers = None
         if step.layers is not None:
-            if not isinstance(step.layers, tuple | list) or len(step.layers) != 2 or not all(isinstance(v, int) for v in step.layers):
+            if (
+                not isinstance(step.layers, tuple | list)
+                or len(step.layers) != 2
+                or not all(isinstance(v, int) for v in step.layers)
+            ):
                 raise OptionError(f"'layers' must be the first and the last index, e.g. [0, 3], found {step.layers!r}.")
             layers = (int(step.layers[0]), int(step.layers[1]))
         weights = step.weights

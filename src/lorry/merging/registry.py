@@ -1,8 +1,8 @@
 """Merge methods: typed functions whose signatures are their options, registered by one decorator.
 
-A method for single sites is ``f(site: SiteInput, *, option: Annotated[type, Knob(...)] = default) -> Factors``; one for whole
-adapters is ``f(pool: Pool, *, ...) -> Iterator[tuple[str, Factors]]``. The keyword-only parameters are turned into a frozen
-dataclass of options, from which checks, help and schema follow.
+A method for single sites is ``f(site: SiteInput, *, option: Annotated[type, Knob(...)] = default) -> Factors``; one
+for whole adapters is ``f(pool: Pool, *, ...) -> Iterator[tuple[str, Factors]]``. The keyword-only parameters are
+turned into a frozen dataclass of options, from which checks, help and schema follow.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ class MergeMethod:
     Attributes
     ----------
     space
-        ``delta``: works on the updates ΔW, so the result does not depend on how they are split into factors; ``factor``: works
-        on A and B separately; ``aligned``: on coordinates in the joint singular basis (KnOTS), which the split does not change
-        either.
+        ``delta``: works on the updates ΔW, so the result does not depend on how they are split into factors;
+        ``factor``: works on A and B separately; ``aligned``: on coordinates in the joint singular basis (KnOTS), which
+        the split does not change either.
     scope
         ``site``: each site on its own, streamed; ``adapter``: the method sees all sites.
     exact
         Whether the result is the weighted sum itself (up to rounding).
     plain
-        Options under which one adapter with weight 1, and n copies of it with weights 1/n, give that adapter back; None if there
-        are none, and then `note` says why.
+        Options under which one adapter with weight 1, and n copies of it with weights 1/n, give that adapter back;
+        None if there are none, and then `note` says why.
     linear
         Whether weights times k give the update times k.
     needs
@@ -80,7 +80,7 @@ class MergeMethod:
     def parse(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return all options with defaults filled in; unknown names and values out of range raise `OptionError`."""
         try:
-            instance = from_options(self.options, values)
+            instance: Any = from_options(self.options, values)
             check_options(instance)
         except OptionError as error:
             raise OptionError(f"Merge method '{self.slug}': {error}") from None
@@ -89,7 +89,8 @@ class MergeMethod:
     def to_dict(self) -> dict[str, Any]:
         """Return the facts as plain data, with options, defaults and help."""
         options = {
-            f.name: {"default": f.default, "type": str(f.type), **dict(f.metadata)} for f in dataclasses.fields(self.options)
+            f.name: {"default": f.default, "type": str(f.type), **dict(f.metadata)}
+            for f in dataclasses.fields(self.options)
         }
         facts = {k: v for k, v in vars(self).items() if k not in ("function", "options")}
         return {**facts, "plain": None if self.plain is None else dict(self.plain), "options": options}
@@ -140,7 +141,9 @@ def merge_method_named(slug: str) -> MergeMethod:
     found = known.get(_ALIASES.get(slug, slug))
     if found is None:
         names = [*known, *_ALIASES]
-        raise OptionError(f"There is no merge method '{slug}'.{near_misses(str(slug), names)} There are: {', '.join(known)}.")
+        raise OptionError(
+            f"There is no merge method '{slug}'.{near_misses(str(slug), names)} There are: {', '.join(known)}."
+        )
     return found
 
 
@@ -157,7 +160,9 @@ def _options_of(slug: str, function: Callable[..., Any]) -> type:
 
 def options_class(slug: str, fields: list[tuple[str, Any, Any]]) -> type:
     """Return a frozen dataclass of options."""
-    return dataclasses.make_dataclass(f"Options of {slug}".replace(" ", "_").replace("-", "_"), fields, frozen=True, kw_only=True)
+    return dataclasses.make_dataclass(
+        f"Options of {slug}".replace(" ", "_").replace("-", "_"), fields, frozen=True, kw_only=True
+    )
 
 
 def _field(name: str, hint: Any, default: Any) -> tuple[str, Any, Any]:

@@ -28,7 +28,9 @@ AdapterLike = str | os.PathLike[str] | Adapter
 
 @dataclass(frozen=True)
 class SiteFacts:
-    """What is known of a site without its model: kind, ``(*lead, out, in)``, and a convolution's ``(channels, *kernel)``."""
+    """What is known of a site without its model: kind, ``(*lead, out, in)``, and a convolution's
+    ``(channels, *kernel)``.
+    """
 
     kind: str
     shape: tuple[int, ...]
@@ -90,10 +92,13 @@ class Source(ABC):
         """Return `update`, checked to be finite and not empty."""
         a, b = self.update(path)
         if not a.numel() or not b.numel():
-            raise CheckpointError(f"Adapter '{self.name}' ({self.origin}) has empty tensors at '{path}'; nothing was merged.")
+            raise CheckpointError(
+                f"Adapter '{self.name}' ({self.origin}) has empty tensors at '{path}'; nothing was merged."
+            )
         if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
             raise CheckpointError(
-                f"Adapter '{self.name}' ({self.origin}) holds NaN or infinite values at '{path}'; nothing was merged. The training "
+                f"Adapter '{self.name}' ({self.origin}) holds NaN or infinite values at '{path}'; nothing was "
+                "merged. The training "
                 "run that wrote it diverged; use an earlier checkpoint."
             )
         return a, b
@@ -102,29 +107,38 @@ class Source(ABC):
 def exact_factors(method: Method, tensors: Mapping[str, Tensor], site: Site) -> tuple[Tensor, Tensor, float]:
     """Return factors of any update that does not depend on the input, and the relative error of the factors.
 
-    ``scale · B A`` is taken as it is. Any other update is decomposed down to rounding (relative 1e-13 in float64), so its rank may be
-    as large as the layer.
+    ``scale · B A`` is taken as it is. Any other update is decomposed down to rounding (relative 1e-13 in float64), so
+    its rank may be as large as the layer.
 
     Raises
     ------
     AdapterError
         The update depends on the input, with the method's name; `NeedsBase` where the base weight is missing.
     """
-    exact = {n: t.detach().to("cpu", torch.float64) if t.is_floating_point() else t.detach().cpu() for n, t in tensors.items()}
+    exact = {
+        n: t.detach().to("cpu", torch.float64) if t.is_floating_point() else t.detach().cpu()
+        for n, t in tensors.items()
+    }
     if isinstance(method, Bottleneck) and method.plain:
         a, b = method.factors(exact, site)
         return a, b * method.scale(site), 0.0
     merging = getattr(method, "merging", method.info.merge)
     if merging == "never":
         raise AdapterError(
-            f"{type(method).__name__} at '{site.path}' depends on the input of the layer (gates for each token, or its own forward), so it "
+            f"{type(method).__name__} at '{site.path}' depends on the input of the layer (gates for each token, or "
+            "its own forward), so it "
             "has no update of the weight to merge. Serve such adapters side by side instead."
         )
     delta = method.delta(exact, site).double()
     u, s, vt = torch.linalg.svd(delta, full_matrices=False)
     top = float(s.max()) if s.numel() else 0.0
     # single precision inside a method's own arithmetic leaves noise of that size
-    keep = max(int((s > max(NUMERICAL_ZERO, 1e-7) * top).flatten(0, -2).any(0).sum()) if s.ndim > 1 else int((s > 1e-7 * top).sum()), 1)
+    keep = max(
+        int((s > max(NUMERICAL_ZERO, 1e-7) * top).flatten(0, -2).any(0).sum())
+        if s.ndim > 1
+        else int((s > 1e-7 * top).sum()),
+        1,
+    )
     total = float(s.square().sum())
     lost = float(s[..., keep:].square().sum())
     root = s[..., :keep].sqrt()
@@ -175,7 +189,13 @@ class FileSource(Source):
 
     def __init__(self, file: AdapterFile, name: str) -> None:
         super().__init__(
-            name, str(file.path), file.method.info.slug, file.base, file.fingerprint, file.metadata, notes=list(file.notes)
+            name,
+            str(file.path),
+            file.method.info.slug,
+            file.base,
+            file.fingerprint,
+            file.metadata,
+            notes=list(file.notes),
         )
         self.file = file
         self._stubs: dict[str, Site] = {}
@@ -196,7 +216,10 @@ class FileSource(Source):
         site = self._stubs[path]
         wanted = {n for n, spec in part.method.layout([site]).sites[path].items() if spec.saved}
         if not wanted <= part.keys.keys() | self.file.shared.keys():
-            raise NeedsBase(f"'{self.file.path}' lacks {sorted(wanted - part.keys.keys())} of '{path}', which come from the base weight")
+            raise NeedsBase(
+                f"'{self.file.path}' lacks {sorted(wanted - part.keys.keys())} of '{path}', which come from the base "
+                "weight"
+            )
 
     def update(self, path: str) -> tuple[Tensor, Tensor]:
         """Return the factors at one site."""
@@ -221,7 +244,9 @@ def _facts(file: AdapterFile, part: Part, path: str) -> SiteFacts:
         raise NeedsBase(f"'{file.path}' does not say the shape of '{path}'")
     rank = getattr(part.method, "rank", shape_a[0])
     if part.depth or shape_a[0] != rank or "mid" in part.keys:
-        raise NeedsBase(f"'{file.path}' holds a bank or a three-step convolution at '{path}', whose layout only the model tells")
+        raise NeedsBase(
+            f"'{file.path}' holds a bank or a three-step convolution at '{path}', whose layout only the model tells"
+        )
     out = file.file.places[part.keys["B"]].shape[0]
     embedding = "lora_embedding" in key
     kind = part.kind or ("embedding" if embedding else "conv" if kernel else "linear")
@@ -239,7 +264,8 @@ def _stub(path: str, facts: SiteFacts) -> Site:
 
 
 def open_source(item: AdapterLike, name: str, model: nn.Module | None, stack: ExitStack) -> Source:
-    """Open an adapter; what its file alone cannot tell is worked out on `model`, where it is loaded until `stack` closes.
+    """Open an adapter; what its file alone cannot tell is worked out on `model`, where it is loaded until `stack`
+    closes.
 
     Raises
     ------
@@ -258,7 +284,9 @@ def open_source(item: AdapterLike, name: str, model: nn.Module | None, stack: Ex
         return source
     except NeedsBase as reason:
         if model is None:
-            raise AdapterError(f"Adapter '{name}' cannot be merged from its file alone: {reason}. Pass the base model (model=...).") from None
+            raise AdapterError(
+                f"Adapter '{name}' cannot be merged from its file alone: {reason}. Pass the base model (model=...)."
+            ) from None
     from lorry.core.files.load import load
 
     loaded = load(model, item, name=_free_name(model, name), activate=False)

@@ -73,7 +73,10 @@ class Weights:
         self.given: dict[str, Weight] = dict(given) if given is not None else dict.fromkeys(names, 1 / len(names))
         for name in self.given:
             if name not in names:
-                raise OptionError(f"There is no adapter '{name}' to give a weight.{near_misses(name, names)} There are: {', '.join(names)}.")
+                raise OptionError(
+                    f"There is no adapter '{name}' to give a weight.{near_misses(name, names)} There are: "
+                    f"{', '.join(names)}."
+                )
         missing = [n for n in names if n not in self.given]
         if missing:
             raise OptionError(f"Weights are given, but none for {', '.join(repr(m) for m in missing)}.")
@@ -107,7 +110,10 @@ class Weights:
 
     def _check_step(self, step: Step, names: Sequence[str], paths: Sequence[str]) -> None:
         if not any(matches(p, step.sites) and step._inside(layer_of(p)) for p in paths):
-            raise OptionError(f"A step of the schedule (sites '{step.sites}', layers {step.layers}) means none of the {len(paths)} sites.")
+            raise OptionError(
+                f"A step of the schedule (sites '{step.sites}', layers {step.layers}) means none of the {len(paths)} "
+                "sites."
+            )
         values = step.weights if isinstance(step.weights, Mapping) else {names[0]: step.weights}
         for name, value in values.items():
             if name not in names:
@@ -125,6 +131,8 @@ def _check(name: str, weight: Weight, paths: Sequence[str]) -> None:
             raise OptionError(f"The weight of '{name}' is empty.")
         return
     values = list(weight) if isinstance(weight, Sequence) and not isinstance(weight, str) else [weight]
-    for value in values or [None]:
+    for value in values if values else [float("nan")]:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise OptionError(f"The weight of '{name}' must be a finite number, a list of them, or pattern -> these; found {value!r}.")
+            raise OptionError(
+                f"The weight of '{name}' must be a finite number, a list of them, or pattern -> these; found {value!r}."
+            )

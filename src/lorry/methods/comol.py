@@ -14,37 +14,45 @@ from torch import Tensor
 from lorry.core.call import Call
 from lorry.core.errors import OptionError
 from lorry.core.families import Bottleneck
-from lorry.core.method import TensorSpec, Tensors, kaiming, normal, register, zeros
+from lorry.core.method import Tensors, TensorSpec, kaiming, normal, register, zeros
 from lorry.core.options import option
-from lorry.core.routing import report
+from lorry.core.routing import precise, report
 from lorry.core.sites import Site
 
 
 @register("comol", paper="arXiv 2603.00573", kinds=("linear", "conv", "embedding"))
 @dataclass(frozen=True)
 class CoMoL(Bottleneck):
-    """``ΔW x = alpha/rank · B (Σ_i g_i M_i) A x`` with gates ``g = softmax(W A x)`` over N cores ``(rank, rank)``.
+    """``ΔW x = alpha/rank · B (Σ_i g_i M_i) A x`` with gates ``g = softmax(W A x)`` over N cores ``(rank,
+    rank)``.
 
-    Gates read the code A x, or x itself (the paper's ablation, ``router_input="full"``). The start is not in the sources: with
-    ``start="up"`` B is zero and the cores are random, with "core" the other way round. `lorry.core.experts.from_adapters` makes one
-    from LoRAs: A and B are the singular vectors of the first, and each M_j the projection of LoRA j, exact for the first alone.
-    A single core is a plain LoRA and merges exactly.
+    Gates read the code A x, or x itself (the paper's ablation, ``router_input="full"``). The start is not in
+    the sources: with ``start="up"`` B is zero and the cores are random, with "core" the other way round.
+    `lorry.core.experts.from_adapters` makes one from LoRAs: A and B are the singular vectors of the first,
+    and each M_j the projection of LoRA j, exact for the first alone. A single core is a plain LoRA and merges
+    exactly.
     """
 
     rank: int = option(16, "Width of the shared code.", at_least=1)
     experts: int = option(8, "Number of cores.", at_least=1)
-    alpha: float | None = option(None, "Numerator of the scale alpha/rank; the rank itself if not given.", above=0)
+    alpha: float | None = option(
+        None, "Numerator of the scale alpha/rank; the rank itself if not given.", above=0
+    )
     router_input: str = option("core", "What the router reads.", choices=("core", "full"))
     router_std: float = option(0.02, "Standard deviation of the router at the start.", at_least=0)
     router_bias: bool = option(False, "Give the router a bias.")
     start: str = option("up", "Which of B and the cores is zero at the start.", choices=("up", "core"))
     train_factors: bool = option(True, "Train A and B and not the cores and the router alone.")
-    dropout: float = option(0.0, "Fraction of the update's input that is dropped in training.", at_least=0, below=1)
+    dropout: float = option(
+        0.0, "Fraction of the update's input that is dropped in training.", at_least=0, below=1
+    )
 
     def check(self) -> None:
         """Refuse a start from which nothing could ever be trained."""
         if not self.train_factors and self.start == "up":
-            raise OptionError("CoMoL: with train_factors=False and start='up', B would stay zero; use start='core'.")
+            raise OptionError(
+                "CoMoL: with train_factors=False and start='up', B would stay zero; use start='core'."
+            )
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         """Return A ``(rank, in)``, B ``(out, rank)``, the cores ``(experts, rank, rank)`` and the router."""
@@ -54,14 +62,22 @@ class CoMoL(Bottleneck):
             "A": TensorSpec((r, site.in_features), kaiming, self.train_factors),
             "B": TensorSpec((site.out_features, r), zeros if up else kaiming, self.train_factors),
             "cores": TensorSpec((n, r, r), core),
-            "router": TensorSpec((n, r if self.router_input == "core" else site.in_features), normal(self.router_std)),
+            "router": TensorSpec(
+                (n, r if self.router_input == "core" else site.in_features), normal(self.router_std)
+            ),
         }
         return {**specs, "router_bias": TensorSpec((n,))} if self.router_bias else specs
 
     def with_experts(self, ranks: Sequence[int]) -> Self:
         """Return the method with a core for each LoRA, in the code of the first, A and B frozen."""
         return self.with_options(
-            rank=ranks[0], experts=len(ranks), alpha=None, train_factors=False, start="core", router_bias=True, router_std=1e-3
+            rank=ranks[0],
+            experts=len(ranks),
+            alpha=None,
+            train_factors=False,
+            start="core",
+            router_bias=True,
+            router_std=1e-3,
         )
 
     def adopt(self, tensors: Tensors, site: Site, experts: Sequence[tuple[Tensor, Tensor, float]]) -> float:
@@ -98,8 +114,12 @@ class CoMoL(Bottleneck):
         if self.constant:
             return h
         router, bias = tensors["router"], tensors.get("router_bias")
-        logits = F.linear(h, router.to(h.dtype)).float() if self.router_input == "core" else call.project(router)
-        gates = (logits if bias is None else logits + bias.float()).softmax(-1)
+        logits = (
+            precise(F.linear(h, router.to(h.dtype))) if self.router_input == "core" else call.project(router)
+        )
+        gates = (logits if bias is None else logits + bias.to(logits.dtype)).softmax(-1)
         report(call, gates, gates)
-        outputs = F.linear(h, tensors["cores"].flatten(0, 1).to(h.dtype)).unflatten(-1, (self.experts, self.rank))
-        return (gates.to(h.dtype).unsqueeze(-2) @ outputs).squeeze(-2)
+        outputs = F.linear(h, tensors["cores"].flatten(0, 1).to(h.dtype)).unflatten(
+            -1, (self.experts, self.rank)
+        )
+        return torch.matmul(gates.to(h.dtype).unsqueeze(-2), outputs).squeeze(-2)

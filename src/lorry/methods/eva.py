@@ -44,6 +44,11 @@ class EVA(LoRA):
             most = min(round(self.rank * self.rho), len(ratio))
             shares += [(-float(value), number, path) for number, value in enumerate(ratio[:most])]
         budget = self.rank * len(seen)
+        if len(shares) < budget:
+            raise AdapterError(
+                f"Calibration showed {len(shares)} directions in {len(seen)} layers, but rank {self.rank} needs "
+                f"{budget} of them; give more tokens."
+            )
         ranks = dict.fromkeys(seen, 0)
         for _, _, path in sorted(shares, key=lambda share: share[0])[:budget]:
             ranks[path] += 1

@@ -11,13 +11,13 @@ from torch import Generator, Tensor
 from lorry.core.call import Call
 from lorry.core.errors import OptionError
 from lorry.core.families import Bottleneck
-from lorry.core.method import TensorSpec, Tensors, register
+from lorry.core.method import Init, Tensors, TensorSpec, register
 from lorry.core.options import option
-from lorry.core.routing import balance_step, counts, report, top_k_mask
+from lorry.core.routing import balance_step, counts, precise, report, top_k_mask
 from lorry.core.sites import Site
 
 
-def distinct_columns(width: int) -> object:
+def distinct_columns(width: int) -> Init:
     """Return an initialiser that draws different columns below `width` for each row, in ascending order."""
 
     def draw(tensor: Tensor, generator: Generator) -> None:
@@ -30,28 +30,38 @@ def distinct_columns(width: int) -> object:
 @register("flylora", paper="arXiv 2510.08396", kinds=("linear", "conv", "embedding"))
 @dataclass(frozen=True)
 class FlyLoRA(Bottleneck):
-    """``ΔW x = alpha/rank · B top_k(A x)`` with A frozen: `density` of each row is nonzero, drawn from N(0, 1/rank²) (section 3).
+    """``ΔW x = alpha/rank · B top_k(A x)`` with A frozen: `density` of each row is nonzero, drawn from N(0,
+    1/rank²) (section 3).
 
-    The k units with the highest ``A x + d`` fire; d balances the load without a loss and never enters a value (equations 8 to 10).
-    With ``top_k = rank`` this is LoRA with a frozen A and merges exactly. Paper and published programs disagree twice: equation 8 and
-    the small program select by magnitude, equation 10 and the program of the experiments by signed value (default; a bias cannot
-    balance magnitudes); that program also computes A x without a gradient to x (``grad_to_input=False``), against equation 6.
-    Loads are counted in training and d moves once after an optimizer step, not in each forward as there.
+    The k units with the highest ``A x + d`` fire; d balances the load without a loss and never enters a value
+    (equations 8 to 10). With ``top_k = rank`` this is LoRA with a frozen A and merges exactly. Paper and
+    published programs disagree twice: equation 8 and the small program select by magnitude, equation 10 and
+    the program of the experiments by signed value (default; a bias cannot balance magnitudes); that program
+    also computes A x without a gradient to x (``grad_to_input=False``), against equation 6. Loads are counted
+    in training and d moves once after an optimizer step, not in each forward as there.
     """
 
     rank: int = option(32, "Rank units, each an expert.", at_least=1)
     top_k: int = option(8, "Rank units that fire for a token.", at_least=1)
-    density: float | None = option(None, "Share of nonzero entries in each row of A; top_k/rank if not given.", above=0, at_most=1)
-    alpha: float | None = option(None, "Numerator of the scale alpha/rank; twice the rank if not given.", above=0)
+    density: float | None = option(
+        None, "Share of nonzero entries in each row of A; top_k/rank if not given.", above=0, at_most=1
+    )
+    alpha: float | None = option(
+        None, "Numerator of the scale alpha/rank; twice the rank if not given.", above=0
+    )
     rate: float = option(1e-3, "Step of the balance bias; 0 turns balancing off.", at_least=0)
     select: str = option("signed", "Choose by value or by magnitude.", choices=("signed", "magnitude"))
     grad_to_input: bool = option(True, "Let the gradient flow to the layer's input through the update.")
-    dropout: float = option(0.0, "Fraction of the update's input that is dropped in training.", at_least=0, below=1)
+    dropout: float = option(
+        0.0, "Fraction of the update's input that is dropped in training.", at_least=0, below=1
+    )
 
     def check(self) -> None:
         """Refuse more active units than there are."""
         if self.top_k > self.rank:
-            raise OptionError(f"FlyLoRA: top_k must be at most rank, found top_k={self.top_k} and rank={self.rank}.")
+            raise OptionError(
+                f"FlyLoRA: top_k must be at most rank, found top_k={self.top_k} and rank={self.rank}."
+            )
 
     def nonzeros(self, site: Site) -> int:
         """Return the number of nonzero entries in each row of A."""
@@ -59,10 +69,14 @@ class FlyLoRA(Bottleneck):
         return max(1, int(site.in_features * density))
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
-        """Return A as positions and values ``(rank, nonzeros)``, the trained B, and the bias of the selection."""
+        """Return A as positions and values ``(rank, nonzeros)``, the trained B, and the bias of the
+        selection.
+        """
         shape = (self.rank, self.nonzeros(site))
         return {
-            "positions": TensorSpec(shape, distinct_columns(site.in_features), trained=False, dtype=torch.int32),
+            "positions": TensorSpec(
+                shape, distinct_columns(site.in_features), trained=False, dtype=torch.int32
+            ),
             "values": TensorSpec(shape, lambda t, g: t.normal_(0, 1 / self.rank, generator=g), trained=False),
             "B": TensorSpec((site.out_features, self.rank)),
             "bias": TensorSpec((self.rank,), trained=False, dtype=torch.float32),
@@ -94,10 +108,12 @@ class FlyLoRA(Bottleneck):
             h = h.detach()
         if self.constant:
             return h
-        score = h.detach().float() + tensors["bias"]
+        score = precise(h.detach()) + tensors["bias"]
         mask = top_k_mask(score.abs() if self.select == "magnitude" else score, self.top_k)
         if call.training and self.rate:
-            call.record("counts", lambda: counts(mask, call.of_tokens(call.context.padding_mask)), always=True)
+            call.record(
+                "counts", lambda: counts(mask, call.of_tokens(call.context.padding_mask)), always=True
+            )
         report(call, mask)
         return h.masked_fill(~mask, 0)
 

@@ -1,4 +1,6 @@
-"""LoRA-Mixer: a learned router over task LoRAs, trained here or brought from outside, in the projections of attention."""
+"""LoRA-Mixer: a learned router over task LoRAs, trained here or brought from outside, in the projections of
+attention.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +16,21 @@ from torch import Generator, Tensor
 from lorry.core.call import Call
 from lorry.core.errors import AdapterError, OptionError
 from lorry.core.families import Bottleneck
-from lorry.core.method import Layout, TensorSpec, Tensors, constant, kaiming, normal, register
+from lorry.core.method import Layout, Tensors, TensorSpec, constant, kaiming, normal, register
 from lorry.core.options import option
-from lorry.core.routing import entropy, report, top_k_mask
+from lorry.core.routing import check_top_k, entropy, report, top_k_mask
 from lorry.core.sites import Site
 
 _QKV = re.compile(r"(q|k|v|query|key|value)(_proj|_lin|_layer)?$")
 _CROSS = re.compile(r"cross|encoder_attn|encdec|attn2", re.IGNORECASE)
 _MODES = ("soft", "sparse", "hard")
+_SIGNS = ("specialise", "paper_formula")
 
 
 def router_name(site: Site) -> str:
-    """Return the name of the router at `site`: queries, keys and values of a self-attention have one input and share one."""
+    """Return the name of the router at `site`: queries, keys and values of a self-attention have one input
+    and share one.
+    """
     parent = site.path.rpartition(".")[0]
     inputs = _QKV.match(site.name)
     if inputs is None or (_CROSS.search(parent) and inputs.group(1)[0] == "q"):
@@ -36,39 +41,47 @@ def router_name(site: Site) -> str:
 @register("lora-mixer", paper="arXiv 2507.00029", kinds=("linear", "conv", "embedding"))
 @dataclass(frozen=True)
 class LoRAMixer(Bottleneck):
-    """``ΔW x = Σ_e p_e(x) scale_e B_e A_e x`` with ``p = softmax(R x)``: all experts in training, the best k later, or the labelled one.
+    """``ΔW x = Σ_e p_e(x) scale_e B_e A_e x`` with ``p = softmax(R x)``: all experts in training, the best k
+    later, or the labelled one.
 
-    `lorry.core.experts.from_adapters` makes one from LoRAs (of any ranks) that exist; those stay as they are. Its loss
-    is ``balance Σ p̄ f̄ ± entropy mean H(p)`` (equation 5). As printed, the sign is minus, which makes routing flat, while the text
-    wants it selective: ``entropy_sign`` is "specialise" by default, "paper_formula" is as printed. f̄ is the share of tokens whose best
-    expert it is (equation 3), or the mass in the first k, as a later passage has it. One expert is a plain LoRA in every mode.
+    `lorry.core.experts.from_adapters` makes one from LoRAs (of any ranks) that exist; those stay as they are.
+    Its loss is ``load_balance Σ p̄ f̄ ± entropy mean H(p)`` (equation 5). As printed, the sign is minus, which
+    makes routing flat, while the text wants it selective: ``entropy_sign`` is "specialise" by default,
+    "paper_formula" is as printed. f̄ is the share of tokens whose best expert it is (equation 3), or the mass
+    in the first k, as a later passage has it. One expert is a plain LoRA in every mode.
     """
 
     experts: int = option(4, "Number of LoRAs at each layer.", at_least=1)
     rank: int = option(8, "Rank of each.", at_least=1)
     ranks: tuple[int, ...] | None = option(None, "Rank of each expert where they differ.")
-    alpha: float | None = option(None, "Numerator of the scale alpha/rank; the rank itself if not given.", above=0)
+    alpha: float | None = option(None, "Scale is alpha/rank; the rank itself if not given.", above=0)
     top_k: int = option(3, "Experts that are kept in sparse routing.", at_least=1)
     renormalize_topk: bool = option(False, "Let the kept weights sum to 1.")
     training_mode: str = option("soft", "Routing in training.", choices=_MODES)
     inference_mode: str = option("sparse", "Routing later.", choices=_MODES)
     shared_router: bool = option(True, "One router for queries, keys and values of an attention.")
     train_experts: bool = option(True, "Train the experts and not the router alone.")
-    balance: float = option(0.1, "Weight of the balance loss.", at_least=0)
+    load_balance: float = option(0.1, "Weight of the balance loss.", at_least=0)
     entropy: float = option(0.01, "Weight of the entropy of each token's routing.", at_least=0)
-    entropy_sign: str = option("specialise", "Minimise or maximise entropy.", choices=("specialise", "paper_formula"))
+    entropy_sign: str = option("specialise", "Minimise or maximise it.", choices=_SIGNS)
     load: str = option("top1", "What counts as an expert's load.", choices=("top1", "mass"))
-    preserve: float = option(0.0, "Weight of the squared distance of the experts from their start.", at_least=0)
-    dropout: float = option(0.0, "Fraction of the update's input that is dropped in training.", at_least=0, below=1)
+    preserve: float = option(0.0, "Weight of the experts' squared distance from their start.", at_least=0)
+    dropout: float = option(0.0, "Dropped fraction of the input in training.", at_least=0, below=1)
 
     def check(self) -> None:
-        """Refuse more kept experts than there are, ranks of another number, and a penalty on experts that are frozen."""
-        if self.top_k > self.experts:
-            raise OptionError(f"LoRAMixer: top_k must be at most experts, found top_k={self.top_k} and experts={self.experts}.")
+        """Refuse more kept experts than there are, ranks of another number, and a penalty on experts that are
+        frozen.
+        """
+        check_top_k(self, self.top_k, self.experts)
         if self.ranks is not None and (len(self.ranks) != self.experts or min(self.ranks) < 1):
-            raise OptionError(f"LoRAMixer: ranks must be {self.experts} positive numbers (experts), found {self.ranks}.")
+            raise OptionError(
+                f"LoRAMixer: ranks must be {self.experts} positive numbers (experts), found {self.ranks}."
+            )
         if self.preserve and not self.train_experts:
-            raise OptionError(f"LoRAMixer: preserve={self.preserve} needs train_experts=True; frozen experts stay as they are.")
+            raise OptionError(
+                f"LoRAMixer: preserve={self.preserve} needs train_experts=True; frozen experts stay as they "
+                f"are."
+            )
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -76,7 +89,9 @@ class LoRAMixer(Bottleneck):
         return self.ranks or (self.rank,) * self.experts
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
-        """Return A ``(Σ ranks, in)`` and B ``(out, Σ ranks)`` of all experts, their scales, the router, and A0, B0 if preserved."""
+        """Return A ``(Σ ranks, in)`` and B ``(out, Σ ranks)`` of all experts, their scales, the router, and
+        A0, B0 if preserved.
+        """
         total, width = sum(self.sizes), site.in_features
         scale = 1.0 if self.alpha is None else self.alpha / self.rank
         specs = {
@@ -115,7 +130,7 @@ class LoRAMixer(Bottleneck):
         tensors["A"].copy_(torch.cat([a for a, _, _ in experts]))
         tensors["B"].copy_(torch.cat([b for _, b, _ in experts], 1))
         tensors["scales"].copy_(torch.tensor([scale for _, _, scale in experts]))
-        self.setup(tensors, site, Generator())
+        self.setup(dict(tensors), site, Generator())
         return 0.0
 
     def factors(self, tensors: Tensors, site: Site) -> tuple[Tensor, Tensor]:
@@ -150,7 +165,7 @@ class LoRAMixer(Bottleneck):
         gates = p if mode == "soft" else p * top_k_mask(p.detach(), self.top_k)
         if mode == "sparse" and self.renormalize_topk:
             gates = gates / gates.sum(-1, keepdim=True)
-        if call.training and (self.balance or self.entropy):
+        if call.training and (self.load_balance or self.entropy):
             place = router_name(call.site) if self.shared_router else None
             call.add_loss("routing", self.loss(p, call.of_tokens(call.context.padding_mask)), place)
         report(call, gates, p)
@@ -163,7 +178,7 @@ class LoRAMixer(Bottleneck):
         kept = held * top_k_mask(held, 1 if self.load == "top1" else self.top_k)
         load = (kept > 0).float().mean(0) if self.load == "top1" else kept.sum(0) / kept.sum()
         sign = 1 if self.entropy_sign == "specialise" else -1
-        return self.balance * (flat.mean(0) * load).sum() + sign * self.entropy * entropy(flat)
+        return self.load_balance * (flat.mean(0) * load).sum() + sign * self.entropy * entropy(flat)
 
     def _labelled(self, h: Tensor, call: Call) -> Tensor:
         """Return one-hot gates ``(rows, 1, ..., experts)`` by the task of each row."""
@@ -171,7 +186,8 @@ class LoRAMixer(Bottleneck):
         if tasks is None or int(tasks.max()) >= self.experts or int(tasks.min()) < 0:
             found = "none" if tasks is None else sorted(set(tasks.tolist()))
             raise AdapterError(
-                f"Hard routing of adapter '{call.adapter}' needs task_ids below {self.experts} (lorry.context), found {found}."
+                f"Hard routing of adapter '{call.adapter}' needs task_ids below {self.experts} "
+                f"(lorry.context), found {found}."
             )
         return F.one_hot(tasks.long(), self.experts).reshape(len(tasks), *[1] * (h.ndim - 2), self.experts)
 

@@ -118,10 +118,8 @@ def cut(adapter: Adapter, rank: int | None, cut_scale: str | None = None) -> Ada
     """Let the adapter use its first `rank` units from now on (all as trained for None), scaled by `cut_scale`
     if given.
 
-    Raises
-    ------
-    OptionError
-        The rank exceeds the stored one.
+    Raises:
+        OptionError: the rank exceeds the stored one.
     """
     return adapter.configure(at=rank, **({} if cut_scale is None else {"cut_scale": cut_scale}))
 
@@ -139,9 +137,7 @@ def at_rank(adapter: Adapter, rank: int | None, cut_scale: str | None = None) ->
 
 
 def mean_loss(adapter: Adapter, loss: Callable[[], Tensor]) -> Tensor:
-    """Return the mean of a loss over the trained ranks: nested training proper, at as many passes as there
-    are ranks.
-    """
+    """Return the mean of a loss over the trained ranks: nested training proper, at a pass for each rank."""
     assert isinstance(adapter.method, Matryoshka)
     values = []
     for rank in adapter.method.trained_ranks:
@@ -151,9 +147,7 @@ def mean_loss(adapter: Adapter, loss: Callable[[], Tensor]) -> Tensor:
 
 
 def aurac(ranks: Sequence[int], accuracies: Sequence[float], axis: str = "log2") -> float:
-    """Return the area under accuracy over rank (trapezoids), divided by the axis' length; ``axis`` is "log2"
-    or "linear".
-    """
+    """Return the area under accuracy over rank (trapezoids) by the length of the axis, "log2" or "linear"."""
     if len(ranks) != len(accuracies) or not ranks or list(ranks) != sorted(set(ranks)) or ranks[0] < 1:
         raise OptionError(
             f"aurac needs ascending ranks from 1 with one accuracy each, found {list(ranks)} and {len(accuracies)}."

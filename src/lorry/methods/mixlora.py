@@ -11,13 +11,21 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from lorry.core.call import Call
-from lorry.core.errors import OptionError, SiteError
+from lorry.core.errors import SiteError
 from lorry.core.families import Block, norms_of_sum
-from lorry.core.feedforward import ACTIVATIONS, FeedForward, feed_forward
-from lorry.core.kinds import BLOCK
-from lorry.core.method import Method, TensorSpec, Tensors, kaiming, normal, ones, preset, register
+from lorry.core.feedforward import ACTIVATIONS, FeedForward, feed_forward, with_blocks
+from lorry.core.method import Method, Tensors, TensorSpec, kaiming, normal, ones, preset, register
 from lorry.core.options import option
-from lorry.core.routing import balance_loss, balance_sums, ranked, report, top_p_mask, within_capacity
+from lorry.core.routing import (
+    balance_loss,
+    balance_sums,
+    check_top_k,
+    precise,
+    ranked,
+    report,
+    top_p_mask,
+    within_capacity,
+)
 from lorry.core.sites import Site
 from lorry.kernels.dropout import keep_mask
 from lorry.methods.dora import DoRA
@@ -27,38 +35,40 @@ from lorry.methods.lora import LoRA
 @register("mixlora", paper="arXiv 2404.15159", kinds=("linear", "block"))
 @dataclass(frozen=True)
 class MixLoRA(Block):
-    """``y = Σ_{e in top k} w_e FFN_e(x)``: FFN_e has a LoRA at each projection, w the renormalised softmax of one router per block.
+    """``y = Σ_{e in top k} w_e FFN_e(x)``: FFN_e has a LoRA at each projection, w the renormalised softmax of
+    one router per block.
 
-    Target the projections of feed-forward blocks (or the blocks): they become mixtures; other linear layers get a plain LoRA. What every
-    expert shares is computed once. The balance loss is pooled over layers, as in the published program. ``routing``: "top_k"; "top_p"
-    (all experts up to a total probability) and "switch" (the best one, with a capacity), whose weights are probabilities that do
-    not sum to 1, so a fresh adapter changes the model. The published switch lets tokens beyond the capacity keep the block's input and,
-    in inference, never applies the experts; here the experts always apply, and such tokens get the frozen block's output.
+    Target the projections of feed-forward blocks (or the blocks): they become mixtures; other linear layers
+    get a plain LoRA. What every expert shares is computed once. The balance loss is pooled over layers, as in
+    the published program. ``routing``: "top_k"; "top_p" (all experts up to a total probability) and "switch"
+    (the best one, with a capacity), whose weights are probabilities that do not sum to 1, so a fresh adapter
+    changes the model. The published switch lets tokens beyond the capacity keep the block's input and, in
+    inference, never applies the experts; here the experts always apply, and such tokens get the frozen
+    block's output.
     """
 
     experts: int = option(8, "Experts of each feed-forward block.", at_least=1)
     top_k: int = option(2, "Experts of a token.", at_least=1)
     rank: int = option(16, "Rank of each expert's LoRAs.", at_least=1)
-    alpha: float | None = option(None, "Numerator of the scale alpha/rank; twice the rank if not given.", above=0)
+    alpha: float | None = option(None, "Scale is alpha/rank; twice the rank if not given.", above=0)
     rank_stabilized: bool = option(False, "Scale by alpha/sqrt(rank).")
-    dropout: float = option(0.0, "Fraction of the LoRAs' input that is dropped in training.", at_least=0, below=1)
+    dropout: float = option(0.0, "Dropped fraction of the LoRAs' input.", at_least=0, below=1)
     dora: bool = option(False, "Give each expert's projection a trained magnitude (MixDoRA).")
-    attention_rank: int | None = option(None, "Rank of the plain LoRAs outside the blocks; the experts' if not given.", at_least=1)
-    attention_alpha: float | None = option(None, "Their alpha; the same ratio to the rank if not given.", above=0)
-    projections: tuple[str, ...] = option((), "Projections of a block with LoRAs; all if empty. Filled in from the targets.")
-    activation: str = option("own", "Between the projections; 'own' is the block's.", choices=("own", *ACTIVATIONS))
+    attention_rank: int | None = option(None, "Rank outside the blocks, if another.", at_least=1)
+    attention_alpha: float | None = option(None, "Alpha outside the blocks, if another ratio.", above=0)
+    projections: tuple[str, ...] = option((), "With LoRAs, all if empty; filled in from the targets.")
+    activation: str = option("own", "'own' is the block's.", choices=("own", *ACTIVATIONS))
     routing: str = option("top_k", "How experts are chosen.", choices=("top_k", "top_p", "switch"))
-    top_p: float = option(0.8, "Total probability at which top_p routing stops.", above=0, at_most=1)
+    top_p: float = option(0.8, "Total probability at which top_p stops.", above=0, at_most=1)
     capacity: int = option(32, "Tokens of a sequence that an expert takes in switch routing.", at_least=1)
-    balance: float = option(0.01, "Weight of the balance loss.", at_least=0)
+    load_balance: float = option(0.01, "Weight of the balance loss.", at_least=0)
     z_loss: float = option(0.0, "Weight of the mean squared logsumexp of the logits.", at_least=0)
-    jitter: float = option(0.0, "Width of multiplicative noise on the block's input in training.", at_least=0, below=1)
+    jitter: float = option(0.0, "Multiplicative noise on a block's input in training.", at_least=0, below=1)
     router_std: float = option(0.02, "Standard deviation of the router at the start.", at_least=0)
 
     def check(self) -> None:
         """Refuse more active experts than there are."""
-        if self.top_k > self.experts:
-            raise OptionError(f"MixLoRA: top_k must be at most experts, found top_k={self.top_k} and experts={self.experts}.")
+        check_top_k(self, self.top_k, self.experts)
 
     @property
     def scaling(self) -> float:
@@ -67,22 +77,12 @@ class MixLoRA(Block):
         return float(alpha / (self.rank**0.5 if self.rank_stabilized else self.rank))
 
     def place(self, sites: Sequence[Site], root: nn.Module) -> list[tuple[Site, Method]]:
-        """Let blocks take the place of their projections; what is targeted of a block decides which projections have LoRAs."""
-        placed: dict[str, tuple[Site, Method]] = {}
-        chosen: dict[str, list[str]] = {}
-        for site in sites:
-            parent = site.path.rpartition(".")[0]
-            block = root.get_submodule(parent) if site.kind.name == "linear" else site.owner
-            path = parent if site.kind.name == "linear" else site.path
-            parts = feed_forward(block, path)
-            if site.kind.name == "linear" and (parts is None or site.name not in parts.names):
-                placed[site.path] = (site, self)
-                continue
-            chosen.setdefault(path, []).extend([site.name] if site.kind.name == "linear" else parts.names if parts else ())
-            names = chosen[path]
-            whole = self.projections or (() if parts is None or set(names) == set(parts.names) else tuple(names))
-            placed[path] = (next(iter(BLOCK.sites(path, block))), self.with_options(projections=whole))
-        return list(placed.values())
+        """Let blocks take the place of their projections; those that are targeted have LoRAs."""
+        placed: list[tuple[Site, Method]] = []
+        for site, names in with_blocks(sites, root):
+            here = self.with_options(projections=names) if names and not self.projections else self
+            placed.append((site, here))
+        return placed
 
     def for_site(self, site: Site) -> Method:
         """Return the method itself at a block, a LoRA elsewhere."""
@@ -98,15 +98,18 @@ class MixLoRA(Block):
         parts = feed_forward(site.owner, site.path)
         if parts is None or (self.activation == "own" and parts.activation is None):
             raise SiteError(
-                f"'{site.path}' ({type(site.owner).__name__}) is no feed-forward block that MixLoRA knows: it needs projections such as "
-                "gate_proj, up_proj, down_proj or fc1, fc2, nothing trained besides, and an activation."
+                f"'{site.path}' ({type(site.owner).__name__}) is no feed-forward block that MixLoRA knows: "
+                "it needs projections such as gate_proj, up_proj, down_proj or fc1, fc2, nothing trained "
+                "besides, and an activation."
             )
         missing = sorted(set(self.projections) - set(parts.names))
         if missing:
             raise SiteError(f"'{site.path}' has the projections {list(parts.names)}, not {missing}.")
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
-        """Return the router ``(experts, width)`` and A, B (and a magnitude) of all experts at each projection."""
+        """Return the router ``(experts, width)`` and A, B (and a magnitude) of all experts at each
+        projection.
+        """
         parts = self._parts(site)
         width = parts.sites[parts.inputs[0]].in_features
         specs = {"router": TensorSpec((self.experts, width), normal(self.router_std))}
@@ -122,15 +125,21 @@ class MixLoRA(Block):
         """Start magnitudes at the norms of the base weights."""
         for name in self.projections or self._parts(site).names:
             if self.dora:
-                tensors[f"{name}.magnitude"].copy_(norms_of_sum(self._parts(site).sites[name], None, None, 0.0))
+                tensors[f"{name}.magnitude"].copy_(
+                    norms_of_sum(self._parts(site).sites[name], None, None, 0.0)
+                )
 
-    def forward(self, base: Callable[..., Any], call: Call, tensors: Tensors, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(
+        self, base: Callable[..., Any], call: Call, tensors: Tensors, *args: Any, **kwargs: Any
+    ) -> Tensor:
         """Return the mixture's output."""
         parts, owner, x = self._parts(call.site), call.site.owner, call.x
         seed = call.seed() if call.training and (self.dropout or self.jitter) else None
         if seed is not None and self.jitter:
             # position by position, so that a row's noise does not depend on how far the batch is padded
-            noise = torch.empty(x.movedim(0, -2).shape).uniform_(-1, 1, generator=Generator().manual_seed(seed))
+            noise = torch.empty(x.movedim(0, -2).shape).uniform_(
+                -1, 1, generator=Generator().manual_seed(seed)
+            )
             x = x * (1 + self.jitter * noise.movedim(-2, 0)).to(x)
         gates, mask = self._route(call, x, tensors["router"])
         # pairs of token and expert, sorted by expert; what a module gives for a token is computed once
@@ -141,25 +150,37 @@ class MixLoRA(Block):
             if f"{name}.A" not in tensors:
                 return outputs
             if seed is not None and self.dropout:
-                keep = keep_mask((*x.shape[:-1], inputs.shape[-1]), self.dropout, seed + parts.names.index(name), x.device)
+                keep = keep_mask(
+                    (*x.shape[:-1], inputs.shape[-1]), self.dropout, seed + parts.names.index(name), x.device
+                )
                 keep = keep.flatten(0, -2)
                 inputs = inputs * (keep if own is None else keep[own]) / (1 - self.dropout)
-            return self._experts(parts.sites[name], tensors, outputs, inputs if own is not None else inputs[token], expert)
+            return self._experts(
+                parts.sites[name], tensors, outputs, inputs if own is not None else inputs[token], expert
+            )
 
         opened = [project(n, flat, getattr(owner, n)(x).flatten(0, -2)[token], None) for n in parts.inputs]
         activation = parts.activation if self.activation == "own" else ACTIVATIONS[self.activation]
         hidden = parts.between(opened, activation)  # type: ignore[arg-type]
         closed = project(parts.output, hidden, getattr(owner, parts.output)(hidden), token)
         weighted = closed * gates.flatten(0, -2)[token, expert].to(closed.dtype).unsqueeze(-1)
-        return flat.new_zeros(flat.shape[0], closed.shape[-1]).index_add(0, token, weighted).view(*x.shape[:-1], -1)
+        return (
+            flat.new_zeros(flat.shape[0], closed.shape[-1])
+            .index_add(0, token, weighted)
+            .view(*x.shape[:-1], -1)
+        )
 
     def _parts(self, site: Site) -> FeedForward:
         parts = feed_forward(site.owner, site.path)
         assert parts is not None
         return parts
 
-    def _experts(self, site: Site, tensors: Tensors, outputs: Tensor, inputs: Tensor, expert: Tensor) -> Tensor:
-        """Return the outputs of a projection for pairs sorted by expert, given the frozen layer's outputs for them."""
+    def _experts(
+        self, site: Site, tensors: Tensors, outputs: Tensor, inputs: Tensor, expert: Tensor
+    ) -> Tensor:
+        """Return the outputs of a projection for pairs sorted by expert, given the frozen layer's outputs for
+        them.
+        """
         a, b = tensors[f"{site.name}.A"], tensors[f"{site.name}.B"]
         sizes = torch.bincount(expert, minlength=self.experts + 1).tolist()
         updates = []
@@ -179,8 +200,10 @@ class MixLoRA(Block):
         return result * gain if bias is None else (result - bias) * gain + bias
 
     def _route(self, call: Call, x: Tensor, router: Tensor) -> tuple[Tensor, Tensor]:
-        """Return gates and choices ``(..., experts + 1)``; the last is the frozen block, for tokens that no expert takes."""
-        logits = F.linear(x.float(), router.float())
+        """Return gates and choices ``(..., experts + 1)``; the last is the frozen block, for tokens that no
+        expert takes.
+        """
+        logits = F.linear(precise(x), precise(router).to(precise(x).dtype))
         p = logits.softmax(-1)
         real = call.of_tokens(call.context.padding_mask)
         order = ranked(p.detach(), {"top_k": self.top_k, "switch": 1, "top_p": self.experts}[self.routing])
@@ -191,7 +214,7 @@ class MixLoRA(Block):
         gates = p * mask
         if self.routing == "top_k":
             gates = gates / gates.sum(-1, keepdim=True)
-        if call.training and self.balance:
+        if call.training and self.load_balance:
             call.leave("balance", balance_sums(p, order, real))
         if call.training and self.z_loss:
             z = logits.logsumexp(-1).square()
@@ -205,9 +228,17 @@ class MixLoRA(Block):
     def joint_loss(self, left: Mapping[str, Mapping[str, Tensor]]) -> Tensor | None:
         """Return the balance loss, pooled over the layers."""
         sums = [tensors["balance"] for tensors in left.values() if "balance" in tensors]
-        return self.balance * balance_loss(torch.stack(sums).sum(0)) if sums else None
+        return self.load_balance * balance_loss(torch.stack(sums).sum(0)) if sums else None
 
 
 preset("mixlora-dynamic", of="mixlora", paper="TUDB-Labs/MoE-PEFT", routing="top_p")
-preset("mixlora-switch", of="mixlora", paper="TUDB-Labs/MoE-PEFT", routing="switch", router_std=1.0, jitter=0.01, z_loss=0.001)
+preset(
+    "mixlora-switch",
+    of="mixlora",
+    paper="TUDB-Labs/MoE-PEFT",
+    routing="switch",
+    router_std=1.0,
+    jitter=0.01,
+    z_loss=0.001,
+)
 preset("mixdora", of="mixlora", paper="arXiv 2404.15159", dora=True)

@@ -9,23 +9,24 @@ import torch
 from torch import Generator, Tensor
 
 from lorry.core.call import Call
-from lorry.core.errors import OptionError
 from lorry.core.families import Bottleneck
-from lorry.core.method import TensorSpec, Tensors, kaiming, normal, preset, register
+from lorry.core.method import Tensors, TensorSpec, kaiming, normal, preset, register
 from lorry.core.options import option
-from lorry.core.routing import draw_order, entropy, log_probability, ranked, report
+from lorry.core.routing import check_top_k, draw_order, entropy, log_probability, ranked, report
 from lorry.core.sites import Site
 
 
 @register("remix", paper="arXiv 2603.10160", kinds=("linear", "conv", "embedding"))
 @dataclass(frozen=True)
 class ReMix(Bottleneck):
-    """``ΔW x = ω Σ_{j in J} B_j A_j x`` with k experts drawn without replacement from ``softmax(P x)`` in training, the best k later.
+    """``ΔW x = ω Σ_{j in J} B_j A_j x`` with k experts drawn without replacement from ``softmax(P x)`` in
+    training, the best k later.
 
-    Selection has no gradient, so P learns from the log-probability of what was drawn: `lorry.core.api.log_probability` gives it for
-    each row, `lorry.core.routing.leave_one_out` makes a loss of M draws of the same rows (`draws`, repeated along the batch). The
-    router sees x without a gradient. Sources leave open whether tokens or sequences are routed; both are here. All experts
-    active (``top_k = experts``) is one LoRA of rank experts · rank and merges exactly.
+    Selection has no gradient, so P learns from the log-probability of what was drawn:
+    `lorry.core.api.log_probability` gives it for each row, `lorry.core.routing.leave_one_out` makes a loss of
+    M draws of the same rows (`draws`, repeated along the batch). The router sees x without a gradient.
+    Sources leave open whether tokens or sequences are routed; both are here. All experts active (``top_k =
+    experts``) is one LoRA of rank experts · rank and merges exactly.
     """
 
     experts: int = option(8, "Number of LoRAs at each layer.", at_least=1)
@@ -33,19 +34,26 @@ class ReMix(Bottleneck):
     rank: int = option(8, "Rank of each.", at_least=1)
     alpha: float = option(2.0, "Numerator of the weight alpha/(top_k rank).", above=0)
     rank_stabilized: bool = option(False, "Use alpha/sqrt(top_k rank) as the weight.")
-    draws: int = option(2, "Draws of each row in a training step.", at_least=2)  # type: ignore[assignment]
-    granularity: str = option("token", "What is routed; a sequence by the mean of its tokens.", choices=("token", "sequence"))
-    entropy_bonus: float = option(0.0, "Weight of the router's entropy, which is rewarded; none in the paper.", at_least=0)
+    draws: int = option(2, "Draws of each row in a training step.", at_least=2)
+    granularity: str = option(
+        "token", "What is routed; a sequence by the mean of its tokens.", choices=("token", "sequence")
+    )
+    entropy_bonus: float = option(
+        0.0, "Weight of the router's entropy, which is rewarded; none in the paper.", at_least=0
+    )
     router_std: float = option(0.0, "Standard deviation of the router at the start.", at_least=0)
-    dropout: float = option(0.0, "Fraction of the update's input that is dropped in training.", at_least=0, below=1)
+    dropout: float = option(
+        0.0, "Fraction of the update's input that is dropped in training.", at_least=0, below=1
+    )
 
     def check(self) -> None:
         """Refuse more active experts than there are."""
-        if self.top_k > self.experts:
-            raise OptionError(f"ReMix: top_k must be at most experts, found top_k={self.top_k} and experts={self.experts}.")
+        check_top_k(self, self.top_k, self.experts)
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
-        """Return A ``(experts · rank, in)`` and B ``(out, experts · rank)`` of all experts, and the router ``(experts, in)``."""
+        """Return A ``(experts · rank, in)`` and B ``(out, experts · rank)`` of all experts, and the router
+        ``(experts, in)``.
+        """
         ranks = self.experts * self.rank
         return {
             "A": TensorSpec((ranks, site.in_features), kaiming),

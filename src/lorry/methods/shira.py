@@ -60,14 +60,22 @@ class SHiRA(WeightDelta):
     def count(self, site: Site) -> int:
         """Return K for one matrix."""
         if self.mask == "struct":
-            return len(self._structure(site))
+            along, across = site.out_features, site.in_features
+            if self.axis == "column":
+                along, across = across, along
+            diagonal = min(along, across)
+            return -(-along // self._step) * across + diagonal - -(-diagonal // self._step)
         size = site.out_features * site.in_features
         return self.rank * (site.out_features + site.in_features) if self.rank else max(1, round(self.density * size))
+
+    @property
+    def _step(self) -> int:
+        return self.every or max(1, round(1 / self.density))
 
     def _structure(self, site: Site) -> Tensor:
         rows, columns = torch.arange(site.out_features)[:, None], torch.arange(site.in_features)[None]
         along = rows if self.axis == "row" else columns
-        chosen = (along % (self.every or max(1, round(1 / self.density))) == 0) | (rows == columns)
+        chosen = (along % self._step == 0) | (rows == columns)
         return chosen.flatten().nonzero().flatten()
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:

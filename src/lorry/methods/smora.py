@@ -12,20 +12,22 @@ from torch import Tensor
 from lorry.core.call import Call
 from lorry.core.errors import OptionError
 from lorry.core.families import Bottleneck
-from lorry.core.method import TensorSpec, Tensors, kaiming, register
+from lorry.core.method import Tensors, TensorSpec, kaiming, register
 from lorry.core.options import option
-from lorry.core.routing import balance_step, counts, report, top_k_mask
+from lorry.core.routing import balance_step, counts, precise, report, top_k_mask
 from lorry.core.sites import Site
 
 
 @register("smora", paper="arXiv 2501.15103", kinds=("linear", "conv", "embedding"))
 @dataclass(frozen=True)
 class SMoRA(Bottleneck):
-    """``ΔW x = alpha/k · B (g ⊙ A x)``, g from ``sigmoid(G x) + d``: the k highest, scaled to a sum of k, the others 0.
+    """``ΔW x = alpha/k · B (g ⊙ A x)``, g from ``sigmoid(G x) + d``: the k highest, scaled to a sum of k, the
+    others 0.
 
-    One expert has `partition` neighbouring ranks; with 1, each rank is one. In the published program the balance bias d enters the
-    gates and not only the choice; gates are kept positive here, and ``bias_in_gate=False`` leaves d out of them. There d has an entry
-    for each rank and moves in every forward; here it has one for each expert and moves once after an optimizer step.
+    One expert has `partition` neighbouring ranks; with 1, each rank is one. In the published program the
+    balance bias d enters the gates and not only the choice; gates are kept positive here, and
+    ``bias_in_gate=False`` leaves d out of them. There d has an entry for each rank and moves in every
+    forward; here it has one for each expert and moves once after an optimizer step.
     """
 
     rank: int = option(64, "Ranks of all experts together.", at_least=1)
@@ -34,18 +36,24 @@ class SMoRA(Bottleneck):
     alpha: float = option(16.0, "Numerator of the scale alpha/top_k.", above=0)
     rate: float = option(1e-5, "Step of the balance bias; 0 turns balancing off.", at_least=0)
     bias_in_gate: bool = option(True, "Let the balance bias enter the gates as well as the choice.")
-    dropout: float = option(0.0, "Fraction of the update's input that is dropped in training.", at_least=0, below=1)
+    dropout: float = option(
+        0.0, "Fraction of the update's input that is dropped in training.", at_least=0, below=1
+    )
 
     def check(self) -> None:
-        """Refuse experts that do not divide, and more active ranks than there are; warn where the router cannot learn."""
+        """Refuse experts that do not divide, and more active ranks than there are; warn where the router
+        cannot learn.
+        """
         if self.top_k > self.rank or self.rank % self.partition or self.top_k % self.partition:
             raise OptionError(
-                f"SMoRA: partition must divide rank and top_k, and top_k be at most rank; found rank={self.rank}, "
+                f"SMoRA: partition must divide rank and top_k, and top_k be at most rank; found "
+                f"rank={self.rank}, "
                 f"top_k={self.top_k}, partition={self.partition}."
             )
         if self.top_k == self.partition and self.rank > self.partition:
             warnings.warn(
-                f"SMoRA: with a single active expert (top_k={self.top_k}, partition={self.partition}) every gate is exactly 1 and "
+                f"SMoRA: with a single active expert (top_k={self.top_k}, partition={self.partition}) every "
+                f"gate is exactly 1 and "
                 "the router gets no gradient; choose top_k of at least twice the partition.",
                 stacklevel=4,
             )
@@ -75,15 +83,18 @@ class SMoRA(Bottleneck):
     def mid(self, h: Tensor, call: Call, tensors: Tensors) -> Tensor:
         """Return the rank units times their gates."""
         units, logits = h.split([self.rank, self.experts], dim=-1)
-        affinity = logits.float().sigmoid()
+        affinity = precise(logits).sigmoid()
         score = affinity + tensors["bias"]
         mask = top_k_mask(score.detach(), self.top_k // self.partition)
         value = (score.clamp_min(1e-6) if self.bias_in_gate else affinity) * mask
         gates = value * (self.top_k // self.partition) / value.sum(-1, keepdim=True)
         if call.training and self.rate:
-            call.record("counts", lambda: counts(mask, call.of_tokens(call.context.padding_mask)), always=True)
+            call.record(
+                "counts", lambda: counts(mask, call.of_tokens(call.context.padding_mask)), always=True
+            )
         report(call, gates)
-        return units * gates.repeat_interleave(self.partition, -1).to(units.dtype)
+        gates = gates.repeat_interleave(self.partition, -1).to(units.dtype)
+        return units.mul(gates)
 
     def after_step(self, tensors: Tensors, site: Site, record: Mapping[str, Tensor]) -> None:
         """Move the bias against the loads of the step."""

@@ -1,8 +1,8 @@
 """Checkpoints of a fleet: a folder that appears whole or not at all, of safetensors and JSON alone.
 
-``checkpoints/00000120/`` holds ``state.json`` (what every job has done, and its place in its data) and for each
-job ``NAME.safetensors`` with the adapter, the optimizer's state, the gradient of a step under way, and the best
-adapter.
+``checkpoints/00000120/`` holds ``state.json`` (what every job has done, and its place in its data) and for
+each job ``NAME.safetensors`` with the adapter, the optimizer's state, the gradient of a step under way, and the
+best adapter.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from lorry.core.errors import CheckpointError
 
 from .optim import load_optimizer, optimizer_tensors
-from .run import Progress, Run
+from .run import DONE, INTERRUPTED, RUNNING, Progress, Run
 
 FORMAT = 1
 #: Options that may differ when a run is taken up again: they do not change what was done so far.
@@ -113,9 +113,7 @@ def read(path: Path) -> dict[str, Any]:
             f"The checkpoint {path} cannot be read ({error}); remove it to go on from the one before."
         ) from error
     if state.get("format") != FORMAT:
-        raise CheckpointError(
-            f"The checkpoint {path} has format {state.get('format')!r}, this version reads {FORMAT}."
-        )
+        raise CheckpointError(f"The checkpoint {path} has format {state.get('format')!r}, this version reads {FORMAT}.")
     return state
 
 
@@ -131,8 +129,7 @@ def check_same(run: Run, saved: Mapping[str, Any]) -> None:
     if changed:
         words = ", ".join(f"{k} was {was.get(k)!r}, now {now[k]!r}" for k in changed)
         raise CheckpointError(
-            f"Job '{run.name}' cannot be taken up again: {words}. Use the same options, or another "
-            "output folder."
+            f"Job '{run.name}' cannot be taken up again: {words}. Use the same options, or another output folder."
         )
     if run.prepared is not None and "data" in saved and saved["data"] != run.prepared.fingerprint():
         raise CheckpointError(
@@ -156,19 +153,22 @@ def restore(path: Path, run: Run, saved: Mapping[str, Any]) -> None:
         with safe_open(path / f"{run.name}.safetensors", "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"The checkpoint {path} lacks the tensors of job '{run.name}' ({error})."
-        ) from error
+        raise CheckpointError(f"The checkpoint {path} lacks the tensors of job '{run.name}' ({error}).") from error
     parts: dict[str, dict[str, Tensor]] = {"adapter": {}, "optimizer": {}, "grad": {}, "best": {}}
     for key, value in tensors.items():
         kind, _, name = key.partition("/")
         parts[kind][name] = value
     load_tensors(run, parts["adapter"])
+    longer = progress.status == DONE and progress.step < run.total
+    if longer and progress.best_step in (None, progress.step):  # else the last tensors gave way to the best
+        progress.status, progress.closed = RUNNING, False
+    if progress.status == INTERRUPTED:
+        progress.status = RUNNING
     run.progress = progress
     run.best = parts["best"]
     run.cursor.restore(saved["cursor"])
-    if not run.running:
-        run.release()
+    if run.failed:
+        run.optimizer = None
         return
     assert run.optimizer is not None
     load_optimizer(run.optimizer, run.adapter, parts["optimizer"])
@@ -188,8 +188,8 @@ def load_tensors(run: Run, values: Mapping[str, Tensor]) -> None:
     wrong = sorted(own.keys() ^ values.keys()) or sorted(n for n in own if own[n].shape != values[n].shape)
     if wrong:
         raise CheckpointError(
-            f"The checkpoint of job '{run.name}' does not fit its adapter: {len(wrong)} tensors differ, first "
-            f"'{wrong[0]}'."
+            f"The checkpoint of job '{run.name}' does not fit its adapter: {len(wrong)} tensors differ, "
+            f"first '{wrong[0]}'."
         )
     with torch.no_grad():
         for name, tensor in own.items():
@@ -208,8 +208,7 @@ def _tensors(run: Run) -> dict[str, Tensor]:
     tensors |= {f"best/{name}": tensor for name, tensor in run.best.items()}
     # a copy, because safetensors refuses tensors that share memory
     return {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
 
 

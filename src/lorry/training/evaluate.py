@@ -24,9 +24,7 @@ def evaluate(
         Metrics by job: ``loss`` and, by objective, ``perplexity``, ``accuracy`` and others.
     """
     waiting = {
-        run.name: _batches(run)
-        for run in runs
-        if run.prepared is not None and run.prepared.evaluation is not None
+        run.name: _batches(run) for run in runs if run.prepared is not None and run.prepared.evaluation is not None
     }
     sums: dict[str, Tally] = {}
     with base.mode(training=False):
@@ -34,7 +32,8 @@ def evaluate(
             shares = [batches.pop(0) for batches in waiting.values()]
             for group in grouped(shares, max_pad_ratio, max_tokens):
                 for share, tally in zip(group, evaluate_pass(base, group), strict=True):
-                    sums[share.name] = sums[share.name] + tally if share.name in sums else tally  # type: ignore[operator]
+                    before = sums.get(share.name)
+                    sums[share.name] = tally if before is None else before + tally  # type: ignore[operator]
             waiting = {name: batches for name, batches in waiting.items() if batches}
     return {name: tally.metrics() for name, tally in sums.items()}
 
@@ -45,6 +44,4 @@ def _batches(run: Run) -> list[Share]:
     rows = sorted(run.prepared.evaluation.rows, key=len)
     size = run.job.eval_batch_size
     made = run.prepared
-    return [
-        Share(run.name, made.objective, rows[i : i + size], made.classes) for i in range(0, len(rows), size)
-    ]
+    return [Share(run.name, made.objective, rows[i : i + size], made.classes) for i in range(0, len(rows), size)]

@@ -57,9 +57,9 @@ class FleetResult:
 class Fleet:
     """Jobs on one frozen base; one job is a fleet of one.
 
-    In a joint pass every unfinished job contributes one micro-batch. The rows go through the base once, each with
-    its own job's adapter; each job then has its own loss, clipping, optimizer and schedule. Padding, dropout and
-    normalisation of a job do not depend on the others.
+    In a joint pass every unfinished job contributes one micro-batch. The rows go through the base once, each
+    with its own job's adapter; each job then has its own loss, clipping, optimizer and schedule. Padding,
+    dropout and normalisation of a job do not depend on the others.
 
     Args:
         model: the base; its weights do not change.
@@ -72,10 +72,10 @@ class Fleet:
         overwrite: allow an output folder that holds another run; its checkpoints are removed.
         progress: show bars and the table; None does on a terminal.
         console: a rich console to show them on.
-        max_pad_ratio: most tokens of a pass, padding included, as a multiple of what the jobs would have alone;
-            what is longer runs in a pass of its own. None joins all.
+        max_pad_ratio: most tokens of a pass, padding included, as a multiple of what the jobs would have
+            alone; what is longer runs in a pass of its own. None joins all.
         max_tokens: most tokens of a pass, padding included, to bound memory; one micro-batch may have more.
-        base_dropout: let the base's own dropout be on in training. A job's result then depends on its company.
+        base_dropout: let the base's own dropout be on in training. Results then depend on the company.
 
     Raises:
         LorryError: options or targets that do not fit. The model is as it was then.
@@ -147,12 +147,13 @@ class Fleet:
                 raise
 
     def _calibrate(self, run: Run, prepared: Prepared) -> None:
-        """Show the first rows of the data to a method that wants to see some; the same again when a run is resumed."""
+        """Show the first rows to a method that wants to see some; the same ones when a run is resumed."""
         assert run.adapter is not None
         if not needs_calibration(run.adapter):
             return
         job, rows = run.job, prepared.train
-        order = BatchPlan(rows=len(rows), batch_size=job.batch_size, seed=job.seed).epoch(0)[: job.calibration]
+        plan = BatchPlan(rows=len(rows), batch_size=job.batch_size, seed=job.seed)
+        order = plan.epoch(0)[: job.calibration]
 
         def loss(model: nn.Module, batch: Sequence[int]) -> torch.Tensor:
             with context(model):
@@ -176,8 +177,8 @@ class Fleet:
         there = checkpoint.latest(folder) is not None or (self.output / "report.json").exists()
         if there and not resume and not overwrite:
             raise OptionError(
-                f"{self.output} holds a run already; take it up again (resume), replace it (overwrite), or choose "
-                "another folder."
+                f"{self.output} holds a run already; take it up again (resume), replace it (overwrite), or "
+                "choose another folder."
             )
         offsets: dict[str, int] = {}
         if path is not None:
@@ -192,9 +193,7 @@ class Fleet:
             checkpoint.clear(folder)
         self.output.mkdir(parents=True, exist_ok=True)
         for run in self.runs:
-            self._metrics[run.name] = MetricsFile(
-                self.output / run.name / "metrics.jsonl", offsets.get(run.name, 0)
-            )
+            self._metrics[run.name] = MetricsFile(self.output / run.name / "metrics.jsonl", offsets.get(run.name, 0))
 
     # -- run
 
@@ -269,20 +268,19 @@ class Fleet:
         for name, metrics in evaluate(self.base, runs, self.max_pad_ratio, self.max_tokens).items():
             run = next(r for r in runs if r.name == name)
             run.judge(metrics)
-            self._metrics[name].write(
-                {"step": run.progress.step, **{f"eval_{k}": v for k, v in metrics.items()}}
-            )
+            self._metrics[name].write({"step": run.progress.step, **{f"eval_{k}": v for k, v in metrics.items()}})
 
     def _finish(self, runs: Sequence[Run]) -> None:
-        """Close jobs that are at their end: best tensors back, adapter saved, optimizer let go."""
+        """Close jobs that are at their end: best tensors back, adapter saved, gradients let go."""
         for run in runs:
             if run.running:
                 run.progress.status = DONE
             if run.failed or run.adapter is None:
                 continue
-            if run.optimizer is not None and run.restore_best():
+            if not run.progress.closed and run.restore_best():
                 metrics = evaluate(self.base, [run], self.max_pad_ratio, self.max_tokens)[run.name]
                 run.progress.evaluations.append({"step": run.progress.best_step, **metrics})
+            run.progress.closed = True
             run.release()
             run.adapter.metadata["training"] = _facts(run)
             if run.path is None:

@@ -34,66 +34,40 @@ class Job:
     """
 
     name: str = option(MISSING, "Name of the job and of its adapter.")
-    data: Any = option(
-        MISSING, "Training data: a file or folder, a mapping {path, format, split, limit}, or records."
-    )
+    data: Any = option(MISSING, "Training data: a file or folder, a mapping {path, format, split, limit}, or records.")
     method: Any = option("lora", "Slug of the method, or a mapping {method: slug, **options}.")
-    targets: Any = option(
-        "all-linear", "Which layers get adapters: a preset, a name, a pattern, or a list of these."
-    )
+    targets: Any = option("all-linear", "Which layers get adapters: a preset, a name, a pattern, or a list of these.")
     exclude: Any = option((), "Layers to leave out, in the same syntax.")
-    layers: tuple[int, ...] | None = option(
-        None, "Indices of the transformer blocks to adapt; all if not given."
-    )
-    site_options: Mapping[str, Any] | None = option(
-        None, "Pattern -> method options at the layers that match."
-    )
+    layers: tuple[int, ...] | None = option(None, "Indices of the transformer blocks to adapt; all if not given.")
+    site_options: Mapping[str, Any] | None = option(None, "Pattern -> method options at the layers that match.")
     train_also: Any = option((), "Whole modules to train beside the adapter, such as a new head.")
-    objective: Any = option(
-        "causal", "causal, completion, chat or classification; or {objective: name, **options}."
-    )
-    columns: Mapping[str, str] | None = option(
-        None, "Role -> column name, e.g. {text: review, label: stars}."
-    )
-    max_length: int | None = option(
-        None, "Tokens of a row; the objective's own default if not given.", at_least=2
-    )
+    objective: Any = option("causal", "causal, completion, chat or classification; or {objective: name, **options}.")
+    columns: Mapping[str, str] | None = option(None, "Role -> column name, e.g. {text: review, label: stars}.")
+    max_length: int | None = option(None, "Tokens of a row; the objective's own default if not given.", at_least=2)
     packing: bool = option(False, "Put several examples into a row.")
-    labels: tuple[str, ...] | None = option(
-        None, "Classes in the order of the head; read from the data if not given."
-    )
+    labels: tuple[str, ...] | None = option(None, "Classes in the order of the head; read from the data if not given.")
     eval_data: Any = option(None, "Held-out data, given like the training data.")
     hold_out: float = option(
         0.0, "Fraction of the training rows to hold out where there is no eval_data.", at_least=0, below=1
     )
-    epochs: int | None = option(
-        None, "Passes over the data; one if neither epochs nor steps are given.", at_least=1
-    )
+    epochs: int | None = option(None, "Passes over the data; one if neither epochs nor steps are given.", at_least=1)
     steps: int | None = option(None, "Optimizer steps, in place of epochs.", at_least=1)
     batch_size: int = option(8, "Rows of a micro-batch.", at_least=1)
     accumulation: int = option(1, "Micro-batches of an optimizer step.", at_least=1)
-    bucketing: int = option(
-        0, "Batch rows of like length, sorted within windows of this many batches.", at_least=0
-    )
+    bucketing: int = option(0, "Batch rows of like length, sorted within windows of this many batches.", at_least=0)
     rate: float = option(2e-4, "Learning rate at its highest.", above=0)
     schedule: str = option("constant", "Course of the learning rate.", choices=SCHEDULES)
     warmup: float = option(0.0, "Steps of linear warm-up, or a fraction of the run if below 1.", at_least=0)
-    rate_floor: float = option(
-        0.0, "What is left of the rate at the end, as a fraction.", at_least=0, at_most=1
-    )
+    rate_floor: float = option(0.0, "What is left of the rate at the end, as a fraction.", at_least=0, at_most=1)
     optimizer: str = option("adamw", "Name of an optimizer of torch.optim: adamw, adam, sgd, adafactor, ...")
     weight_decay: float = option(0.0, "Weight decay of the optimizer.", at_least=0)
-    betas: tuple[float, ...] | None = option(
-        None, "Decay rates of the moments, for optimizers that have them."
-    )
+    betas: tuple[float, ...] | None = option(None, "Decay rates of the moments, for optimizers that have them.")
     momentum: float = option(0.0, "Momentum, for optimizers that have it.", at_least=0, below=1)
     clip: float | None = option(1.0, "Largest norm of the job's gradient; None does not clip.", above=0)
     calibration: int = option(8, "Micro-batches that a method may see before training.", at_least=1)
     seed: int = option(0, "Start of the adapter, order of the data, dropout.")
     dtype: str = option("float32", "Type of the adapter's tensors.", choices=tuple(DTYPES))
-    eval_every: int = option(
-        0, "Steps between evaluations; 0 evaluates at the start and at the end.", at_least=0
-    )
+    eval_every: int = option(0, "Steps between evaluations; 0 evaluates at the start and at the end.", at_least=0)
     eval_batch_size: int = option(16, "Rows of a batch in evaluation.", at_least=1)
     patience: int | None = option(None, "Stop after this many evaluations without a better one.", at_least=1)
     keep_best: bool = option(False, "End with the adapter of the best evaluation instead of the last one.")
@@ -108,7 +82,7 @@ class Job:
         check_options(self)
         if not _NAME.fullmatch(self.name):
             raise OptionError(
-                "A job's name consists of letters, digits, '_', '-' and '.', and begins with a letter or digit; "
+                "A job's name consists of letters, digits, '_', '-' and '.', beginning with a letter or digit; "
                 f"found {self.name!r}."
             )
         if self.epochs is not None and self.steps is not None:
@@ -151,9 +125,7 @@ class Job:
             values.setdefault("max_length", self.max_length)
         if self.packing:
             if name == "classification":
-                raise OptionError(
-                    f"Job '{self.name}': classification examples cannot be packed; set packing to false."
-                )
+                raise OptionError(f"Job '{self.name}': classification examples cannot be packed; set packing to false.")
             values.setdefault("packing", True)
         roles = _roles(name)
         for role, column in (self.columns or {}).items():

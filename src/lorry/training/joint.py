@@ -55,9 +55,7 @@ class Share:
         return max(len(row) for row in self.rows)
 
 
-def grouped(
-    shares: Sequence[Share], max_pad_ratio: float | None, max_tokens: int | None
-) -> list[list[Share]]:
+def grouped(shares: Sequence[Share], max_pad_ratio: float | None, max_tokens: int | None) -> list[list[Share]]:
     """Split shares into passes, longest first, so that short rows are not padded too much.
 
     Args:
@@ -112,9 +110,9 @@ class Base:
     def mode(self, training: bool) -> Iterator[None]:
         """Put the model into training or evaluation while the context lasts.
 
-        In training the adapted layers alone are in training mode, so that the adapters' dropout is on, and that
-        of the base, whose masks would depend on the company of other jobs, is off unless it was asked for.
-        Blocks under gradient checkpointing are in training mode too, because transformers asks for that.
+        In training the adapted layers alone are in training mode, so that the adapters' dropout is on, and
+        that of the base, whose masks would depend on the company of other jobs, is off unless asked for. Blocks
+        under gradient checkpointing are in training mode too, because transformers asks for that.
         """
         before = [(m, m.training) for m in self.model.modules()]
         self.model.train(training and self.base_dropout)
@@ -165,9 +163,7 @@ def _train_pass(base: Base, shares: Sequence[Share], seed: int) -> None:
                 continue
             penalty = auxiliary_loss(model, share.name)
             value = total * share.weight
-            known.append(
-                (share, total.detach().double(), None if penalty is None else penalty.detach().double())
-            )
+            known.append((share, total.detach().double(), None if penalty is None else penalty.detach().double()))
             weighted.append(value if penalty is None else value + penalty * share.auxiliary)
         losses = _finite(known, weighted)
         if losses:

@@ -64,9 +64,7 @@ def make_optimizer(job: Job, adapter: Adapter) -> torch.optim.Optimizer:
             if name not in accepted:
                 raise OptionError(f"Job '{job.name}': the optimizer {cls.__name__} has no option '{name}'.")
             options[name] = value
-    groups = [
-        {"params": [p for _, p in named], "factor": factor} for factor, named in rate_groups(adapter).items()
-    ]
+    groups = [{"params": [p for _, p in named], "factor": factor} for factor, named in rate_groups(adapter).items()]
     if "fused" in accepted and all(p.device.type in ("cpu", "cuda") for p in adapter.parameters()):
         options["fused"] = True  # one call for all tensors: a job has many small ones
     return cls(groups, **options)
@@ -106,9 +104,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, adapter: Adapter) -> dic
     for index, name in _indexed(optimizer, adapter):
         for key, value in state.get(index, {}).items():
             if value is not None:
-                tensors[f"{name}/{key}"] = (
-                    value.detach() if isinstance(value, Tensor) else torch.tensor(value)
-                )
+                tensors[f"{name}/{key}"] = value.detach() if isinstance(value, Tensor) else torch.tensor(value)
     return tensors
 
 

@@ -75,9 +75,7 @@ def _encode(
     if isinstance(data, EncodedSet):
         return data, labels
     if tokenizer is None:
-        raise DataError(
-            "text needs a tokenizer; give one, or give rows that are encoded already (EncodedSet)"
-        )
+        raise DataError("text needs a tokenizer; give one, or give rows that are encoded already (EncodedSet)")
     records = load_records(data)
     if isinstance(objective, Classification) and labels is None:
         labels = objective.label_names(records)
@@ -89,14 +87,14 @@ def _check_task(objective: Objective, model: nn.Module) -> None:
     kind = type(model).__name__
     if objective.task == "causal-lm" and kind.endswith("ForSequenceClassification"):
         raise DataError(
-            f"objective '{objective.name}' predicts tokens, but {kind} has a classification head; load the base "
-            "with AutoModelForCausalLM"
+            f"objective '{objective.name}' predicts tokens, but {kind} has a classification head; load the "
+            "base with AutoModelForCausalLM"
         )
     if objective.task == "sequence-classification":
         if kind.endswith(("ForCausalLM", "LMHeadModel")):
             raise DataError(
-                f"objective '{objective.name}' needs a classification head, but {kind} predicts tokens; load the "
-                "base with AutoModelForSequenceClassification"
+                f"objective '{objective.name}' needs a classification head, but {kind} predicts tokens; load "
+                "the base with AutoModelForSequenceClassification"
             )
 
 
@@ -106,8 +104,7 @@ def _check_head(train: EncodedSet, labels: tuple[str, ...] | None, model: nn.Mod
     classes = len(labels) if labels else max(row.label or 0 for row in train.rows) + 1
     if head is not None and classes > head:
         raise DataError(
-            f"the job has {classes} classes, but the model's head has {head}; load the base with "
-            f"num_labels={classes}"
+            f"the job has {classes} classes, but the model's head has {head}; load the base with num_labels={classes}"
         )
     return classes if head is not None and classes < head else None
 
@@ -121,14 +118,13 @@ def _check_rows(rows: EncodedSet, name: str, model: nn.Module) -> None:
     if size is not None and not 0 <= low <= high < size:
         bad = high if high >= size else low
         raise DataError(
-            f"{name} has the token {bad}, but the model knows {size} tokens: the tokenizer does not belong to "
-            "this model"
+            f"{name} has the token {bad}, but the model knows {size} tokens: the tokenizer does not belong "
+            "to this model"
         )
     config: Any = getattr(model, "config", None)
     most = getattr(config, "max_position_embeddings", None)
     longest = max(rows.lengths)
     if most is not None and longest > most:
         raise DataError(
-            f"{name} has rows of {longest} tokens, but the model takes {most}; set max_length to {most} or "
-            "less"
+            f"{name} has rows of {longest} tokens, but the model takes {most}; set max_length to {most} or less"
         )

@@ -39,9 +39,7 @@ class Bars:
         if self._bars is not None:
             self._bars.start()
             for run in self.runs:
-                self._tasks[run.name] = self._bars.add_task(
-                    run.name, total=run.total or 1, loss="", speed="", note=""
-                )
+                self._tasks[run.name] = self._bars.add_task(run.name, total=run.total or 1, loss="", speed="", note="")
             self.update(force=True)
         return self
 

@@ -18,7 +18,7 @@ class MetricsFile:
 
     Args:
         path: where the file is.
-        offset: bytes to keep of a file that is there; what a killed run wrote after its checkpoint is cut off.
+        offset: bytes to keep of a file that is there; what was written after a checkpoint is cut off.
     """
 
     def __init__(self, path: Path, offset: int = 0) -> None:
@@ -104,9 +104,7 @@ def print_table(report: Mapping[str, Any], console: Any = None) -> None:
 
     console = console or Console()
     jobs: Sequence[Mapping[str, Any]] = report["jobs"]
-    table = Table(
-        title=f"{len(jobs)} job{'s' if len(jobs) > 1 else ''} on {report['base']}, {report['seconds']:.1f} s"
-    )
+    table = Table(title=f"{len(jobs)} job{'s' if len(jobs) > 1 else ''} on {report['base']}, {report['seconds']:.1f} s")
     table.add_column("job")
     for heading in ("parameters", "steps", "tokens", "loss first", "last"):
         table.add_column(heading, justify="right")
@@ -117,9 +115,7 @@ def print_table(report: Mapping[str, Any], console: Any = None) -> None:
     for job in jobs:
         held = job["eval"] or {}
         measured = [_change(held.get("start", {}).get(n), held.get("end", {}).get(n)) for n in names]
-        style = (
-            "red" if job["status"].startswith("failed") else "green" if job["status"] == "done" else "yellow"
-        )
+        style = "red" if job["status"].startswith("failed") else "green" if job["status"] == "done" else "yellow"
         numbers = [_number(job["parameters"]), _number(job["steps"]), _number(job["tokens"])]
         losses = [_number(job["first_loss"]), _number(job["last_loss"])]
         table.add_row(Text(job["name"]), *numbers, *losses, *measured, Text(job["status"], style=style))
@@ -152,8 +148,7 @@ def draw_curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) 
     except ImportError:
         return False
     drawn = {
-        name: [(r["step"], r["loss"]) for r in rows if r.get("loss") is not None]
-        for name, rows in metrics.items()
+        name: [(r["step"], r["loss"]) for r in rows if r.get("loss") is not None] for name, rows in metrics.items()
     }
     drawn = {name: points for name, points in drawn.items() if points}
     if not drawn:

@@ -38,6 +38,7 @@ class Progress:
     best_step: int | None = None
     best_value: float | None = None
     worse: int = 0
+    closed: bool = False
     # of the step under way
     micro: int = 0
     pending: list[list[int]] = field(default_factory=list)
@@ -105,20 +106,18 @@ class Run:
     def rate(self) -> float:
         """The learning rate of the step under way."""
         job = self.job
-        return job.rate * rate_factor(
-            job.schedule, self.progress.step, self.total, job.warmup, job.rate_floor
-        )
+        return job.rate * rate_factor(job.schedule, self.progress.step, self.total, job.warmup, job.rate_floor)
 
     def fail(self, reason: str) -> None:
         """Stop, and forget the gradient of the step under way."""
         self.progress.status = f"failed: {reason}"
         self.release()
+        self.optimizer = None
 
     def release(self) -> None:
-        """Give up the optimizer's state and the gradients."""
+        """Give up the gradients; the optimizer stays, since a finished run may be taken up for longer."""
         if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
-        self.optimizer = None
         self._records.clear()
 
     def share(self) -> Share:

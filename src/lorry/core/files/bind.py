@@ -68,7 +68,9 @@ def bind(file: AdapterFile, state: ModelState) -> Bound:
         _put(file, part, site, bound)
         bound.paths[label] = site.path
         if file.manifest is None and doubled_by_peft(site.path, site.kind.name):
-            bound.notes.append(f"PEFT adds the update at '{site.path}' twice; it was doubled, so that outputs are equal")
+            bound.notes.append(
+                f"PEFT adds the update at '{site.path}' twice; it was doubled, so that outputs are equal"
+            )
     for name, key in file.shared.items():
         if key in file.file.places:
             bound.values[f"shared.{name}"] = file.read(key)
@@ -83,8 +85,8 @@ def _put(file: AdapterFile, part: Part, site: Site, bound: Bound) -> None:
     kind = site.kind.name
     if part.kind is not None and kind != part.kind:
         raise CheckpointError(
-            f"'{file.path}' was made for a {part.kind} at '{part.path}', but the model has a {kind} there: {site}. "
-            "It is an adapter for another architecture."
+            f"'{file.path}' was made for a {part.kind} at '{part.path}', but the model has a {kind} there: "
+            f"{site}. It is an adapter for another architecture."
         )
     method = part.method
     values = file.site_tensors(part, kind, site.lead)
@@ -96,7 +98,9 @@ def _put(file: AdapterFile, part: Part, site: Site, bound: Bound) -> None:
     for name, value in values.items():
         full = f"{prefix}.{name}"
         if full in bound.values:
-            raise CheckpointError(f"'{file.path}' holds two tensors for '{full}' of this model; nothing was loaded.")
+            raise CheckpointError(
+                f"'{file.path}' holds two tensors for '{full}' of this model; nothing was loaded."
+            )
         bound.values[full] = value
     bound.chosen.append((site, method))
 
@@ -111,12 +115,15 @@ def _principal(method: Method, site: Site) -> dict[str, Tensor]:
 
 
 def _check_convolution(file: AdapterFile, site: Site) -> None:
-    """Refuse convolutions where PEFT's and kohya's own forward computes something that is no update of the weight."""
+    """Refuse convolutions where PEFT's and kohya's own forward computes something that is no update of the
+    weight.
+    """
     module = site.owner
     if module.groups != 1:
         raise CheckpointError(
-            f"'{file.path}': '{site.path}' is a convolution in {module.groups} groups. The factors that other tools train there "
-            "see all channels, which no update of its weight does; Lorry cannot carry them."
+            f"'{file.path}': '{site.path}' is a convolution in {module.groups} groups. The factors that "
+            "other tools train there see all channels, which no update of its weight does; Lorry cannot "
+            "carry them."
         )
 
 
@@ -139,18 +146,25 @@ def _check_targets(file: AdapterFile, state: ModelState, resolver: Resolver, bou
             missing.append(site.path)
     if missing:
         raise CheckpointError(
-            f"'{file.path}' targets {len(missing)} sites of this model for which it holds no tensors: {some(missing)}. The file is "
-            "incomplete, or it is for another model; nothing was loaded."
+            f"'{file.path}' targets {len(missing)} sites of this model for which it holds no tensors: "
+            f"{some(missing)}. The file is incomplete, or it is for another model; nothing was loaded."
         )
     for name in config.values.get("modules_to_save") or ():
-        if not any(p == name or p.endswith(f".{name}") for p in (s.path for s, m in bound.chosen if m.info.slug == "full")):
+        if not any(
+            p == name or p.endswith(f".{name}")
+            for p in (s.path for s, m in bound.chosen if m.info.slug == "full")
+        ):
             found = [p for p, _ in state.root.named_modules() if p == name or p.endswith(f".{name}")]
             if found:
-                raise CheckpointError(f"'{file.path}' lists '{name}' in modules_to_save but holds no tensors for {some(found)}.")
+                raise CheckpointError(
+                    f"'{file.path}' lists '{name}' in modules_to_save but holds no tensors for {some(found)}."
+                )
 
 
 def _base_copies(file: AdapterFile, resolver: Resolver, bound: Bound) -> None:
-    """Check embeddings that were saved along with an adapter against the base, and carry those that differ as whole modules."""
+    """Check embeddings that were saved along with an adapter against the base, and carry those that differ
+    as whole modules.
+    """
     full = method_from("full")
     for path, key in file.base_copies.items():
         module_path, _, name = path.rpartition(".")
@@ -158,14 +172,16 @@ def _base_copies(file: AdapterFile, resolver: Resolver, bound: Bound) -> None:
         own = site.owner._parameters.get(name) if site is not None else None
         if site is None or own is None or not _is_embedding(site.owner, resolver.state.root):
             raise CheckpointError(
-                f"'{file.path}' holds the tensor '{key}', which is neither a factor nor one of modules_to_save nor an embedding of "
-                f"{type(resolver.state.root).__name__}; nothing was loaded."
+                f"'{file.path}' holds the tensor '{key}', which is neither a factor nor one of "
+                f"modules_to_save nor an embedding of {type(resolver.state.root).__name__}; nothing was "
+                "loaded."
             )
         value = file.read(key)
         if value.shape != own.shape:
             raise CheckpointError(
-                f"'{file.path}' was trained with an embedding of {tuple(value.shape)} at '{site.path}', this model has "
-                f"{tuple(own.shape)}. Resize it first: model.resize_token_embeddings({value.shape[0]})."
+                f"'{file.path}' was trained with an embedding of {tuple(value.shape)} at '{site.path}', "
+                f"this model has {tuple(own.shape)}. Resize it first: "
+                f"model.resize_token_embeddings({value.shape[0]})."
             )
         if torch.equal(value.to(own.dtype), own.detach().to(value.device)):
             bound.verified += 1
@@ -173,7 +189,8 @@ def _base_copies(file: AdapterFile, resolver: Resolver, bound: Bound) -> None:
             continue
         if any(s.owner is site.owner for s, _ in bound.chosen):
             raise CheckpointError(
-                f"'{file.path}' holds another base weight for '{site.path}', which it adapts too: it was made for another base."
+                f"'{file.path}' holds another base weight for '{site.path}', which it adapts too: it was "
+                "made for another base."
             )
         bound.values[f"{site.path}.{name}"] = value
         bound.chosen.append((site, full))
@@ -192,7 +209,11 @@ def _bind_single(file: AdapterFile, state: ModelState, bound: Bound) -> None:
         groups.setdefault(part.component, []).append(part)
     resolver = Resolver(state, flat=file.format == "kohya")
     found = {c: [_single_site(part, resolver) for part in parts] for c, parts in groups.items()}
-    whole = [c for c, sites in found.items() if all(s is not None and _fits(file, p, s) for p, s in zip(groups[c], sites, strict=True))]
+    whole = [
+        c
+        for c, sites in found.items()
+        if all(s is not None and _fits(file, p, s) for p, s in zip(groups[c], sites, strict=True))
+    ]
     if not whole:
         best = max(found, key=lambda c: sum(s is not None for s in found[c]))
         lacking = [p for p, s in zip(groups[best], found[best], strict=True) if s is None]
@@ -205,7 +226,8 @@ def _bind_single(file: AdapterFile, state: ModelState, bound: Bound) -> None:
             assert site is not None
             if site.path in places:
                 raise CheckpointError(
-                    f"'{file.path}' has two components, '{places[site.path]}' and '{component}', that both fit this model; split the file."
+                    f"'{file.path}' has two components, '{places[site.path]}' and '{component}', that both "
+                    "fit this model; split the file."
                 )
             places[site.path] = component
             _put(file, part, site, bound)
@@ -213,7 +235,9 @@ def _bind_single(file: AdapterFile, state: ModelState, bound: Bound) -> None:
     for component in groups.keys() - set(whole):
         count = sum(len(p.keys) for p in groups[component])
         bound.elsewhere += count
-        bound.notes.append(f"{count} tensors of '{component}' belong to another model of the pipeline and were left out")
+        bound.notes.append(
+            f"{count} tensors of '{component}' belong to another model of the pipeline and were left out"
+        )
     bound.notes += resolver.notes
 
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from lorry.core.errors import CheckpointError
+from lorry.core.errors import CheckpointError, near_misses
 
 TENSORS, MANIFEST, PEFT_CONFIG = "adapter_model.safetensors", "lorry.json", "adapter_config.json"
 _OURS = {TENSORS, MANIFEST, PEFT_CONFIG}
@@ -33,29 +33,35 @@ def located(path: str | os.PathLike[str]) -> Path:
     given = given.expanduser()
     backup = _backup(given)
     if not given.exists() and (backup / TENSORS).is_file():
-        given = backup  # a save was killed between its two renames; the previous adapter is whole under this name
+        # a save was killed between its two renames; the previous adapter is whole under this name
+        given = backup
     if given.is_file():
         _refuse_pickle(given)
         if given.suffix != ".safetensors":
             raise CheckpointError(f"'{given}' is neither a folder nor a .safetensors file.")
         if given.name == TENSORS and any((given.parent / n).is_file() for n in (MANIFEST, PEFT_CONFIG)):
-            raise CheckpointError(f"'{given}' belongs to the adapter in the folder '{given.parent}'; load the folder.")
+            raise CheckpointError(
+                f"'{given}' belongs to the adapter in the folder '{given.parent}'; load the folder."
+            )
         return given
     if not given.is_dir():
         near = sorted(p.name for p in given.parent.iterdir()) if given.parent.is_dir() else []
-        from lorry.core.errors import near_misses
-
-        raise CheckpointError(f"There is no adapter at '{given}'.{near_misses(given.name, near)} Hub names are not downloaded here.")
+        raise CheckpointError(
+            f"There is no adapter at '{given}'.{near_misses(given.name, near)} Hub names are not downloaded "
+            "here."
+        )
     tensors = inside(given, TENSORS)
     if tensors is None:
         for entry in sorted(given.iterdir()):
             if entry.name.startswith("adapter_model"):
                 _refuse_pickle(entry)
-        raise CheckpointError(f"The folder '{given}' holds no {TENSORS}: it is no adapter, or the save was not finished.")
+        raise CheckpointError(
+            f"The folder '{given}' holds no {TENSORS}: it is no adapter, or the save was not finished."
+        )
     if inside(given, MANIFEST) is None and inside(given, PEFT_CONFIG) is None:
         raise CheckpointError(
-            f"The folder '{given}' holds {TENSORS} but neither {MANIFEST} nor {PEFT_CONFIG}, so rank, alpha and method are "
-            "unknown. Copy the missing file beside it."
+            f"The folder '{given}' holds {TENSORS} but neither {MANIFEST} nor {PEFT_CONFIG}, so rank, alpha "
+            "and method are unknown. Copy the missing file beside it."
         )
     return given
 
@@ -66,7 +72,8 @@ def inside(folder: Path, name: str) -> Path | None:
     Raises
     ------
     CheckpointError
-        It is a link that leads out of the folder (the download cache of the Hub, whose links stay in its own blobs, excepted).
+        It is a link that leads out of the folder (the download cache of the Hub, whose links stay in its own
+        blobs, excepted).
     """
     path = folder / name
     if not path.is_symlink():
@@ -76,25 +83,26 @@ def inside(folder: Path, name: str) -> Path | None:
     if target.is_relative_to(home) or (home.parent.name == "snapshots" and target.is_relative_to(blobs)):
         return path if target.is_file() else None
     raise CheckpointError(
-        f"'{path}' is a link that leads out of its folder, to '{target}'. It is not followed; copy the file itself into the folder."
+        f"'{path}' is a link that leads out of its folder, to '{target}'. It is not followed; copy the file "
+        "itself into the folder."
     )
 
 
 def _refuse_pickle(path: Path) -> None:
     if path.suffix.lower() in _PICKLES:
         raise CheckpointError(
-            f"'{path}' is a pickle, which can run any code when it is opened, so Lorry never opens one. If you trust it, "
-            "convert it in a sandbox: safetensors.torch.save_file(torch.load(path, weights_only=True), "
-            f"'{TENSORS}'), and load that."
+            f"'{path}' is a pickle, which can run any code when it is opened, so Lorry never opens one. If "
+            "you trust it, convert it in a sandbox: safetensors.torch.save_file(torch.load(path, "
+            f"weights_only=True), '{TENSORS}'), and load that."
         )
 
 
 def write_folder(path: Path, files: Mapping[str, bytes], *, overwrite: bool = True) -> None:
     """Write files as a folder in one step: a kill at any moment leaves the old folder whole or the new one.
 
-    Other files that the old folder holds are kept. A folder that contains folders, or that cannot be exchanged, is not
-    replaced as a whole; there the files are replaced one by one, and an interruption is recognised on reading by the digest that
-    the files share.
+    Other files that the old folder holds are kept. A folder that contains folders, or that cannot be
+    exchanged, is not replaced as a whole; there the files are replaced one by one, and an interruption is
+    recognised on reading by the digest that the files share.
 
     Raises
     ------
@@ -106,7 +114,9 @@ def write_folder(path: Path, files: Mapping[str, bytes], *, overwrite: bool = Tr
     path = path.expanduser()
     path = path if path.name not in ("", "..", ".") else path.resolve()
     if path.is_symlink():
-        raise CheckpointError(f"'{path}' is a link; saving through it would write elsewhere. Give the folder itself.")
+        raise CheckpointError(
+            f"'{path}' is a link; saving through it would write elsewhere. Give the folder itself."
+        )
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"'{path}' is a file; an adapter is saved as a folder.")
     if path.is_dir() and not overwrite and any(path.iterdir()):
@@ -126,7 +136,9 @@ def write_folder(path: Path, files: Mapping[str, bytes], *, overwrite: bool = Tr
 
 
 def _put(fresh: Path, path: Path, files: Mapping[str, bytes]) -> None:
-    """Let the finished folder `fresh` take the place of `path`; what was there lies in `fresh` afterwards, or is gone."""
+    """Let the finished folder `fresh` take the place of `path`; what was there lies in `fresh` afterwards,
+    or is gone.
+    """
     _sync(fresh)
     if not path.exists():
         os.replace(fresh, path)
@@ -147,7 +159,11 @@ def _put(fresh: Path, path: Path, files: Mapping[str, bytes]) -> None:
 
 def _shared(path: Path) -> bool:
     """Whether the folder is more than an adapter's: it holds folders, or a process works in it."""
-    return any(p.is_dir() for p in path.iterdir()) or path.resolve() in (Path.cwd(), *Path.cwd().parents) or path.is_mount()
+    return (
+        any(p.is_dir() for p in path.iterdir())
+        or path.resolve() in (Path.cwd(), *Path.cwd().parents)
+        or path.is_mount()
+    )
 
 
 def _keep(old: Path, new: Path) -> None:
@@ -161,7 +177,9 @@ def _keep(old: Path, new: Path) -> None:
 
 
 def _exchange(fresh: Path, path: Path) -> None:
-    """Exchange two folders: atomically where the kernel can, else by two renames that `located` knows how to undo."""
+    """Exchange two folders: atomically where the kernel can, else by two renames that `located` knows how to
+    undo.
+    """
     if _swap(fresh, path):
         return
     backup = _backup(path)

@@ -48,8 +48,8 @@ class AdapterFile:
     method
         The method at most of its sites.
     sites
-        Site path -> what the file holds there, in the order of the model where the file tells it. Paths of kohya's files
-        have underscores for dots.
+        Site path -> what the file holds there, in the order of the model where the file tells it. Paths of
+        kohya's files have underscores for dots.
     fingerprint
         Of the base it was made for; None if the file does not say.
     base
@@ -154,11 +154,14 @@ def read_info(path: str | os.PathLike[str], *, eager: bool = False) -> AdapterFi
 def _own(path: Path, manifest: Manifest, file: TensorFile, loaded: Loaded | None) -> AdapterFile:
     if manifest.digest != file.metadata.get("lorry_digest", ""):
         raise CheckpointError(
-            f"'{path / MANIFEST}' was not written with the tensors beside it: a save was interrupted, or another tool replaced "
-            f"the tensors. Save the adapter again, or remove {MANIFEST} to read the folder as PEFT's."
+            f"'{path / MANIFEST}' was not written with the tensors beside it: a save was interrupted, or "
+            f"another tool replaced the tensors. Save the adapter again, or remove {MANIFEST} to read the "
+            "folder as PEFT's."
         )
     if manifest.tensors != len(file.places):
-        raise CheckpointError(f"'{file.path}' holds {len(file.places)} tensors, its manifest names {manifest.tensors}.")
+        raise CheckpointError(
+            f"'{file.path}' holds {len(file.places)} tensors, its manifest names {manifest.tensors}."
+        )
     parts = {
         p: Part(p, m, kind=manifest.kinds[p], shape=manifest.shapes[p]) for p, m in manifest.methods.items()
     }
@@ -168,9 +171,13 @@ def _own(path: Path, manifest: Manifest, file: TensorFile, loaded: Loaded | None
     elif manifest.layout == "lorry":
         surplus = _assign_own(parts, [k for k in file.places if k not in set(shared.values())])
     else:
-        raise CheckpointError(f"'{path / MANIFEST}' names the unknown layout '{manifest.layout}'; known are peft and lorry.")
+        raise CheckpointError(
+            f"'{path / MANIFEST}' names the unknown layout '{manifest.layout}'; known are peft and lorry."
+        )
     if surplus:
-        raise CheckpointError(f"'{file.path}' holds {len(surplus)} tensors that belong to none of its sites: {some(surplus)}.")
+        raise CheckpointError(
+            f"'{file.path}' holds {len(surplus)} tensors that belong to none of its sites: {some(surplus)}."
+        )
     return AdapterFile(
         path=path,
         format="lorry",

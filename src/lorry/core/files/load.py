@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from lorry.core.adapter import Adapter, build
 from lorry.core.errors import CheckpointError, near_misses, some
 from lorry.core.files.bind import Bound, bind, renamed
 from lorry.core.files.info import AdapterFile, read_info
@@ -16,9 +16,6 @@ from lorry.core.fingerprint import Fingerprint
 from lorry.core.method import TensorSpec, methods
 from lorry.core.receipt import FingerprintVerdict, Receipt
 from lorry.core.state import ModelState, open_state
-
-if TYPE_CHECKING:
-    from lorry.core.adapter import Adapter
 
 
 def load(
@@ -63,7 +60,6 @@ def load(
     CheckpointError, FingerprintError, AdapterError, SiteError
         What was expected and found; the model is as it was.
     """
-    from lorry.core.adapter import build
     from lorry.core.api import check_name, install
 
     file = read_info(path, eager=True)
@@ -72,12 +68,26 @@ def load(
     check_name(name, state)
     if expect is not None:
         _check_method(file, expect)
+    adapter = _built(file, state, name, dtype, check_base=check_base, private=trainable)
+    return install(adapter, trainable=trainable, activate=activate)
+
+
+def _built(
+    file: AdapterFile,
+    state: ModelState,
+    name: str,
+    dtype: torch.dtype | None,
+    *,
+    check_base: bool,
+    private: bool,
+) -> Adapter:
+    """Return the file's adapter for a model that does not know of it yet."""
     bound = bind(file, state)
     state.check_owners(site for site, _ in bound.chosen)
     mark, verdict = _base_verdict(file, bound, state, check_base)
     assert file.loaded is not None
     file.loaded.check_finite()
-    values = _Values(file, bound, state, dtype, private=trainable)
+    values = _Values(file, bound, dtype, private=private)
     metadata = dict(file.metadata)
     seed = metadata.get("seed", 0)
     adapter = build(
@@ -93,19 +103,16 @@ def load(
     values.check_all_used()
     if mark is not None and verdict == "ignored":
         adapter.fingerprint = mark
-    total = len(file.file.places)
-    adapter.receipt = Receipt(
-        "load", name, total - bound.elsewhere, total, len(bound.chosen), verdict, notes=tuple(bound.notes)
-    )
-    return install(adapter, trainable=trainable, activate=activate)
+    total, sites = len(file.file.places), len(bound.chosen)
+    applied = total - bound.elsewhere
+    adapter.receipt = Receipt("load", name, applied, total, sites, verdict, notes=tuple(bound.notes))
+    return adapter
 
 
 class _Values:
     """Gives `build` each tensor, checked and cast, and knows which were not asked for."""
 
-    def __init__(
-        self, file: AdapterFile, bound: Bound, state: ModelState, dtype: torch.dtype | None, *, private: bool
-    ) -> None:
+    def __init__(self, file: AdapterFile, bound: Bound, dtype: torch.dtype | None, *, private: bool) -> None:
         self.where = file.path
         self.left = bound.values
         self.wanted = dtype
@@ -117,18 +124,24 @@ class _Values:
         value = self.left.pop(full, None)
         if value is None:
             raise CheckpointError(
-                f"'{self.where}' lacks the tensor '{full}' of shape {tuple(spec.shape)}; nothing was loaded. The file is incomplete."
+                f"'{self.where}' lacks the tensor '{full}' of shape {tuple(spec.shape)}; nothing was "
+                "loaded. The file is incomplete."
             )
         if value.shape != spec.shape:
             raise CheckpointError(
-                f"'{self.where}': the tensor '{full}' must be of shape {tuple(spec.shape)} in this model, found "
-                f"{tuple(value.shape)}; nothing was loaded. The model has another width, or rank and file disagree."
+                f"'{self.where}': the tensor '{full}' must be of shape {tuple(spec.shape)} in this model, "
+                f"found {tuple(value.shape)}; nothing was loaded. The model has another width, or rank and "
+                "file disagree."
             )
         if spec.dtype is not None:
             if value.dtype != spec.dtype:
-                raise CheckpointError(f"'{self.where}': the tensor '{full}' must be {spec.dtype}, found {value.dtype}.")
+                raise CheckpointError(
+                    f"'{self.where}': the tensor '{full}' must be {spec.dtype}, found {value.dtype}."
+                )
         elif not value.is_floating_point():
-            raise CheckpointError(f"'{self.where}': the tensor '{full}' must be floating, found {value.dtype}.")
+            raise CheckpointError(
+                f"'{self.where}': the tensor '{full}' must be floating, found {value.dtype}."
+            )
         elif self.wanted is not None and value.dtype != self.wanted:
             return value.to(self.wanted)
         if self.private:
@@ -138,8 +151,8 @@ class _Values:
     def check_all_used(self) -> None:
         if self.left:
             raise CheckpointError(
-                f"'{self.where}' holds {len(self.left)} tensors that its methods do not have at this model's sites: "
-                f"{some(self.left)}; nothing was loaded."
+                f"'{self.where}' holds {len(self.left)} tensors that its methods do not have at this "
+                f"model's sites: {some(self.left)}; nothing was loaded."
             )
 
 
@@ -152,13 +165,18 @@ def _check_method(file: AdapterFile, expect: str) -> None:
     if expect not in methods():
         raise CheckpointError(f"There is no method '{expect}'.{near_misses(expect, methods())}")
     if file.method.info.slug != expect:
-        raise CheckpointError(f"'{file.path}' holds an adapter of the method '{file.method.info.slug}', expected was '{expect}'.")
+        raise CheckpointError(
+            f"'{file.path}' holds an adapter of the method '{file.method.info.slug}', expected was "
+            f"'{expect}'."
+        )
 
 
 def _base_verdict(
     file: AdapterFile, bound: Bound, state: ModelState, check: bool
 ) -> tuple[Fingerprint | None, FingerprintVerdict]:
-    """Compare the base with the one that the file was made for; raise `FingerprintError` if they differ and `check` is set."""
+    """Compare the base with the one that the file was made for; raise `FingerprintError` if they differ and
+    `check` is set.
+    """
     if file.fingerprint is None:
         return None, "unknown"
     mark = renamed(file.fingerprint, bound.paths)

@@ -1,25 +1,28 @@
 """``lorry.json``: what a checkpoint says beside its tensors.
 
-The number ``format`` counts up with every change; ``readable_by`` is the oldest format whose reader computes the same. A reader
-refuses files with a higher ``readable_by``, and passes over unknown fields of the others with a note.
+The number ``format`` counts up with every change; ``readable_by`` is the oldest format whose reader computes
+the same. A reader refuses files with a higher ``readable_by``, and passes over unknown fields of the others
+with a note.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lorry.core.errors import CheckpointError, OptionError
-from lorry.core.fingerprint import Fingerprint
 from lorry.core.files.peft_config import read_json
+from lorry.core.fingerprint import Fingerprint
 from lorry.core.method import Method, method_from
 
 FORMAT = 1
 _FIELDS = frozenset(
-    "format readable_by lorry name layout method sites shared tensors dtype fingerprint metadata digest".split()
+    "format readable_by lorry name layout method sites shared tensors dtype fingerprint metadata "
+    "digest".split()
 )
 
 
@@ -53,8 +56,6 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Return the file's content."""
-        from lorry import __version__
-
         sites: dict[str, Any] = {}
         for path, method in self.methods.items():
             sites[path] = {"kind": self.kinds[path], "shape": list(self.shapes[path])}
@@ -63,7 +64,7 @@ class Manifest:
         values = {
             "format": FORMAT,
             "readable_by": FORMAT,
-            "lorry": __version__,
+            "lorry": getattr(sys.modules.get("lorry"), "__version__", ""),
             "name": self.name,
             "layout": self.layout,
             "method": self.method.to_dict(),
@@ -78,7 +79,9 @@ class Manifest:
         try:
             return json.dumps(values, indent=1).encode()
         except (TypeError, ValueError) as error:
-            raise CheckpointError(f"The metadata of adapter '{self.name}' is not plain data: {error}.") from None
+            raise CheckpointError(
+                f"The metadata of adapter '{self.name}' is not plain data: {error}."
+            ) from None
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -98,7 +101,10 @@ def read_manifest(path: Path) -> Manifest:
         for site, entry in values["sites"].items():
             unknown = entry.keys() - {"kind", "shape", "method"}
             if unknown:
-                raise CheckpointError(f"'{path}': site '{site}' has the unknown fields {sorted(unknown)}; a newer version of Lorry may know them.")
+                raise CheckpointError(
+                    f"'{path}': site '{site}' has the unknown fields {sorted(unknown)}; a newer version of "
+                    "Lorry may know them."
+                )
             own = entry.get("method")
             methods[site] = method if own is None else _method(own, made)
             kinds[site] = entry["kind"]
@@ -139,12 +145,14 @@ def _check_format(values: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     needs = values.get("readable_by", number)
     if needs > FORMAT:
         raise CheckpointError(
-            f"'{path}' is of format {number} (Lorry {values.get('lorry', '?')}) and needs a reader of format {needs}; this "
-            f"version reads up to {FORMAT}. Update Lorry."
+            f"'{path}' is of format {number} (Lorry {values.get('lorry', '?')}) and needs a reader of "
+            f"format {needs}; this version reads up to {FORMAT}. Update Lorry."
         )
     unknown = sorted(values.keys() - _FIELDS)
     if not unknown:
         return ()
     if number <= FORMAT:
-        raise CheckpointError(f"'{path}' has the unknown fields {unknown}, which its format {number} does not have.")
+        raise CheckpointError(
+            f"'{path}' has the unknown fields {unknown}, which its format {number} does not have."
+        )
     return (f"fields of the newer format {number} were left aside: {', '.join(unknown)}",)

@@ -17,9 +17,9 @@ _WRAPPERS = ("module.", "_orig_mod.", "model.", "base_model.model.")
 class Resolver:
     """Turns the paths of a file into sites of a model.
 
-    A path is taken as it is if the model has it. Otherwise wrapper prefixes are taken off, and the prefix under which the
-    model's class keeps its body is added or taken off, so that an adapter made under one head fits the same body under another.
-    What was done is in `notes`.
+    A path is taken as it is if the model has it. Otherwise wrapper prefixes are taken off, and the prefix
+    under which the model's class keeps its body is added or taken off, so that an adapter made under one head
+    fits the same body under another. What was done is in `notes`.
     """
 
     def __init__(self, state: ModelState, *, flat: bool = False) -> None:
@@ -99,7 +99,9 @@ class Resolver:
         if change != self._last:
             self._last = change
             done = f"without the prefix '{prefix}'" if longer is path else f"with the prefix '{prefix}'"
-            self.notes.append(f"the file's paths were found {done}, because this model has another head or wrapper")
+            self.notes.append(
+                f"the file's paths were found {done}, because this model has another head or wrapper"
+            )
 
     def original(self, path: str) -> str:
         """Return what the file would call the module of a site, given how its other paths were changed."""
@@ -112,13 +114,17 @@ class Resolver:
         """Return the error for a path that the model does not have."""
         names = self._flat if self._flat is not None else self.sites
         return CheckpointError(
-            f"'{where}' holds tensors for '{path}' ({keys}), but {type(self.state.root).__name__} has no such site."
-            f"{near_misses(path, names)} It is an adapter for another architecture, or for a part of this model; nothing was loaded."
+            f"'{where}' holds tensors for '{path}' ({keys}), but {type(self.state.root).__name__} has no "
+            "such site."
+            f"{near_misses(path, names)} It is an adapter for another architecture, or for a part of this "
+            "model; nothing was loaded."
         )
 
 
 def _flattened(sites: Mapping[str, Site]) -> dict[str, Site]:
-    """Return the sites by their path with underscores for dots, as kohya writes it; names that two sites share are left out."""
+    """Return the sites by their path with underscores for dots, as kohya writes it; names that two sites
+    share are left out.
+    """
     flat: dict[str, Site] = {}
     doubled: set[str] = set()
     for path, site in sites.items():

@@ -1,8 +1,8 @@
 """What a file says of one site, before any model is known, and how its tensors become Lorry's own.
 
-Lorry's A is ``(*lead, rank, in)`` and B ``(*lead, out, rank)`` at every kind of site. PEFT keeps a convolution's A as
-``(rank, channels, *kernel)``, and flattens a bank of E experts to A ``(E * rank, in)`` (experts outer) and B ``(out, rank * E)``
-(experts inner).
+Lorry's A is ``(*lead, rank, in)`` and B ``(*lead, out, rank)`` at every kind of site. PEFT keeps a
+convolution's A as ``(rank, channels, *kernel)``, and flattens a bank of E experts to A ``(E * rank, in)``
+(experts outer) and B ``(out, rank * E)`` (experts inner).
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class Part:
 
 
 def canonical(name: str, value: Tensor, kind: str | None, lead: tuple[int, ...]) -> Tensor:
-    """Return a tensor of PEFT's, kohya's or diffusers' layout in Lorry's; what does not fit is left for the check of shapes."""
+    """Return a tensor of PEFT's, kohya's or diffusers' layout in Lorry's; what does not fit is left for the
+    check of shapes.
+    """
     if lead:
         count = lead[0]
         if name == "A" and value.ndim == 2 and value.shape[0] % count == 0:
@@ -70,7 +72,9 @@ def doubled_by_peft(path: str, kind: str | None) -> bool:
 
 
 def foreign(name: str, value: Tensor, kind: str, kernel: Sequence[int]) -> Tensor:
-    """Return a tensor of Lorry's in PEFT's layout; `kernel` is ``(channels, *kernel size)`` of a convolution."""
+    """Return a tensor of Lorry's in PEFT's layout; `kernel` is ``(channels, *kernel size)`` of a
+    convolution.
+    """
     if kind == "experts":
         if name == "A":
             return value.reshape(-1, value.shape[-1])
@@ -86,8 +90,9 @@ def foreign(name: str, value: Tensor, kind: str, kernel: Sequence[int]) -> Tenso
 def peft_modules(sites: Sequence[tuple[str, str]]) -> dict[str, str]:
     """Return for each site ``(path, kind)`` the module under which PEFT keeps its tensors.
 
-    PEFT wraps the parameters of one module from the first to the last, so the last one is outermost and the others lie under a
-    ``base_layer`` each. It reaches the output projection of an attention module through the wrapper of the packed weight.
+    PEFT wraps the parameters of one module from the first to the last, so the last one is outermost and the
+    others lie under a ``base_layer`` each. It reaches the output projection of an attention module through
+    the wrapper of the packed weight.
     """
     banks: dict[str, list[str]] = {}
     for path, kind in sites:
@@ -116,8 +121,8 @@ _READ = {
     "lora_magnitude_vector": "magnitude",
 }
 PREFIX = "base_model.model."
-#: PEFT 0.21 (and all before it that know attention modules) adds the update of an attention module's output projection twice:
-#: it merges it itself and lets the inner layer merge it too. So that outputs are equal, B is halved there on writing and doubled on reading.
+#: PEFT 0.21 adds the update of an attention module's output projection twice: it merges it itself and lets
+#: the inner layer merge it too. So that outputs are equal, B is halved there on writing, doubled on reading.
 OUT_PROJ_TIMES = 2.0
 
 
@@ -157,8 +162,8 @@ def sort_peft_keys(keys: Mapping[str, Any], where: str) -> PeftKeys:
         name = _READ.get("lora_" + first)
         if name is None or rest.endswith("bias"):
             raise CheckpointError(
-                f"'{where}' holds the tensor '{key}', which belongs to a variant of LoRA that Lorry does not carry. Known are "
-                f"{', '.join(_READ)} without bias."
+                f"'{where}' holds the tensor '{key}', which belongs to a variant of LoRA that Lorry does "
+                f"not carry. Known are {', '.join(_READ)} without bias."
             )
         depth = 0
         if "base_layer" in module:
@@ -167,7 +172,9 @@ def sort_peft_keys(keys: Mapping[str, Any], where: str) -> PeftKeys:
             module = module.replace(".base_layer.", ".")
         site = found.sites.setdefault((module, depth), {})
         if name in site:
-            raise CheckpointError(f"'{where}' holds two tensors for {name} of '{module}': '{site[name]}' and '{key}'.")
+            raise CheckpointError(
+                f"'{where}' holds two tensors for {name} of '{module}': '{site[name]}' and '{key}'."
+            )
         site[name] = key
     return found
 
@@ -177,15 +184,19 @@ def check_complete(keys: Mapping[str, str], path: str, wanted: Sequence[str], wh
     missing = [n for n in wanted if n not in keys]
     if missing:
         raise CheckpointError(
-            f"'{where}' lacks {' and '.join(missing)} of '{path}', though it holds {', '.join(sorted(keys.values()))}. The file "
-            "is incomplete; save it again."
+            f"'{where}' lacks {' and '.join(missing)} of '{path}', though it holds "
+            f"{', '.join(sorted(keys.values()))}. The file is incomplete; save it again."
         )
     surplus = [key for name, key in keys.items() if name not in wanted]
     if surplus:
-        raise CheckpointError(f"'{where}' holds {', '.join(surplus)}, which the method at '{path}' does not have.")
+        raise CheckpointError(
+            f"'{where}' holds {', '.join(surplus)}, which the method at '{path}' does not have."
+        )
 
 
 def unfolded_mid(down: Tensor, mid: Tensor) -> Tensor:
-    """Return A ``(rank, channels, *kernel)`` of a convolution in three steps: pointwise `down`, `mid` over the kernel."""
+    """Return A ``(rank, channels, *kernel)`` of a convolution in three steps: pointwise `down`, `mid` over
+    the kernel.
+    """
     exact = torch.promote_types(down.dtype, torch.float32)
     return torch.einsum("rs...,sc->rc...", mid.to(exact), down.flatten(1).to(exact)).to(down.dtype)

@@ -1,7 +1,8 @@
 """PEFT's ``adapter_config.json``: which options are understood, and what they mean for a module.
 
-The matching rules are PEFT's own (0.21): lists match whole paths or suffixes after a dot, texts are regular expressions for the
-whole path, patterns of rank and alpha are regular expressions for the end of the path, the first that fits decides.
+The matching rules are PEFT's own (0.21): lists match whole paths or suffixes after a dot, texts are regular
+expressions for the whole path, patterns of rank and alpha are regular expressions for the end of the path,
+the first that fits decides.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from lorry.core.method import Method, method_from
 
 #: Options that do not change what a saved adapter computes.
 _NEUTRAL = frozenset(
-    "peft_type peft_version base_model_name_or_path revision task_type inference_mode auto_mapping fan_in_fan_out runtime_config "
-    "megatron_config megatron_core loftq_config eva_config corda_config lora_ga_config qalora_group_size ensure_weight_tying "
+    "peft_type peft_version base_model_name_or_path revision task_type inference_mode auto_mapping "
+    "fan_in_fan_out runtime_config megatron_config megatron_core loftq_config eva_config corda_config "
+    "lora_ga_config qalora_group_size ensure_weight_tying "
     "velora_config exclude_modules".split()
 )
 _UNDERSTOOD = frozenset(
-    "r lora_alpha lora_dropout use_rslora use_dora rank_pattern alpha_pattern target_modules target_parameters modules_to_save "
+    "r lora_alpha lora_dropout use_rslora use_dora rank_pattern alpha_pattern target_modules "
+    "target_parameters modules_to_save "
     "layers_to_transform layers_pattern init_lora_weights bias".split()
 )
 #: Options that change the arithmetic and are refused, with what they are.
@@ -39,7 +42,8 @@ _REFUSED = {
     "arrow_config": "routing among adapters (Arrow)",
     "kasa_config": "a truncated base (KaSA)",
 }
-#: Starts that leave the base weight as it is; PiSSA's is handled, the others change the base when the adapter is made.
+#: Starts that leave the base weight as it is. PiSSA's is handled; the others change the base when the adapter
+#: is made.
 _HARMLESS_STARTS = ("gaussian", "eva", "orthogonal", "mica", "true", "false", "none")
 _CHANGED_BASE = ("olora", "corda", "lora_ga", "loftq")
 
@@ -68,7 +72,9 @@ class PeftConfig:
         try:
             return [(re.compile(rf"(.*\.)?({k})$"), v) for k, v in (self.values.get(name) or {}).items()]
         except re.error as error:
-            raise CheckpointError(f"{name} of the adapter config holds a wrong regular expression: {error}.") from None
+            raise CheckpointError(
+                f"{name} of the adapter config holds a wrong regular expression: {error}."
+            ) from None
 
     @cached_property
     def _ranks(self) -> list[tuple[re.Pattern[str], Any]]:
@@ -91,12 +97,16 @@ class PeftConfig:
         return {}
 
     def method(self, path: str, *, parameter: bool = False) -> Method:
-        """Return the method at a module (`parameter` if a parameter is targeted, which PEFT never drops out)."""
+        """Return the method at a module (`parameter` if a parameter is targeted, which PEFT never drops
+        out).
+        """
         rank, alpha = self.rank(path), self.alpha(path)
         key = (rank, alpha, parameter)
         found = self._made.get(key)
         if found is None:
-            slug = "dora" if self.values.get("use_dora") else "pissa" if self.pissa and not parameter else "lora"
+            slug = (
+                "dora" if self.values.get("use_dora") else "pissa" if self.pissa and not parameter else "lora"
+            )
             options = {"rank": rank, "alpha": alpha, "rank_stabilized": bool(self.values.get("use_rslora"))}
             dropout = 0.0 if parameter else float(self.values.get("lora_dropout") or 0.0)
             found = self._made[key] = method_from({"method": slug, "dropout": dropout, **options})
@@ -193,7 +203,7 @@ def understood(values: Mapping[str, Any], where: str) -> PeftConfig:
     if str(kind).upper() != "LORA":
         raise CheckpointError(
             f"'{where}' is an adapter of PEFT's tuner {kind}, not of LoRA. Convert it with "
-            "lorry.core.files.peft_other.convert(path, base_model)."
+            "lorry.interop.peft_tuners.convert(path, base_model)."
         )
     notes = []
     for name, value in values.items():
@@ -204,25 +214,40 @@ def understood(values: Mapping[str, Any], where: str) -> PeftConfig:
                 notes.append(f"the config's unknown option '{name}' is {value!r} and was left aside")
             continue
         if name in _REFUSED:
-            raise CheckpointError(f"'{where}' sets {name}={value!r}: {_REFUSED[name]}, which Lorry cannot carry yet.")
+            raise CheckpointError(
+                f"'{where}' sets {name}={value!r}: {_REFUSED[name]}, which Lorry cannot carry yet."
+            )
         raise CheckpointError(
             f"'{where}' sets the unknown option {name}={value!r}, which may change the arithmetic."
             f"{near_misses(name, _UNDERSTOOD | _NEUTRAL)} Understood are: {', '.join(sorted(_UNDERSTOOD))}."
         )
     if values.get("bias", "none") != "none":
-        raise CheckpointError(f"'{where}' sets bias={values['bias']!r}: trained biases of the base, which Lorry cannot carry yet.")
+        raise CheckpointError(
+            f"'{where}' sets bias={values['bias']!r}: trained biases of the base, which Lorry cannot carry "
+            "yet."
+        )
     start = str(values.get("init_lora_weights", True)).lower()
     if start.startswith(_CHANGED_BASE):
         raise CheckpointError(
-            f"'{where}' was trained with init_lora_weights='{start}', which changed the base weight, and was saved unconverted. "
-            "Save it in PEFT with path_initial_model_for_weight_conversion, which makes it a plain LoRA."
+            f"'{where}' was trained with init_lora_weights='{start}', which changed the base weight, and "
+            "was saved unconverted. Save it in PEFT with path_initial_model_for_weight_conversion, which "
+            "makes it a plain LoRA."
         )
     if start.startswith("pissa"):
-        notes.append("PiSSA saved unconverted: the principal part of each weight was computed again from this base")
+        notes.append(
+            "PiSSA saved unconverted: the principal part of each weight was computed again from this base"
+        )
         if start.startswith("pissa_niter"):
-            notes.append("it was made with a randomised SVD whose draw is not in the file; the exact one was used")
+            notes.append(
+                "it was made with a randomised SVD whose draw is not in the file; the exact one was used"
+            )
     elif not start.startswith(_HARMLESS_STARTS):
-        raise CheckpointError(f"'{where}' sets init_lora_weights='{start}', which is unknown and may have changed the base weight.")
+        raise CheckpointError(
+            f"'{where}' sets init_lora_weights='{start}', which is unknown and may have changed the base "
+            "weight."
+        )
     if values.get("use_dora") and start.startswith("pissa"):
-        raise CheckpointError(f"'{where}' combines use_dora with init_lora_weights='{start}', which Lorry cannot carry.")
+        raise CheckpointError(
+            f"'{where}' combines use_dora with init_lora_weights='{start}', which Lorry cannot carry."
+        )
     return PeftConfig(dict(values), tuple(notes))

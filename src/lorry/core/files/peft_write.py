@@ -1,4 +1,6 @@
-"""Writing PEFT's format: whether an adapter is exactly what PEFT's LoRA or DoRA computes, and the config that says so."""
+"""Writing PEFT's format: whether an adapter is exactly what PEFT's LoRA or DoRA computes, and the config
+that says so.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,7 @@ def peft_form(
     for item in plain:
         kind = item.site.kind.name
         names = PEFT_EMBEDDING if kind == "embedding" else PEFT_NAMES
-        kernel = item.site.owner.weight.shape[1:] if kind == "conv" else ()  # type: ignore[union-attr]
+        kernel = tuple(item.site.stored.shape[1:]) if kind == "conv" else ()
         for name, value in item.tensors.items():
             if name == "B" and doubled_by_peft(item.site.path, kind):
                 value = value / OUT_PROJ_TIMES
@@ -97,7 +99,9 @@ def peft_form(
         for name, value in values.items():
             tensors[f"{PREFIX}{path}.{name}"] = value
     config = _config(root, plain, list(whole), dora, stabilized, dropout)
-    config.update({"base_model_name_or_path": base or None, "task_type": task} if task else {"base_model_name_or_path": base or None})
+    config["base_model_name_or_path"] = base or None
+    if task:
+        config["task_type"] = task
     notes = []
     if any(p.site.kind.name in ("packed", "experts") for p in plain) and dropout:
         config["lora_dropout"] = 0.0
@@ -109,8 +113,11 @@ def _check(site: Site, dora: bool) -> None:
     kind, owner = site.kind.name, site.owner
     if not site.path:
         raise NotPlain("the adapted layer is the model itself")
-    if kind == "conv" and (owner.groups != 1 or max(owner.dilation) != 1 or owner.padding_mode != "zeros"):  # type: ignore[union-attr,arg-type]
-        raise NotPlain(f"'{site.path}' is a convolution with groups, dilation or a padding mode, which PEFT's factors leave out")
+    if kind == "conv" and (owner.groups != 1 or max(owner.dilation) != 1 or owner.padding_mode != "zeros"):  # type: ignore[arg-type]
+        raise NotPlain(
+            f"'{site.path}' is a convolution with groups, dilation or a padding mode, which PEFT's factors "
+            "leave out"
+        )
     if kind == "packed" and dora or kind == "experts" and dora:
         raise NotPlain(f"PEFT has no DoRA at '{site.path}' ({kind})")
     if kind == "packed" and not site.path.endswith((".in_proj_weight", ".out_proj")):
@@ -128,7 +135,7 @@ def _config(
     every = [path for path, _ in root.named_modules() if path]
     config: dict[str, Any] = {"peft_type": "LORA", "bias": "none", "inference_mode": True}
     if whole:
-        if not _hits_exactly(whole, whole, [p for p in every], lambda p, n: p.endswith(n)):
+        if not _hits_exactly(whole, whole, every, lambda p, n: p.endswith(n)):
             raise NotPlain(f"PEFT's modules_to_save would take more modules than {whole}")
         config["modules_to_save"] = whole
         inside = [p for p in targets if any(re.match(rf"(^|.*\.){w}($|\..*)", p) for w in whole)]
@@ -143,8 +150,8 @@ def _config(
     keys = [(_config_key(p.site), p) for p in plain]
     ranks = {k: p.rank for k, p in keys}
     alphas = {k: _tidy(p.alpha) for k, p in keys}
-    config["rank_pattern"] = _pattern(ranks, rank, "rank_pattern")
-    config["alpha_pattern"] = _pattern(alphas, _tidy(alpha), "alpha_pattern")
+    config["rank_pattern"] = _pattern(ranks, rank)
+    config["alpha_pattern"] = _pattern(alphas, _tidy(alpha))
     for key, value in (("use_dora", dora), ("use_rslora", stabilized)):
         if value:
             config[key] = True
@@ -154,12 +161,16 @@ def _config(
 
 
 def _config_key(site: Site) -> str:
-    """Return the path by which PEFT looks up rank and alpha of a site: an attention module answers for both its matrices."""
+    """Return the path by which PEFT looks up rank and alpha of a site: an attention module answers for both
+    its matrices.
+    """
     return site.path.rpartition(".")[0] if site.kind.name == "packed" else site.path
 
 
 def _target_names(plain: Sequence[Plain]) -> tuple[list[str], list[str]]:
-    targets, parameters, packed = [], [], {}
+    targets: list[str] = []
+    parameters: list[str] = []
+    packed: dict[str, list[Plain]] = {}
     for item in plain:
         site = item.site
         if site.kind.name == "experts":
@@ -170,13 +181,17 @@ def _target_names(plain: Sequence[Plain]) -> tuple[list[str], list[str]]:
             targets.append(site.path)
     for owner, items in packed.items():
         if len(items) != 2 or len({(i.rank, i.alpha) for i in items}) != 1:
-            raise NotPlain(f"PEFT adapts '{owner}' only with in_proj_weight and out_proj together, of one rank and alpha")
+            raise NotPlain(
+                f"PEFT adapts '{owner}' only with in_proj_weight and out_proj together, of one rank and alpha"
+            )
         targets.append(owner)
     return targets, parameters
 
 
 def _exact_targets(targets: Sequence[str], every: Sequence[str]) -> list[str] | str:
-    """Return names, paths or, where neither is exact, a regular expression that selects the targets and no other module."""
+    """Return names, paths or, where neither is exact, a regular expression that selects the targets and no
+    other module.
+    """
     last = sorted({t.rpartition(".")[2] for t in targets})
     for names in (last, list(targets)):
         if _hits_exactly(targets, names, every, lambda p, n: p == n or p.endswith(f".{n}")):
@@ -201,8 +216,10 @@ def _hits_exactly(
     return all(any(hit(p, n) for n in names) == (p in aim) for p in candidates)
 
 
-def _pattern(values: Mapping[str, Any], common: Any, field: str) -> dict[str, Any]:
-    """Return PEFT's pattern for values that differ from the common one: by last name where that is exact, else by whole path."""
+def _pattern(values: Mapping[str, Any], common: Any) -> dict[str, Any]:
+    """Return PEFT's pattern for values that differ from the common one: by last name where that is exact,
+    else by whole path.
+    """
     differing = {k: v for k, v in values.items() if v != common}
     if not differing:
         return {}
@@ -219,4 +236,3 @@ def _pattern(values: Mapping[str, Any], common: Any, field: str) -> dict[str, An
 def _tidy(alpha: float) -> float | int:
     """Return a whole number as an int, as PEFT's own files have it."""
     return int(alpha) if float(alpha).is_integer() else float(alpha)
-

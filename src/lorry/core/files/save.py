@@ -31,10 +31,11 @@ def save_adapter(
     format: SaveFormat = "auto",
     base_name: str | None = None,
 ) -> Receipt:
-    """Write an adapter as a folder: ``adapter_model.safetensors``, ``lorry.json``, and ``adapter_config.json`` where exact.
+    """Write an adapter as a folder: ``adapter_model.safetensors``, ``lorry.json``, and
+    ``adapter_config.json`` where exact.
 
-    Sharded tensors (FSDP2) are gathered first, so every process must call this then; only the first one writes. A kill at any
-    moment leaves the old folder whole, or the new one.
+    Sharded tensors (FSDP2) are gathered first, so every process must call this then; only the first one
+    writes. A kill at any moment leaves the old folder whole, or the new one.
 
     Parameters
     ----------
@@ -45,19 +46,24 @@ def save_adapter(
     overwrite
         Replace an adapter that lies there; other files in the folder are kept.
     format
-        ``auto`` uses PEFT's names and config whenever PEFT computes exactly the same, ``peft`` insists on it, ``lorry`` leaves them out.
+        ``auto`` uses PEFT's names and config whenever PEFT computes exactly the same, ``peft`` insists on it,
+        ``lorry`` leaves them out.
     base_name
         What PEFT should load as the base; the model's own name if not given.
 
     Raises
     ------
     CheckpointError
-        A tensor is empty or not finite, the format cannot say it, or the disk refuses; what was there before is left.
+        A tensor is empty or not finite, the format cannot say it, or the disk refuses; what was there before
+        is left.
     """
     if format not in ("auto", "peft", "lorry"):
-        raise OptionError(f"format must be auto, peft or lorry, found {format!r}.{near_misses(str(format), ['auto', 'peft', 'lorry'])}")
+        raise OptionError(
+            "format must be auto, peft or lorry, found "
+            f"{format!r}.{near_misses(str(format), ['auto', 'peft', 'lorry'])}"
+        )
     tensors, sharded = gathered(adapter)
-    first = _rank() == 0
+    first = process_rank() == 0
     try:
         receipt = _save(adapter, Path(path), tensors, format, base_name, overwrite, write=first)
     finally:
@@ -85,22 +91,28 @@ def _save(
         except NotPlain as reason:
             if format == "peft":
                 raise CheckpointError(
-                    f"Adapter '{adapter.name}' cannot be saved in PEFT's format: {reason}. Save it with format='auto', or export it "
-                    "with lorry.core.files.export.export_plain."
+                    f"Adapter '{adapter.name}' cannot be saved in PEFT's format: {reason}. Save it with "
+                    "format='auto', or export it with lorry.core.files.export.export_plain."
                 ) from None
             notes.append(f"saved in Lorry's format only, because {reason}")
-    flat = form.tensors if form else {f"{home}.{n}": t for home, own in tensors.items() for n, t in own.items()}
-    _check(flat, adapter.name)
+    flat = (
+        form.tensors if form else {f"{home}.{n}": t for home, own in tensors.items() for n, t in own.items()}
+    )
+    check_tensors(flat, adapter.name)
     if write:
         blob, digest = serialised(flat)
         files = {TENSORS: blob}
         if form:
             files[PEFT_CONFIG] = form.config_bytes()
-        files[MANIFEST] = _manifest(adapter, len(flat), "peft" if form else "lorry", tensors, digest).to_bytes()
+        files[MANIFEST] = _manifest(
+            adapter, len(flat), "peft" if form else "lorry", tensors, digest
+        ).to_bytes()
         write_folder(path, files, overwrite=overwrite)
     else:
         notes.append("written by the first process")
-    return Receipt("save", adapter.name, len(flat), len(flat), len(adapter.entries), "match", notes=tuple(notes))
+    return Receipt(
+        "save", adapter.name, len(flat), len(flat), len(adapter.entries), "match", notes=tuple(notes)
+    )
 
 
 def gathered(adapter: Adapter) -> tuple[dict[str, dict[str, Tensor]], bool]:
@@ -128,7 +140,10 @@ def adapter_form(adapter: Adapter, tensors: dict[str, dict[str, Tensor]], base_n
     low = {p: e.method for p, e in adapter.entries.items() if e.method.info.slug != "full"}
     slugs = {m.info.slug for m in low.values()}
     if not low or not slugs <= {"lora", "dora"} or len(slugs) > 1:
-        raise NotPlain(f"its methods are {sorted({e.method.info.slug for e in adapter.entries.values()})}, not LoRA or DoRA alone")
+        raise NotPlain(
+            f"its methods are {sorted({e.method.info.slug for e in adapter.entries.values()})}, not LoRA or "
+            "DoRA alone"
+        )
     options: Any = low  # LoRA's fields, which DoRA has too; `core` does not import `methods`
     stabilized = {m.rank_stabilized for m in options.values()}
     dropouts = {m.dropout for m in options.values()}
@@ -147,7 +162,7 @@ def adapter_form(adapter: Adapter, tensors: dict[str, dict[str, Tensor]], base_n
         dora=slugs == {"dora"},
         stabilized=same and stabilized == {True},
         dropout=dropouts.pop() if len(dropouts) == 1 else 0.0,
-        base=base_name if base_name is not None else _base_name(adapter),
+        base=base_name if base_name is not None else model_name(adapter),
         task=adapter.metadata.get("task_type"),
     )
     if len(dropouts) > 1:
@@ -169,12 +184,14 @@ def serialised(tensors: dict[str, Tensor]) -> tuple[bytes, str]:
     return with_metadata(blob, {"format": "pt", "lorry_digest": digest}), digest
 
 
-def _check(tensors: dict[str, Tensor], name: str) -> None:
+def check_tensors(tensors: dict[str, Tensor], name: str) -> None:
+    """Raise `CheckpointError` if a tensor is empty or not finite: such a file could not be loaded."""
     empty = [n for n, t in tensors.items() if not t.numel()]
     if empty or not tensors:
         raise CheckpointError(
-            f"Adapter '{name}' has {len(empty)} empty tensors of {len(tensors)}, e.g. {empty[:1]}; nothing was written. Under sharded "
-            "training every process must call save, so that the tensors can be gathered."
+            f"Adapter '{name}' has {len(empty)} empty tensors of {len(tensors)}, e.g. {empty[:1]}; nothing "
+            "was written. Under sharded training every process must call save, so that the tensors can be "
+            "gathered."
         )
     try:
         check_finite(tensors, name)
@@ -185,7 +202,12 @@ def _check(tensors: dict[str, Tensor], name: str) -> None:
 def _manifest(
     adapter: Adapter, count: int, layout: str, tensors: dict[str, dict[str, Tensor]], digest: str
 ) -> Manifest:
-    kinds = {str(t.dtype).removeprefix("torch.") for own in tensors.values() for t in own.values() if t.is_floating_point()}
+    kinds = {
+        str(t.dtype).removeprefix("torch.")
+        for own in tensors.values()
+        for t in own.values()
+        if t.is_floating_point()
+    }
     entries = adapter.entries
     return Manifest(
         name=adapter.name,
@@ -203,11 +225,13 @@ def _manifest(
     )
 
 
-def _base_name(adapter: Adapter) -> str:
+def model_name(adapter: Adapter) -> str:
+    """Return where the adapter's base model came from, or an empty string."""
     config = getattr(adapter.state.root, "config", None)
     return str(getattr(config, "_name_or_path", "") or "")
 
 
-def _rank() -> int:
+def process_rank() -> int:
+    """Return this process's number under torch.distributed, 0 without it."""
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_rank() if ready else 0

@@ -1,4 +1,6 @@
-"""Single files of diffusion tools: kohya's flattened names, and diffusers' names with a component in front."""
+"""Single files of diffusion tools: kohya's flattened names, and diffusers' names with a component in
+front.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,14 @@ from lorry.core.method import method_from
 
 _KOHYA = re.compile(r"lora_(unet|te\d?|transformer|prior|vae|mmdit)_(.+)")
 #: Suffixes of other methods that share kohya's naming.
-_OTHER_METHODS = {"hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT", "on_input": "IA3", "dora_scale": "kohya's DoRA", "diff": "full difference"}
+_OTHER_METHODS = {
+    "hada_": "LoHa",
+    "lokr_": "LoKr",
+    "oft_": "OFT",
+    "on_input": "IA3",
+    "dora_scale": "kohya's DoRA",
+    "diff": "full difference",
+}
 _TAILS = {
     "lora_down.weight": "A",
     "lora_up.weight": "B",
@@ -35,8 +44,19 @@ _TAILS = {
     "lora.alpha": "alpha",
     "alpha": "alpha",
 }
-_PROCESSOR = re.compile(r"^(.*)\.processor\.(.+)_lora\.(down|up)\.weight$|^(.*)\.processor\.(.+)_lora\.alpha$")
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior", "controlnet", "vae")
+_PROCESSOR = re.compile(
+    r"^(.*)\.processor\.(.+)_lora\.(down|up)\.weight$|^(.*)\.processor\.(.+)_lora\.alpha$"
+)
+COMPONENTS = (
+    "unet",
+    "transformer",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+    "prior",
+    "controlnet",
+    "vae",
+)
 
 
 @dataclass
@@ -61,6 +81,8 @@ def read_single(
         Of the file; diffusers keeps rank and alpha there.
     read
         Gives a tensor by name; only scalars (alpha) are read.
+    where
+        What errors call the file.
 
     Raises
     ------
@@ -78,12 +100,15 @@ def read_single(
         component, path, tensor = at
         keys = found.setdefault((component, path), {})
         if tensor in keys:
-            raise CheckpointError(f"'{where}' holds two tensors for {tensor} of '{path}': '{keys[tensor]}' and '{name}'.")
+            raise CheckpointError(
+                f"'{where}' holds two tensors for {tensor} of '{path}': '{keys[tensor]}' and '{name}'."
+            )
         keys[tensor] = name
     if strange or not found:
         raise CheckpointError(
-            f"'{where}' holds {len(strange)} tensors of {len(names)} in no known naming: {some(strange)}. Single files are read in "
-            "kohya's (lora_unet_...lora_down.weight) and diffusers' (unet....lora_A.weight) naming."
+            f"'{where}' holds {len(strange)} tensors of {len(names)} in no known naming: {some(strange)}. "
+            "Single files are read in kohya's (lora_unet_...lora_down.weight) and diffusers' "
+            "(unet....lora_A.weight) naming."
         )
     configs = _configs(metadata, where)
     result = Single("kohya" if kohya else "diffusers")
@@ -105,19 +130,26 @@ def _part(
 ) -> Part:
     missing = [n for n in ("A", "B") if n not in keys]
     if missing:
-        raise CheckpointError(f"'{where}' lacks {' and '.join(missing)} of '{path}', though it holds {some(keys.values())}.")
+        raise CheckpointError(
+            f"'{where}' lacks {' and '.join(missing)} of '{path}', though it holds {some(keys.values())}."
+        )
     rank = int(names[keys["A"]].shape[0])
     alpha: float | None = None
     stabilized = False
     if "alpha" in keys:
         value = read(keys.pop("alpha"))
         if value.numel() != 1 or not float(value) > 0 or float(value) == float("inf"):
-            raise CheckpointError(f"'{where}': alpha of '{path}' must be one positive number, found {value.flatten()[:4].tolist()}.")
+            raise CheckpointError(
+                f"'{where}': alpha of '{path}' must be one positive number, found "
+                f"{value.flatten()[:4].tolist()}."
+            )
         alpha = float(value)
     elif config is not None:
         alpha, stabilized = config.alpha(path), bool(config.values.get("use_rslora"))
         if config.rank(path) != rank:
-            raise CheckpointError(f"'{where}': '{path}' has rank {rank}, but the file's metadata say {config.rank(path)}.")
+            raise CheckpointError(
+                f"'{where}': '{path}' has rank {rank}, but the file's metadata say {config.rank(path)}."
+            )
     slug = "dora" if "magnitude" in keys else "lora"
     method = method_from({"method": slug, "rank": rank, "alpha": alpha, "rank_stabilized": stabilized})
     return Part(path, method, keys, component=component)
@@ -127,7 +159,9 @@ def _kohya_place(name: str, where: str) -> tuple[str, str, str] | None:
     module, _, tail = name.partition(".")
     for mark, method in _OTHER_METHODS.items():
         if tail.startswith(mark):
-            raise CheckpointError(f"'{where}' holds '{name}': {method}, not LoRA, which Lorry does not read from such files.")
+            raise CheckpointError(
+                f"'{where}' holds '{name}': {method}, not LoRA, which Lorry does not read from such files."
+            )
     found = _KOHYA.fullmatch(module)
     if found is None or tail not in _TAILS:
         return None
@@ -166,5 +200,7 @@ def _configs(metadata: Mapping[str, str], where: str) -> dict[str, PeftConfig]:
                 component, option = "", key
             flat.setdefault(component, {})[option] = value
     except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"'{where}': the metadata field lora_adapter_metadata is damaged ({error}).") from None
+        raise CheckpointError(
+            f"'{where}': the metadata field lora_adapter_metadata is damaged ({error})."
+        ) from None
     return {component: understood(options, where) for component, options in flat.items()}

@@ -1,7 +1,8 @@
 """Reading safetensors files: the header alone, one tensor, or everything in one read.
 
-Loading an adapter must cost little more than reading its bytes, so the whole file goes into one buffer that all tensors view;
-one sum over it tells whether every value is finite. The format is eight bytes of header length, a JSON header, then the data.
+Loading an adapter must cost little more than reading its bytes, so the whole file goes into one buffer that
+all tensors view; one sum over it tells whether every value is finite. The format is eight bytes of header
+length, a JSON header, then the data.
 """
 
 from __future__ import annotations
@@ -71,12 +72,14 @@ class TensorFile:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _MOST_HEADER):
                 raise CheckpointError(
-                    f"'{path}' is truncated or no safetensors file: it has {size} bytes, its header should have {length}. "
-                    "Copy or save it again."
+                    f"'{path}' is truncated or no safetensors file: it has {size} bytes, its header should "
+                    f"have {length}. Copy or save it again."
                 )
             header = _header(path, file.read(length))
         self._offset, self._size = 8 + length, size - 8 - length
-        self.metadata: dict[str, str] = {str(k): str(v) for k, v in (header.pop("__metadata__", None) or {}).items()}
+        self.metadata: dict[str, str] = {
+            str(k): str(v) for k, v in (header.pop("__metadata__", None) or {}).items()
+        }
         self.places: dict[str, Place] = {}
         end = 0
         for name, entry in header.items():
@@ -87,7 +90,8 @@ class TensorFile:
         if end != self._size:
             what = "is truncated" if end > self._size else "has trailing bytes that belong to no tensor"
             raise CheckpointError(
-                f"'{path}' {what}: its header describes {end} bytes of tensors, the file has {self._size}. Copy or save it again."
+                f"'{path}' {what}: its header describes {end} bytes of tensors, the file has {self._size}. "
+                "Copy or save it again."
             )
 
     def load(self) -> Loaded:
@@ -99,7 +103,9 @@ class TensorFile:
         if count != self._size:
             raise CheckpointError(f"'{self.path}' became shorter while it was read. Copy or save it again.")
         if not self._size:
-            return Loaded(self, {name: torch.empty(p.shape, dtype=p.dtype) for name, p in self.places.items()}, None)
+            return Loaded(
+                self, {name: torch.empty(p.shape, dtype=p.dtype) for name, p in self.places.items()}, None
+            )
         flat = torch.frombuffer(data, dtype=torch.uint8)
         views: dict[torch.dtype, Tensor] = {}
         tensors = {}
@@ -156,8 +162,8 @@ def check_finite(tensors: Mapping[str, Tensor], where: object) -> None:
     ]
     if broken:
         raise CheckpointError(
-            f"'{where}' holds NaN or infinite values in {len(broken)} of {len(tensors)} tensors: {some(broken)}. The training "
-            "run that wrote it diverged; use an earlier checkpoint."
+            f"'{where}' holds NaN or infinite values in {len(broken)} of {len(tensors)} tensors: "
+            f"{some(broken)}. The training run that wrote it diverged; use an earlier checkpoint."
         )
 
 
@@ -174,7 +180,9 @@ def _header(path: Path, text: bytes) -> dict[str, Any]:
         if not isinstance(header, dict):
             raise ValueError("no object")
     except ValueError as error:
-        raise CheckpointError(f"'{path}' is no safetensors file, or damaged: its header is not JSON ({error}).") from None
+        raise CheckpointError(
+            f"'{path}' is no safetensors file, or damaged: its header is not JSON ({error})."
+        ) from None
     return header
 
 
@@ -184,13 +192,17 @@ def _place(path: Path, name: str, entry: Any) -> Place:
         shape, text = tuple(entry["shape"]), entry["dtype"]
         dtype = _DTYPES.get(text)
         if dtype is None:
-            raise CheckpointError(f"'{path}': tensor '{name}' is of dtype {text}, known are {', '.join(_DTYPES)}.")
+            raise CheckpointError(
+                f"'{path}': tensor '{name}' is of dtype {text}, known are {', '.join(_DTYPES)}."
+            )
         if start < 0 or end - start != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{end - start} bytes for shape {shape}")
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"'{path}' is damaged: the header entry of tensor '{name}' is wrong ({error}).") from None
+        raise CheckpointError(
+            f"'{path}' is damaged: the header entry of tensor '{name}' is wrong ({error})."
+        ) from None
     return Place(dtype, shape, start, end)
 
 

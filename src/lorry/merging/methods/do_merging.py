@@ -7,21 +7,27 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from lorry.merging.factors import Factors
+from lorry.merging.factors import Factors, decompose
 from lorry.merging.inputs import SiteInput
 from lorry.merging.registry import Knob, merge_method
 
 Axis = Literal["column", "row", "matrix"]
 
 
-def orthogonalised(rows: list[Tensor], gamma: float, steps: int, cap: float | None) -> tuple[list[Tensor], dict[str, float]]:
+def orthogonalised(
+    rows: list[Tensor], gamma: float, steps: int, cap: float | None
+) -> tuple[list[Tensor], dict[str, float]]:
     """Move the rows of several matrices ``(r_t, d)`` a little, so that those of different matrices become orthogonal.
 
-    Minimises ``Σ_{t≠u} ‖A_t A_uᵀ‖² + gamma Σ ‖dA_t‖²`` with both terms divided by mean squared norms, so that gamma has no unit. The
-    gradient never leaves the span of all rows, so the search runs on coordinates in it, whatever d is.
+    Minimises ``Σ_{t≠u} ‖A_t A_uᵀ‖² + gamma Σ ‖dA_t‖²`` with both terms divided by mean squared norms, so that gamma
+    has no unit. The gradient never leaves the span of all rows, so the search runs on coordinates in it, whatever d is.
 
     Parameters
     ----------
+    rows
+        The matrices.
+    gamma, steps
+        Weight of staying near, and most steps of the search (L-BFGS).
     cap
         Largest ``‖dA‖ / ‖A‖``; a larger displacement is shortened to it.
     """
@@ -39,7 +45,9 @@ def orthogonalised(rows: list[Tensor], gamma: float, steps: int, cap: float | No
     def cross(values: Tensor) -> Tensor:
         return ((values @ values.mT) * between).square().sum() / unit**2
 
-    optimizer = torch.optim.LBFGS([move], max_iter=steps, line_search_fn="strong_wolfe", tolerance_grad=1e-12, tolerance_change=1e-14)
+    optimizer = torch.optim.LBFGS(
+        [move], max_iter=steps, line_search_fn="strong_wolfe", tolerance_grad=1e-12, tolerance_change=1e-14
+    )
 
     def loss() -> Tensor:
         optimizer.zero_grad()
@@ -48,7 +56,7 @@ def orthogonalised(rows: list[Tensor], gamma: float, steps: int, cap: float | No
         return value
 
     with torch.enable_grad():
-        optimizer.step(loss)  # type: ignore[arg-type]
+        optimizer.step(loss)
     found = move.detach()
     share = float(found.norm() / joint.norm())
     if cap is not None and share > cap:
@@ -59,7 +67,9 @@ def orthogonalised(rows: list[Tensor], gamma: float, steps: int, cap: float | No
 
 
 def lengths(f: Factors, axis: Axis) -> Tensor:
-    """Return the norms of the columns ``(in,)`` or rows ``(out,)`` of ``B A``, or of the whole ``(1,)``, by small Gram matrices."""
+    """Return the norms of the columns ``(in,)`` or rows ``(out,)`` of ``B A``, or of the whole ``(1,)``, by small Gram
+    matrices.
+    """
     if axis == "column":
         return ((f.b.mT @ f.b @ f.a) * f.a).sum(0).clamp_min(0).sqrt()
     if axis == "row":
@@ -94,19 +104,28 @@ def do_merging(
     site: SiteInput,
     *,
     steps: Annotated[int, Knob("Most steps of the orthogonalisation; 0 leaves it out.", at_least=0)] = 100,
-    gamma: Annotated[float, Knob("Weight of staying near the given factors, relative to the overlap.", at_least=0)] = 1.0,
+    gamma: Annotated[
+        float, Knob("Weight of staying near the given factors, relative to the overlap.", at_least=0)
+    ] = 1.0,
     cap: Annotated[float | None, Knob("Largest displacement of the factors, relative to their norm.", above=0)] = None,
-    axis: Annotated[Axis, Knob("Whose length and direction are merged apart: input columns, output rows, or the whole matrix.")] = "column",
+    axis: Annotated[
+        Axis, Knob("Whose length and direction are merged apart: input columns, output rows, or the whole matrix.")
+    ] = "column",
     renormalise: Annotated[bool, Knob("Bring the mean directions back to unit length.")] = False,
-    floor: Annotated[float, Knob("Columns shorter than this share of the longest have no direction.", at_least=0, below=1)] = 1e-9,
+    floor: Annotated[
+        float, Knob("Columns shorter than this share of the longest have no direction.", at_least=0, below=1)
+    ] = 1e-9,
 ) -> Factors:
     """Orthogonalise between adapters, then multiply the mean length of each column by its mean direction.
 
-    With weights 1/n this is ``1/n² (Σ V) diag(Σ α)``; other weights enter as shares of both means, their sum as the strength.
+    With weights 1/n this is ``1/n² (Σ V) diag(Σ α)``; other weights enter as shares of both means, their sum as the
+    strength.
     """
     rows = site.present()
-    parts = [(f if w >= 0 else f.times(-1)).balanced() for _, f, w in rows]
+    parts = [f if w >= 0 else f.times(-1) for _, f, w in rows]
     if steps and len(parts) > 1:
+        # singular split: the overlap of factors then depends on the updates alone, and both factors are of one size
+        parts = [decompose(f).truncated(f.rank) for f in parts]
         a, facts_a = orthogonalised([f.a for f in parts], gamma, steps, cap)
         b, facts_b = orthogonalised([f.b.mT for f in parts], gamma, steps, cap)
         site.facts.update(overlap_a=facts_a, overlap_b=facts_b)

@@ -20,7 +20,8 @@ def combined(rows: list[tuple[Factors, float, float]], form: Form) -> Factors:
     Parameters
     ----------
     rows
-        Factors, weight and share (``|w|`` over the sum of all ``|w|``) of each adapter. Smaller ranks are padded with zeros.
+        Factors, weight and share (``|w|`` over the sum of all ``|w|``) of each adapter. Smaller ranks are padded with
+        zeros.
     form
         ``average``: shares on A, weights on B; ``square``: weights on both; ``root``: ``√|w|`` on both, the sign on A.
     """
@@ -28,7 +29,11 @@ def combined(rows: list[tuple[Factors, float, float]], form: Form) -> Factors:
     sides: list[tuple[Tensor, Tensor]] = []
     for f, weight, share in rows:
         root = math.sqrt(abs(weight))
-        left, right = {"average": (share, weight), "square": (weight, weight), "root": (math.copysign(root, weight), root)}[form]
+        left, right = {
+            "average": (share, weight),
+            "square": (weight, weight),
+            "root": (math.copysign(root, weight), root),
+        }[form]
         padded = f.padded(rank)
         sides.append((padded.a * left, padded.b * right))
     a, b = sides[0]
@@ -41,7 +46,8 @@ def combined(rows: list[tuple[Factors, float, float]], form: Form) -> Factors:
     "linear",
     space="factor",
     source="Model Soups, arXiv 2203.05482; LoraHub's form, arXiv 2307.13269; PEFT's type linear",
-    note="form=square grows with the square of the weights; form=root gives n times the adapter for n copies at weight 1/n",
+    note="form=square grows with the square of the weights; form=root gives n times the adapter for n copies at "
+    "weight 1/n",
 )
 def linear(
     site: SiteInput,
@@ -49,7 +55,8 @@ def linear(
     form: Annotated[
         Form,
         Knob(
-            "average: mean of the A's, weighted sum of the B's, exact where all share A; square: weights on both sides (LoraHub); "
+            "average: mean of the A's, weighted sum of the B's, exact where all share A; square: weights on both "
+            "sides (LoraHub); "
             "root: their square roots on both sides (PEFT)."
         ),
     ] = "average",

@@ -1,8 +1,8 @@
 """Fusion after the principles of LiON-LoRA: norm consistency, orthogonality, and an effect linear in each strength.
 
-The paper (arXiv 2507.05678) states the principles for motion adapters of a video model; no equation of it was available. These are
-the simplest data-free forms: the size of an adapter's effect at a site is the Frobenius norm of its update (the RMS output for
-white inputs), and two adapters' likeness is the cosine of their updates.
+The paper (arXiv 2507.05678) states the principles for motion adapters of a video model; no equation of it was
+available. These are the simplest data-free forms: the size of an adapter's effect at a site is the Frobenius norm of
+its update (the RMS output for white inputs), and two adapters' likeness is the cosine of their updates.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from lorry.merging.registry import Knob, merge_method
 
 _SOURCE = "after LiON-LoRA, arXiv 2507.05678"
 Norm = Annotated[Literal["mean", "min"], Knob("The size that all adapters get: the mean or the smallest of theirs.")]
-Threshold = Annotated[float, Knob("Cosine from which on two adapters are too alike or opposed to share a site.", above=0, at_most=1)]
+Threshold = Annotated[
+    float, Knob("Cosine from which on two adapters are too alike or opposed to share a site.", above=0, at_most=1)
+]
 
 
 def equalised(norms: list[float], mode: str) -> list[float]:
@@ -29,7 +31,8 @@ def equalised(norms: list[float], mode: str) -> list[float]:
 def heirs(site: SiteInput, threshold: float) -> list[int]:
     """Return for each adapter which one stands for it: itself, or a larger one that it is not orthogonal to.
 
-    The largest update goes first; the choice does not depend on the weights, so the result stays linear in each of them.
+    The largest update goes first; the choice does not depend on the weights, so the result stays linear in each of
+    them.
     """
     rows = site.present()
     values = gram([f for _, f, _ in rows])
@@ -62,7 +65,9 @@ def norm_consistent(
     pool: Pool,
     *,
     norm: Norm = "mean",
-    across: Annotated[Literal["site", "adapter"], Knob("Equalise at each site, or by one ratio for a whole adapter.")] = "site",
+    across: Annotated[
+        Literal["site", "adapter"], Knob("Equalise at each site, or by one ratio for a whole adapter.")
+    ] = "site",
 ) -> Iterator[tuple[str, Factors]]:
     """Weighted sum of the updates after giving all adapters the same size."""
     ratios: dict[str, float] = {}
@@ -105,4 +110,3 @@ def linear_strength(
     ratios = equalised([f.norm() for _, f, _ in rows], norm)
     weights = handed_over(site, heirs(site, threshold)) if threshold < 1 else [w for _, _, w in rows]
     return stack([f for _, f, _ in rows], [w * r for w, r in zip(weights, ratios, strict=True)])
-

@@ -29,7 +29,9 @@ def in_gauge(f: Factors, gauge: str) -> Factors:
         return Factors(singular.a * sign, singular.b * sign.mT)
     if gauge == "unit":
         na, nb = f.a.norm(dim=1), f.b.norm(dim=0)
-        ratio = torch.where((na > 0) & (nb > 0), (nb / na.clamp_min(_TINY)).sqrt(), torch.ones_like(na)).clamp_min(_TINY)
+        ratio = torch.where((na > 0) & (nb > 0), (nb / na.clamp_min(_TINY)).sqrt(), torch.ones_like(na)).clamp_min(
+            _TINY
+        )
         return Factors(f.a * ratio[:, None], f.b / ratio)
     return f.balanced()
 
@@ -41,9 +43,11 @@ def k_means(points: Tensor, k: int, iterations: int, generator: torch.Generator 
     ----------
     points
         ``(n, d)``, n at least k.
+    k, iterations
+        Number of clusters, and most steps.
     generator
-        Draws the first centres; None starts with the point nearest to the mean and goes on with the farthest one each time,
-        which does not depend on the order of the points.
+        Draws the first centres; None starts with the point nearest to the mean and goes on with the farthest one each
+        time, which does not depend on the order of the points.
     """
     if generator is None:
         first = int((points - points.mean(0)).square().sum(1).argmin())
@@ -76,26 +80,39 @@ def k_means(points: Tensor, k: int, iterations: int, generator: torch.Generator 
     "lora-lego",
     space="factor",
     source="arXiv 2409.16167",
-    note="rank units are not unique: sign, scale and mixing within an adapter change the clusters; gauge=svd makes them depend on the update",
+    note="rank units are not unique: sign, scale and mixing within an adapter change the clusters; gauge=svd makes "
+    "them depend on the update",
 )
 def lora_lego(
     site: SiteInput,
     *,
-    rank: Annotated[int | None, Knob("Number of clusters, the rank of the result; the largest of the inputs if not given.", at_least=1)] = None,
-    feature: Annotated[Literal["raw", "half-normalised"], Knob("Cluster units as they are, or both halves at unit length.")] = "raw",
+    rank: Annotated[
+        int | None,
+        Knob("Number of clusters, the rank of the result; the largest of the inputs if not given.", at_least=1),
+    ] = None,
+    feature: Annotated[
+        Literal["raw", "half-normalised"], Knob("Cluster units as they are, or both halves at unit length.")
+    ] = "raw",
     unit_norm: Annotated[
         Literal["l2", "linf", "none"], Knob("Norm in which centroids are brought to the mean size of their members.")
     ] = "l2",
-    output_norm: Annotated[bool, Knob("Scale by √(mean rank of the inputs / rank), against the growth of variance.")] = True,
-    gauge: Annotated[Gauge, Knob("How each adapter is split before: equal norms of A and B, as is, each unit balanced, singular.")] = "norm",
-    init: Annotated[Literal["order-free", "random"], Knob("First centres: by farthest points, or random.")] = "order-free",
+    output_norm: Annotated[
+        bool, Knob("Scale by √(mean rank of the inputs / rank), against the growth of variance.")
+    ] = True,
+    gauge: Annotated[
+        Gauge, Knob("How each adapter is split before: equal norms of A and B, as is, each unit balanced, singular.")
+    ] = "norm",
+    init: Annotated[
+        Literal["order-free", "random"], Knob("First centres: by farthest points, or random.")
+    ] = "order-free",
     restarts: Annotated[int, Knob("Runs of k-means with random centres; the best is taken.", at_least=1)] = 10,
     iterations: Annotated[int, Knob("Most steps of k-means.", at_least=1)] = 100,
     seed: Annotated[int, Knob("Seed of random centres.", at_least=0)] = 0,
 ) -> Factors:
     """Cluster all rank units ``[a; b]`` with k-means; the rescaled centroids are the units of the result.
 
-    Weights: the result is scaled by the sum of all ``|w|`` (1 for an average); within it each unit counts by its adapter's share.
+    Weights: the result is scaled by the sum of all ``|w|`` (1 for an average); within it each unit counts by its
+    adapter's share.
     """
     units, shares = _units(site, gauge)
     ranks, width = site.ranks(), site.shape[1]
@@ -109,14 +126,18 @@ def lora_lego(
         labels, inertia = min((k_means(points, k, iterations, g) for g in generators), key=lambda run: run[1])
     else:
         labels, inertia = k_means(points, k, iterations, None)
-    centroids = torch.stack([_centroid(units[labels == j], shares[labels == j], width, unit_norm, site) for j in range(k)])
+    centroids = torch.stack(
+        [_centroid(units[labels == j], shares[labels == j], width, unit_norm, site) for j in range(k)]
+    )
     scale = site.strength * ((sum(ranks) / len(ranks) / k) ** 0.5 if output_norm else 1.0)
     site.facts.update(inertia=inertia, clusters=labels.tolist())
     return Factors(centroids[:, :width], centroids[:, width:].mT * scale)
 
 
 def _units(site: SiteInput, gauge: str) -> tuple[Tensor, Tensor]:
-    """Return all rank units ``(n, in + out)``, those of negative weight turned round, and their relative weights (mean 1)."""
+    """Return all rank units ``(n, in + out)``, those of negative weight turned round, and their relative weights (mean
+    1).
+    """
     units, shares = [], []
     rows = site.present()
     for (_, f, w), share in zip(rows, site.shares(), strict=True):
@@ -127,7 +148,9 @@ def _units(site: SiteInput, gauge: str) -> tuple[Tensor, Tensor]:
 
 
 def _centroid(members: Tensor, shares: Tensor, width: int, norm: str, site: SiteInput) -> Tensor:
-    """Return the weighted mean of a cluster at the mean size of its members; its output half carries the mean weight."""
+    """Return the weighted mean of a cluster at the mean size of its members; its output half carries the mean
+    weight.
+    """
     total = shares.sum()
     if float(total) == 0:
         return torch.zeros_like(members[0])
@@ -135,7 +158,10 @@ def _centroid(members: Tensor, shares: Tensor, width: int, norm: str, site: Site
     centre = (weights * members).sum(0)
     if norm != "none":
         order = 2 if norm == "l2" else float("inf")
-        size, goal = torch.linalg.vector_norm(centre, order), (weights[:, 0] * torch.linalg.vector_norm(members, order, dim=1)).sum()
+        size, goal = (
+            torch.linalg.vector_norm(centre, order),
+            (weights[:, 0] * torch.linalg.vector_norm(members, order, dim=1)).sum(),
+        )
         if float(size) > 1e-6 * float(goal):
             centre = centre * (goal / size)
         else:

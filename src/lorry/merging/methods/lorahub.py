@@ -98,7 +98,9 @@ def lorahub(
     bound: Annotated[float, Knob("Weights are searched between minus and plus this.", above=0)] = 1.5,
     penalty: Annotated[float, Knob("Weight of the mean size of the weights in the loss.", at_least=0)] = 0.05,
     start: Annotated[Literal["zero", "weights"], Knob("Begin at 0, as published, or at the given weights.")] = "zero",
-    form: Annotated[Literal["square", "delta"], Knob("Weights on both factors (published), or on the exact sum of updates.")] = "square",
+    form: Annotated[
+        Literal["square", "delta"], Knob("Weights on both factors (published), or on the exact sum of updates.")
+    ] = "square",
     seed: Annotated[int, Knob("Seed of the search.", at_least=0)] = 0,
 ) -> Iterator[tuple[str, Factors]]:
     """Search one weight for each adapter, minimising the objective plus ``penalty · mean |w|``."""

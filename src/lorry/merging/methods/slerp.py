@@ -22,7 +22,8 @@ def spherical_mean(cosine: Tensor, shares: Tensor, iterations: int) -> Tensor:
     shares
         Weights that sum to 1.
     iterations
-        Of Karcher's fixed point: the mean moves along the average of the logarithms. For two vectors it is Shoemake's slerp.
+        Of Karcher's fixed point: the mean moves along the average of the logarithms. For two vectors it is Shoemake's
+        slerp.
     """
     c = shares / (shares @ cosine @ shares).clamp_min(1e-300).sqrt()
     for _ in range(iterations):
@@ -33,7 +34,9 @@ def spherical_mean(cosine: Tensor, shares: Tensor, iterations: int) -> Tensor:
         length = float((tangent @ cosine @ tangent).clamp_min(0).sqrt())
         if length < 1e-14:
             break
-        c = c * torch.cos(torch.tensor(length, dtype=c.dtype)) + tangent * (torch.sin(torch.tensor(length, dtype=c.dtype)) / length)
+        c = c * torch.cos(torch.tensor(length, dtype=c.dtype)) + tangent * (
+            torch.sin(torch.tensor(length, dtype=c.dtype)) / length
+        )
         c = c / (c @ cosine @ c).clamp_min(1e-300).sqrt()
     return c
 
@@ -46,15 +49,16 @@ def slerp(
 ) -> Factors:
     """Interpolate on the sphere: the mean direction along great circles; weights say how near to each.
 
-    The coefficients apply to the updates as they are, as is usual (``sin((1-t)θ)/sin θ`` and ``sin(tθ)/sin θ`` for two), times the
-    sum of all ``|w|``. A negative weight turns its update round. Updates in exactly opposite directions have no mean.
+    The coefficients apply to the updates as they are, as is usual (``sin((1-t)θ)/sin θ`` and ``sin(tθ)/sin θ`` for
+    two), times the sum of all ``|w|``. A negative weight turns its update round. Updates in exactly opposite
+    directions have no mean.
     """
     rows = site.present()
     factors = [f if w >= 0 else f.times(-1) for _, f, w in rows]
     cosine = cosines(gram(factors))
     cosine.fill_diagonal_(1.0)
     shares = torch.tensor(site.shares(), dtype=torch.float64)
-    if float((shares @ cosine @ shares)) < 1e-12:
+    if float(shares @ cosine @ shares) < 1e-12:
         coefficients = shares
         site.facts["opposite"] = True
     elif len(rows) == 2:

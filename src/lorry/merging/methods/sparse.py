@@ -1,7 +1,9 @@
-"""Sparsifying merges as a table: which entries stay, how adapters agree, how what stays is rescaled, and in which space.
+"""Sparsifying merges as a table: which entries stay, how adapters agree, how what stays is rescaled, and in which
+space.
 
-The same rows run in three spaces, told apart by the name: on the updates (``ties``), on A and B separately (``factor-ties``),
-and on coordinates in the joint singular basis of all updates (``knots-ties``, KnOTS, arXiv 2410.19735, equations 3 to 5).
+The same rows run in three spaces, told apart by the name: on the updates (``ties``), on A and B separately
+(``factor-ties``), and on coordinates in the joint singular basis of all updates (``knots-ties``, KnOTS, arXiv
+2410.19735, equations 3 to 5).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 from torch import Generator, Tensor
 
 from lorry.core.options import option
-from lorry.merging.factors import Factors, decompose_dense
+from lorry.merging.factors import NUMERICAL_ZERO, Factors, decompose_dense
 from lorry.merging.inputs import SiteInput
 from lorry.merging.registry import Space, add, alias, options_class
 
@@ -30,7 +32,8 @@ class Row:
     Attributes
     ----------
     keep
-        Which entries stay; `elect` whether entries must agree in sign; `rescale` how the others make up for the dropped ones.
+        Which entries stay; `elect` whether entries must agree in sign; `rescale` how the others make up for the
+        dropped ones.
     density
         The default share of entries kept.
     """
@@ -45,14 +48,62 @@ class Row:
 
 
 TABLE = (
-    Row("magnitude-prune", "largest", False, "none", 0.2, "PEFT's type magnitude_prune", "Largest entries of each, summed"),
-    Row("ties", "largest", True, "none", 0.2, "arXiv 2306.01708", "Largest entries of each; sign by majority; mean of those that agree"),
+    Row(
+        "magnitude-prune",
+        "largest",
+        False,
+        "none",
+        0.2,
+        "PEFT's type magnitude_prune",
+        "Largest entries of each, summed",
+    ),
+    Row(
+        "ties",
+        "largest",
+        True,
+        "none",
+        0.2,
+        "arXiv 2306.01708",
+        "Largest entries of each; sign by majority; mean of those that agree",
+    ),
     Row("dare", "random", False, "density", 0.7, "arXiv 2311.03099", "Random entries of each, rescaled, summed"),
-    Row("dare-ties", "random", True, "density", 0.7, "arXiv 2311.03099", "Random entries of each, rescaled; then as TIES"),
-    Row("della", "random by rank", True, "density", 0.7, "arXiv 2406.11617", "Random entries, the larger the likelier; then as TIES"),
-    Row("della-linear", "random by rank", False, "density", 0.7, "arXiv 2406.11617", "Random entries, the larger the likelier, summed"),
+    Row(
+        "dare-ties",
+        "random",
+        True,
+        "density",
+        0.7,
+        "arXiv 2311.03099",
+        "Random entries of each, rescaled; then as TIES",
+    ),
+    Row(
+        "della",
+        "random by rank",
+        True,
+        "density",
+        0.7,
+        "arXiv 2406.11617",
+        "Random entries, the larger the likelier; then as TIES",
+    ),
+    Row(
+        "della-linear",
+        "random by rank",
+        False,
+        "density",
+        0.7,
+        "arXiv 2406.11617",
+        "Random entries, the larger the likelier, summed",
+    ),
     Row("breadcrumbs", "middle", False, "none", 0.9, "arXiv 2312.06795", "Entries neither outliers nor small, summed"),
-    Row("breadcrumbs-ties", "middle", True, "none", 0.9, "arXiv 2312.06795", "Entries neither outliers nor small; then as TIES"),
+    Row(
+        "breadcrumbs-ties",
+        "middle",
+        True,
+        "none",
+        0.9,
+        "arXiv 2312.06795",
+        "Entries neither outliers nor small; then as TIES",
+    ),
 )
 
 
@@ -67,7 +118,9 @@ def largest(values: Tensor, count: int) -> Tensor:
 
 
 def middle(values: Tensor, density: float, outliers: float) -> Tensor:
-    """Return the mask without the share `outliers` of largest entries and without the smallest, `density` of them staying."""
+    """Return the mask without the share `outliers` of largest entries and without the smallest, `density` of them
+    staying.
+    """
     top = round(values.numel() * outliers)
     keep = max(min(int(values.numel() * density), values.numel() - top), 1)
     mask = largest(values, top + keep)
@@ -75,7 +128,9 @@ def middle(values: Tensor, density: float, outliers: float) -> Tensor:
 
 
 def by_rank(values: Tensor, density: float, spread: float) -> Tensor:
-    """Return for each entry the probability to stay: `density` ∓ ``spread / 2``, growing with its magnitude's rank in its row."""
+    """Return for each entry the probability to stay: `density` ∓ ``spread / 2``, growing with its magnitude's rank in
+    its row.
+    """
     count = values.shape[-1]
     ranks = values.abs().argsort(dim=-1, stable=True).argsort(dim=-1, stable=True).to(values.dtype)
     centred = ranks / max(count - 1, 1) - 0.5 if count > 1 else torch.zeros_like(values)
@@ -165,28 +220,19 @@ def in_factor_space(site: SiteInput, *, row: Row, **options: Any) -> Factors:
 def in_joint_basis(site: SiteInput, *, row: Row, **options: Any) -> Factors:
     """Run a row on the coordinates Z of each update in the left singular basis U of ``[ΔW₁ ... ΔWₙ]``, so ``ΔW = U Z``.
 
-    U and Z come from thin QRs and an R x R core, and the result keeps its rank, so nothing is cut off.
+    U and Z come from thin QRs and a core of side R, and the result keeps its rank, so nothing is cut off.
     """
-    from lorry.merging.factors import NUMERICAL_ZERO
-
-    rows = site.present()
-    q, r = torch.linalg.qr(torch.cat([f.b for _, f, _ in rows], dim=1))
-    cores, readers, start = [], [], 0
-    for _, f, _ in rows:
-        p, ra = torch.linalg.qr(f.a.mT)
-        cores.append(r[:, start : start + f.rank] @ ra.mT)
-        readers.append(p)
-        start += f.rank
+    rows, joint = site.present(), site.joint
+    cores = [rb @ ra.mT for rb, ra in zip(joint.rb, joint.ra, strict=True)]
     u, s, vt = torch.linalg.svd(torch.cat(cores, dim=1), full_matrices=False)
     k = max(int((s > NUMERICAL_ZERO * s[0]).sum()), 1)
-    z, start = [], 0
-    for (name, _, _), p, core in zip(rows, readers, cores, strict=True):
-        width = core.shape[1]
-        aligned = (s[:k, None] * vt[:k, start : start + width]) @ p.mT
+    blocks = (s[:k, None] * vt[:k]).split(joint.qa.shape[1], dim=1)
+    z = []
+    for (name, _, _), block in zip(rows, blocks, strict=True):
+        aligned = block @ joint.qa.mT
         z.append(sparsified(aligned, row, options, site.generator(options["seed"], name)))
         _count(site, z[-1], aligned)
-        start += width
-    return Factors(consensus(z, [w for _, _, w in rows], row, options), q @ u[:, :k])
+    return Factors(consensus(z, [w for _, _, w in rows], row, options), joint.qb @ u[:, :k])
 
 
 def _count(site: SiteInput, kept: Tensor, values: Tensor) -> None:
@@ -203,21 +249,39 @@ def _options(row: Row, space: Space, slug: str) -> type:
             "rescale",
             "str",
             option(
-                row.rescale, "Make up for dropped entries by 1/density, by the ratio of L1 norms, or not.", choices=("none", "density", "l1")
+                row.rescale,
+                "Make up for dropped entries by 1/density, by the ratio of L1 norms, or not.",
+                choices=("none", "density", "l1"),
             ),
         ),
     ]
     if row.keep == "random by rank":
-        fields.append(("spread", "float", option(0.2, "Density of the largest entries minus that of the smallest.", at_least=0, at_most=1)))
+        fields.append(
+            (
+                "spread",
+                "float",
+                option(0.2, "Density of the largest entries minus that of the smallest.", at_least=0, at_most=1),
+            )
+        )
     if row.keep == "middle":
-        fields.append(("outliers", "float", option(0.01, "Share of the largest entries, which are dropped.", at_least=0, below=1)))
+        fields.append(
+            ("outliers", "float", option(0.01, "Share of the largest entries, which are dropped.", at_least=0, below=1))
+        )
     if row.elect:
         choices = ("total", "frequency")
-        fields.append(("majority", "str", option("total", "Elect the sign of the weighted sum, or that of most adapters.", choices=choices)))
+        fields.append(
+            (
+                "majority",
+                "str",
+                option("total", "Elect the sign of the weighted sum, or that of most adapters.", choices=choices),
+            )
+        )
     if space == "delta":
         help = "Rank of the result; the sum of the ranks of the inputs if not given."
         fields.append(("rank", "int | None", option(None, help, at_least=1)))
-    fields.append(("seed", "int", option(0, "Seed of the random masks; each depends on seed, site and adapter name.", at_least=0)))
+    fields.append(
+        ("seed", "int", option(0, "Seed of the random masks; each depends on seed, site and adapter name.", at_least=0))
+    )
     return options_class(slug, fields)
 
 
@@ -233,7 +297,16 @@ def _register() -> None:
             plain = {"density": 1.0, **({"outliers": 0.0} if row.keep == "middle" else {})}
             source = row.source + (", arXiv 2410.19735" if space == "aligned" else "")
             bound = functools.partial(function, row=row)
-            add(slug, bound, _options(row, space, slug), help=f"{row.help}; {where}.", space=space, scope="site", source=source, plain=plain)
+            add(
+                slug,
+                bound,
+                _options(row, space, slug),
+                help=f"{row.help}; {where}.",
+                space=space,
+                scope="site",
+                source=source,
+                plain=plain,
+            )
     alias("knots", "knots-ties")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from lorry.merging.factors import Factors, decompose, stack
+from lorry.merging.factors import Factors, stack
 from lorry.merging.inputs import SiteInput
 from lorry.merging.registry import Knob, merge_method
 
@@ -15,9 +15,9 @@ def weighted_sum(site: SiteInput) -> Factors:
     return stack([f for _, f, _ in rows], [w for _, _, w in rows])
 
 
-def reduced(site: SiteInput, f: Factors, rank: int | None) -> Factors:
-    """Return the best approximation at `rank` (None: the numerical rank), noting what was cut off."""
-    d = decompose(f)
+def reduced(site: SiteInput, rank: int | None) -> Factors:
+    """Return the best approximation of ``Σ w ΔW`` at `rank` (None: the numerical rank), noting what was cut off."""
+    d = site.joint.decompose([w for _, _, w in site.present()])
     keep = d.s.shape[0] if rank is None else rank
     total = float(d.s.square().sum())
     if total:
@@ -28,7 +28,7 @@ def reduced(site: SiteInput, f: Factors, rank: int | None) -> Factors:
 @merge_method("task-arithmetic", space="delta", source="arXiv 2212.04089", exact=True)
 def task_arithmetic(site: SiteInput) -> Factors:
     """Weighted sum of the updates, exact, at the smallest rank that holds it."""
-    return reduced(site, weighted_sum(site), None)
+    return reduced(site, None)
 
 
 @merge_method("cat", space="delta", source="PEFT's add_weighted_adapter, type cat", exact=True)
@@ -41,7 +41,9 @@ def cat(site: SiteInput) -> Factors:
 def svd(
     site: SiteInput,
     *,
-    rank: Annotated[int | None, Knob("Rank of the result; the largest rank of the inputs if not given.", at_least=1)] = None,
+    rank: Annotated[
+        int | None, Knob("Rank of the result; the largest rank of the inputs if not given.", at_least=1)
+    ] = None,
 ) -> Factors:
     """Best approximation, of a given rank, of the weighted sum of the updates."""
-    return reduced(site, weighted_sum(site), rank or max(site.ranks()))
+    return reduced(site, rank or max(site.ranks()))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorry.core.errors import AdapterError, CheckpointError
 from lorry.core.files.folders import PEFT_CONFIG, TENSORS, inside, located, write_folder
@@ -34,12 +34,13 @@ def convert(
     path
         The folder, with safetensors.
     base
-        The base model (it is copied, and stays as it is), or a folder or name from which transformers loads it.
+        The base model (it is copied, and stays as it is), or a folder or name from which transformers loads
+        it.
     out
         The folder to write; load it with `lorry.load`.
     rank
-        A whole number is the rank at every site; a fraction the share of each update's squared norm to keep, with the rank that
-        this takes.
+        A whole number is the rank at every site; a fraction the share of each update's squared norm to keep,
+        with the rank that this takes.
     overwrite
         Replace an adapter that lies at `out`.
 
@@ -55,12 +56,6 @@ def convert(
     CheckpointError
         The folder is missing, unsafe or no adapter.
     """
-    try:
-        from peft import PeftModel
-        from peft.tuners.lora.conversion import convert_to_lora
-        from peft.tuners.tuners_utils import BaseTunerLayer
-    except ImportError as error:
-        raise AdapterError(f"Converting other tuners needs a PEFT that has convert_to_lora (0.19 or later): {error}.") from None
     place = located(path)
     config = inside(place, PEFT_CONFIG) if place.is_dir() else None
     if config is None:
@@ -68,30 +63,48 @@ def convert(
     kind = str(read_json(config).get("peft_type", ""))
     if kind.upper() == "LORA":
         raise AdapterError(f"'{place}' is a LoRA already; load it with lorry.load.")
-    model = _base(base)
-    wrapped = PeftModel.from_pretrained(model, str(place))
+    values, tensors, relative = _converted(place, kind, base, rank)
+    blob, _ = serialised({k: v.detach().cpu() for k, v in tensors.items()})
+    text = json.dumps(values, indent=2, sort_keys=True).encode()
+    write_folder(Path(out), {TENSORS: blob, PEFT_CONFIG: text}, overwrite=overwrite)
+    sites, count = sum(k.endswith("lora_A.weight") for k in tensors), len(tensors)
+    note = (f"from PEFT's {kind}",)
+    return Receipt("convert", Path(out).name, count, count, sites, "unknown", 0.0, relative, note)
+
+
+def _converted(
+    place: Path, kind: str, base: nn.Module | str | os.PathLike[str], rank: int | float
+) -> tuple[dict[str, Any], dict[str, Tensor], float]:
+    """Return config, tensors and relative error of PEFT's conversion."""
+    try:
+        from peft import PeftModel
+        from peft.tuners.lora.conversion import convert_to_lora
+    except ImportError as error:
+        raise AdapterError(
+            f"Converting other tuners needs a PEFT that has convert_to_lora: {error}."
+        ) from None
+    wrapped = PeftModel.from_pretrained(_base(base), str(place))
     try:
         lora, tensors = convert_to_lora(wrapped, rank=rank)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise AdapterError(f"PEFT has no conversion of this {kind} adapter to LoRA: {error}") from None
+    values = {k: sorted(v) if isinstance(v, set) else v for k, v in lora.to_dict().items()}
+    return values, tensors, _relative_error(wrapped, tensors)
+
+
+def _relative_error(wrapped: nn.Module, tensors: dict[str, Tensor]) -> float:
+    """Return the norm of what the conversion cut off relative to the update's, over all sites."""
     lost = size = 0.0
     with torch.no_grad():
         for name, module in wrapped.named_modules():
-            if isinstance(module, BaseTunerLayer) and f"{name}.lora_A.weight" in tensors:
-                delta = module.get_delta_weight("default").double()
-                product = tensors[f"{name}.lora_B.weight"].double() @ tensors[f"{name}.lora_A.weight"].double()
-                if delta.shape != product.shape:
-                    delta = delta.T
-                lost, size = lost + float((delta - product).square().sum()), size + float(delta.square().sum())
-    values: dict[str, Any] = {k: sorted(v) if isinstance(v, set) else v for k, v in lora.to_dict().items()}
-    blob, _ = serialised({k: v.detach().cpu() for k, v in tensors.items()})
-    text = json.dumps(values, indent=2, sort_keys=True).encode()
-    write_folder(Path(out), {TENSORS: blob, PEFT_CONFIG: text}, overwrite=overwrite)
-    sites = sum(k.endswith("lora_A.weight") for k in tensors)
-    relative = math.sqrt(lost / size) if size else 0.0
-    return Receipt(
-        "convert", Path(out).name, len(tensors), len(tensors), sites, "unknown", 0.0, relative, (f"from PEFT's {kind}",)
-    )
+            if f"{name}.lora_A.weight" not in tensors:
+                continue
+            delta = module.get_delta_weight("default").double()
+            b, a = tensors[f"{name}.lora_B.weight"].double(), tensors[f"{name}.lora_A.weight"].double()
+            product = b @ a
+            delta = delta if delta.shape == product.shape else delta.T
+            lost, size = lost + float((delta - product).square().sum()), size + float(delta.square().sum())
+    return math.sqrt(lost / size) if size else 0.0
 
 
 def _base(base: nn.Module | str | os.PathLike[str]) -> nn.Module:

@@ -1,0 +1,42 @@
+"""Bases for training: with the head that the jobs need, which may be new."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorry.cli.bases import POCKET, config_of, dtype_of, folder_of, load_base, load_tokenizer, model_class
+from lorry.core.errors import CheckpointError
+
+
+def load_for_training(name: str, dtype: str, task: str, labels: int | None) -> tuple[nn.Module, list[str]]:
+    """Return a base, and the modules for which its folder has no weights (a new classification head).
+
+    They are drawn from a fixed seed, so that a resumed run starts from the same base.
+    """
+    if task == "causal-lm":
+        return load_base(name, dtype, task="auto" if name == POCKET else task), []
+    torch.manual_seed(0)
+    cls = model_class(config_of(name), task)
+    options: dict[str, Any] = {"num_labels": labels} if labels else {}
+    wanted = torch.float32 if dtype == "auto" and name == POCKET else dtype_of(dtype)
+    try:
+        model, info = cls.from_pretrained(
+            folder_of(name),
+            dtype=wanted,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"Cannot load {folder_of(name)} for {task}: {str(error).splitlines()[0]}"
+        ) from error
+    if model.config.pad_token_id is None:
+        # a classifier finds the last token of a row by its padding
+        model.config.pad_token_id = load_tokenizer(name).pad_token_id
+    fresh = sorted({key.rpartition(".")[0] for key in info["missing_keys"]})
+    return model.eval(), [f for f in fresh if f]

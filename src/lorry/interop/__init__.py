@@ -1,0 +1,1 @@
+"""Bringing in what other libraries made, with the help of those libraries."""

@@ -1,0 +1,90 @@
+"""DDP and FSDP2 on two processes equal one process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training.tiny_bases import tiny_llama, token_rows
+
+from lorry.core.api import attach
+from lorry.training.huggingface import whole
+
+STEPS = 6
+
+
+def batch(first: int = 0, count: int = 4) -> torch.Tensor:
+    return torch.stack([r.input_ids.long() for r in token_rows(4, (10, 10), 1).rows[first : first + count]])
+
+
+def trained(model, adapter, ids):
+    """The adapter's tensors after some steps; SGD, so that the size of the gradient counts."""
+    parameters = adapter.parameters()
+    optimizer = torch.optim.SGD(parameters, lr=0.5, momentum=0.9)
+    for _ in range(STEPS):
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {n: whole(t).detach().clone() for n, t, _ in adapter.named_tensors()}
+
+
+def worker(kind: str, method: str, target: str) -> None:
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    model = tiny_llama()
+    adapter = attach(model, {"method": method, "rank": 4}, name="job", seed=1)
+    if kind == "ddp":
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    else:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        wrapped = model
+    tensors = trained(wrapped, adapter, batch(2 * rank, 2))
+    if rank == 0 or kind == "fsdp2":  # FSDP2 gathers, so every process takes part
+        adapter.save(Path(target) / "adapter")
+    if rank == 0:
+        from safetensors.torch import save_file
+
+        save_file({n: t.contiguous() for n, t in tensors.items()}, Path(target) / "tensors.safetensors")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_two_processes_equal_one(kind, method, tmp_path):
+    from safetensors.torch import load_file
+
+    root = Path(__file__).resolve().parents[2]
+    code = f"from training.test_distributed import worker; worker({kind!r}, {method!r}, {str(tmp_path)!r})"
+    script = tmp_path / "worker.py"
+    script.write_text(code)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root / 'src'}:{root / 'tests'}"}
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, *launch, str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    model = tiny_llama()
+    adapter = attach(model, {"method": method, "rank": 4}, name="job", seed=1)
+    start = {n: t.detach().clone() for n, t, _ in adapter.named_tensors()}
+    expected = trained(model, adapter, batch())
+    found = load_file(tmp_path / "tensors.safetensors")
+    assert max(float((expected[n] - start[n]).abs().max()) for n in start) > 1e-3
+    assert found.keys() == expected.keys()
+    assert max(float((found[n] - expected[n]).abs().max()) for n in expected) < 1e-5
+    from lorry.core.files.load import load
+
+    other = tiny_llama()
+    loaded = load(other, tmp_path / "adapter", name="job")
+    again = {n: t for n, t, _ in loaded.named_tensors()}
+    assert max(float((again[n] - expected[n]).abs().max()) for n in expected) < 1e-5

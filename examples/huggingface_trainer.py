@@ -1,7 +1,8 @@
 """The same two real tasks through the Hugging Face Trainer: Lorry's adapters train there as they are.
 
-    python examples/huggingface_trainer.py sst2 --data ../shared/data/sst2
-    python examples/huggingface_trainer.py text --base ../shared/models/stories260k --data ../shared/data/tinyshakespeare.txt
+python examples/huggingface_trainer.py sst2 --data ../shared/data/sst2
+python examples/huggingface_trainer.py text --base ../shared/models/stories260k --data
+../shared/data/tinyshakespeare.txt
 """
 
 import argparse
@@ -78,6 +79,7 @@ def text(args: argparse.Namespace) -> dict:
 
 
 def main() -> None:
+    """Run the task that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=["sst2", "text"])
     parser.add_argument("--data", type=Path, required=True)

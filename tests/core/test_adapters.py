@@ -6,10 +6,10 @@ import weakref
 
 import pytest
 import torch
+from core.tiny import clear, gradients, llama, off_zero, same_bytes, snapshot, tokens, unchanged
 from torch import nn
 
 import lorry
-from core.tiny import clear, gradients, llama, off_zero, same_bytes, snapshot, tokens, unchanged
 from lorry.core.state import state_of
 
 
@@ -278,7 +278,7 @@ def test_an_update_that_is_not_finite_is_refused_and_nothing_is_merged():
 def test_norms_follow_the_base_weight_through_merges():
     """DoRA keeps the norms of the base; they belong to the weight that is there now."""
     model = llama(1)
-    dora = off_zero(lorry.attach(model, lorry.DoRA(rank=2), name="dora", targets="mlp"))
+    off_zero(lorry.attach(model, lorry.DoRA(rank=2), name="dora", targets="mlp"))
     wanted = logits(model)
     for seed in range(4):
         other = off_zero(lorry.attach(model, lorry.LoRA(rank=2), name="other", targets="mlp"), seed, 0.3)

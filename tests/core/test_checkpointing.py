@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from core.tiny import clear, gradients, llama, off_zero, tokens
 from torch.utils.checkpoint import checkpoint
 
 import lorry
-from core.tiny import clear, gradients, llama, off_zero, tokens
 
 
 def trained(dropout=0.0, method=None):
@@ -25,7 +25,10 @@ def step(model, ids, rows=None, seeds=None):
         with lorry.rows(model, rows, seeds=seeds):
             loss = model(ids).logits.square().mean()
     loss.backward()
-    return {n: gradients(a) if any(p.grad is not None for p in a.parameters()) else None for n, a in lorry.adapters(model).items()}
+    return {
+        n: gradients(a) if any(p.grad is not None for p in a.parameters()) else None
+        for n, a in lorry.adapters(model).items()
+    }
 
 
 def same(found, wanted):
@@ -39,7 +42,10 @@ def same(found, wanted):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_gradients_equal_those_without_checkpointing(reentrant, dropout, method):
-    model, ids = trained(method=lorry.method_from({"method": method, "rank": 2, "dropout": dropout})), tokens(4)
+    model, ids = (
+        trained(method=lorry.method_from({"method": method, "rank": 2, "dropout": dropout})),
+        tokens(4),
+    )
     rows = ["b", None, {"a": 0.5, "b": 0.5}, "a"]
     plain, mixed = step(model, ids), step(model, ids, rows, {"a": 1, "b": 2})
     assert plain["b"] is None and mixed["b"] is not None
@@ -90,7 +96,11 @@ def test_a_plain_module_under_checkpoint():
     adapter = off_zero(lorry.attach(model, lorry.LoRA(rank=2)), std=0.5)
     x = torch.randn(3, 6, requires_grad=True)
     results = []
-    for run in (model, lambda x: checkpoint(model, x, use_reentrant=False), lambda x: checkpoint(model, x, use_reentrant=True)):
+    for run in (
+        model,
+        lambda x: checkpoint(model, x, use_reentrant=False),
+        lambda x: checkpoint(model, x, use_reentrant=True),
+    ):
         clear(model)
         run(x).square().sum().backward()
         results.append(gradients(adapter))

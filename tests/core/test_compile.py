@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from core.tiny import clear, gradients, llama, off_zero, tokens
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 import lorry
-from core.tiny import clear, gradients, llama, off_zero, tokens
 
 
 @pytest.fixture(autouse=True)

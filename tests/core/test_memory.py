@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from core.tiny import gradients, llama, off_zero, tokens
 
 import lorry
-from core.tiny import gradients, llama, off_zero, tokens
 
 
 def kept_by(run):
@@ -36,7 +36,9 @@ def gradients_of(adapter, name):
     return [p.grad for n, p in adapter.named_parameters() if f"layers.0.mlp.{name}" in n]
 
 
-@pytest.mark.parametrize("method", [lorry.LoRA(rank=3), lorry.DoRA(rank=3), lorry.PiSSA(rank=3)], ids=lambda m: m.info.slug)
+@pytest.mark.parametrize(
+    "method", [lorry.LoRA(rank=3), lorry.DoRA(rank=3), lorry.PiSSA(rank=3)], ids=lambda m: m.info.slug
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_bfloat16_model_stays_bfloat16_and_is_near_the_float32_one(method, dtype):
     results = {}

@@ -5,14 +5,24 @@ import sys
 
 import pytest
 import torch
+from core.tiny import gradients, llama, off_zero, same_bytes, tokens
 from torch import nn
 
 import lorry
 from lorry.core.errors import SiteError
 from lorry.core.storage import storage_of
-from core.tiny import gradients, llama, off_zero, same_bytes, tokens
 
-KINDS = ["bnb-8", "bnb-nf4", "bnb-nf4-double", "bnb-fp4", "bnb-fp4-double", "ao-int8", "ao-int8-dynamic", "ao-float8", "ao-intx4"]
+KINDS = [
+    "bnb-8",
+    "bnb-nf4",
+    "bnb-nf4-double",
+    "bnb-fp4",
+    "bnb-fp4-double",
+    "ao-int8",
+    "ao-int8-dynamic",
+    "ao-float8",
+    "ao-intx4",
+]
 
 
 def linears(model):
@@ -69,7 +79,10 @@ def test_forward_backward_on_a_quantised_base(kind):
     model(ids).logits.square().mean().backward()
     assert all(g.abs().sum() > 0 for g in gradients(adapter).values())
     # the same update computed from the layer's own output
-    linear, entry = linears(model)["model.layers.0.mlp.up_proj"], adapter.entries["model.layers.0.mlp.up_proj"]
+    linear, entry = (
+        linears(model)["model.layers.0.mlp.up_proj"],
+        adapter.entries["model.layers.0.mlp.up_proj"],
+    )
     x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0))
     with_adapter = linear(x)
     lorry.activate(model, None)
@@ -159,7 +172,8 @@ def test_a_storage_nobody_knows_is_an_error_that_says_what_still_works():
 
 def test_importing_lorry_imports_neither_package_nor_this_storage():
     code = (
-        "import sys, lorry; print([m for m in ('bitsandbytes', 'torchao', 'transformers', 'peft', 'lorry.core.quantized') "
+        "import sys, lorry; print([m for m in ('bitsandbytes', 'torchao', 'transformers', 'peft', "
+        "'lorry.core.quantized') "
         "if m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -168,7 +182,8 @@ def test_importing_lorry_imports_neither_package_nor_this_storage():
 
 def test_merging_a_dense_base_imports_neither_package():
     code = (
-        "import sys, torch, lorry; m = torch.nn.Sequential(torch.nn.Linear(4, 4)); lorry.attach(m, lorry.LoRA(rank=2)).merge(); "
+        "import sys, torch, lorry; m = torch.nn.Sequential(torch.nn.Linear(4, 4)); lorry.attach(m, "
+        "lorry.LoRA(rank=2)).merge(); "
         "print([m for m in ('bitsandbytes', 'torchao') if m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

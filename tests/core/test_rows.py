@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from core.tiny import clear, gradients, llama, off_zero, tokens
 
 import lorry
-from core.tiny import clear, gradients, llama, off_zero, tokens
 from lorry.core.active import for_rows
 
 BATCHES = {
@@ -16,7 +16,11 @@ BATCHES = {
     "all the same": ["b"] * 5,
     "nothing": [None] * 5,
 }
-METHODS = {"a": lorry.LoRA(rank=2), "b": lorry.DoRA(rank=4, alpha=3), "c": lorry.LoRA(rank=5, rank_stabilized=True)}
+METHODS = {
+    "a": lorry.LoRA(rank=2),
+    "b": lorry.DoRA(rank=4, alpha=3),
+    "c": lorry.LoRA(rank=5, rank_stabilized=True),
+}
 
 
 def loaded(only_plain=False, **more):
@@ -133,9 +137,7 @@ def test_dropout_with_seeds_does_not_depend_on_the_other_rows_or_on_padding():
     assert torch.equal(run(["a", "a"], [0, 1]), run(["a", "a"], [0, 1]))
     assert not torch.allclose(run(["a", "a"], [0, 1], {"a": 7}), mixed[:2], atol=1e-2)
     longer = torch.cat([ids, tokens(4, 3, seed=8)], 1)
-    torch.testing.assert_close(
-        run(["a", "a"], [0, 1], ids=longer)[:, : ids.shape[1]], mixed[:2], atol=1e-5, rtol=1e-4
-    )
+    torch.testing.assert_close(run(["a", "a"], [0, 1], ids=longer)[:, : ids.shape[1]], mixed[:2], atol=1e-5, rtol=1e-4)
     model.eval()
     assert torch.equal(run(["a"], [0], {"a": 1}), run(["a"], [0], {"a": 2}))
 
@@ -171,9 +173,7 @@ def test_encoder_with_whole_embeddings_adapted():
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
-    )
+    config = BertConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
     model, ids = BertModel(config).eval(), tokens(3)
     for number, name in enumerate("ab"):
         targets = ["all-linear", "embeddings"]

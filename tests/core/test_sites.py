@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
+from core.tiny import clear, gradients, llama, off_zero, same_bytes, snapshot, tokens, unchanged
 from torch import nn
 from torch.func import functional_call
 
 import lorry
 from lorry.core.kinds import catalogue
-from core.tiny import clear, gradients, llama, off_zero, same_bytes, snapshot, tokens, unchanged
 
 
 def randn(*shape, seed=0):
@@ -45,10 +45,22 @@ LAYERS = {
     "linear without bias, two dimensions": (lambda: nn.Linear(6, 10, bias=False), lambda: randn(3, 6)),
     "transposed linear": (gpt2_linear, lambda: randn(3, 4, 6)),
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1), lambda: randn(3, 4, 9)),
-    "conv1d stride dilation": (lambda: nn.Conv1d(4, 6, 3, stride=2, dilation=2, bias=False), lambda: randn(3, 4, 11)),
-    "conv2d stride padding": (lambda: nn.Conv2d(3, 6, (3, 2), stride=(2, 1), padding=(1, 0)), lambda: randn(3, 3, 7, 6)),
-    "conv2d reflect": (lambda: nn.Conv2d(3, 6, 3, padding=1, padding_mode="reflect"), lambda: randn(3, 3, 7, 6)),
-    "conv2d circular": (lambda: nn.Conv2d(3, 6, 3, padding=2, padding_mode="circular"), lambda: randn(3, 3, 7, 6)),
+    "conv1d stride dilation": (
+        lambda: nn.Conv1d(4, 6, 3, stride=2, dilation=2, bias=False),
+        lambda: randn(3, 4, 11),
+    ),
+    "conv2d stride padding": (
+        lambda: nn.Conv2d(3, 6, (3, 2), stride=(2, 1), padding=(1, 0)),
+        lambda: randn(3, 3, 7, 6),
+    ),
+    "conv2d reflect": (
+        lambda: nn.Conv2d(3, 6, 3, padding=1, padding_mode="reflect"),
+        lambda: randn(3, 3, 7, 6),
+    ),
+    "conv2d circular": (
+        lambda: nn.Conv2d(3, 6, 3, padding=2, padding_mode="circular"),
+        lambda: randn(3, 3, 7, 6),
+    ),
     "conv2d same": (lambda: nn.Conv2d(3, 6, 3, padding="same"), lambda: randn(3, 3, 7, 6)),
     "conv2d pointwise": (lambda: nn.Conv2d(3, 6, 1), lambda: randn(3, 3, 5, 4)),
     "conv2d groups": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1), lambda: randn(3, 4, 6, 5)),
@@ -98,9 +110,7 @@ def test_forward_and_gradients_are_those_of_the_dense_weight(name, method):
         probe[x == 0] = 0  # gradients from padding tokens are the subject of a test of their own
     inputs = adapter.parameters() + ([x] if x.is_floating_point() else [])
     # DoRA holds the norm constant in the gradient, in the dense form too
-    for a, b in zip(
-        torch.autograd.grad(found, inputs, probe), torch.autograd.grad(wanted, inputs, probe), strict=True
-    ):
+    for a, b in zip(torch.autograd.grad(found, inputs, probe), torch.autograd.grad(wanted, inputs, probe), strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
 
 
@@ -150,8 +160,10 @@ ATTENTION = {
 def attention(options, rows=3, length=5, keys=5):
     torch.manual_seed(0)
     model = One(nn.MultiheadAttention(8, 2, **options))
-    q, k, v = randn(rows, length, 8, seed=1), randn(rows, keys, options.get("kdim", 8), seed=2), randn(
-        rows, keys, options.get("vdim", 8), seed=3
+    q, k, v = (
+        randn(rows, length, 8, seed=1),
+        randn(rows, keys, options.get("kdim", 8), seed=2),
+        randn(rows, keys, options.get("vdim", 8), seed=3),
     )
     if not options["batch_first"]:
         q, k, v = (t.transpose(0, 1) for t in (q, k, v))

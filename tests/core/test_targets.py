@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from core.tiny import llama
 from torch import nn
 
 import lorry
-from core.tiny import llama
 from lorry.core.kinds import catalogue
 from lorry.core.options import check_options, from_options, option
 from lorry.core.targets import select
@@ -141,7 +141,12 @@ def test_presets_leave_output_heads_alone():
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     config = LlamaConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=20, pad_token_id=0
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=20,
+        pad_token_id=0,
     )
     model = LlamaForSequenceClassification(config)
     assert "score" not in names(chosen(model, "all-linear")) and chosen(model, "score") == ["score"]
@@ -150,9 +155,7 @@ def test_presets_leave_output_heads_alone():
 def test_a_bert_encoder_by_presets():
     from transformers import BertConfig, BertModel
 
-    config = BertConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=20
-    )
+    config = BertConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=20)
     model = BertModel(config)
     attention, mlp = chosen(model, "attention"), chosen(model, "mlp")
     assert len(attention) == 8 and len(mlp) == 4 and not set(attention) & set(mlp)
@@ -162,7 +165,9 @@ def test_a_bert_encoder_by_presets():
 def test_site_options_give_single_sites_other_options():
     model = llama(2)
     adapter = lorry.attach(
-        model, lorry.LoRA(rank=4, alpha=8), site_options={"mlp.*": {"rank": 2}, "layers.0.mlp.up_proj": {"alpha": 1.0}}
+        model,
+        lorry.LoRA(rank=4, alpha=8),
+        site_options={"mlp.*": {"rank": 2}, "layers.0.mlp.up_proj": {"alpha": 1.0}},
     )
     ranks = {p: e.method.rank for p, e in adapter.entries.items()}
     assert ranks["model.layers.0.self_attn.q_proj"] == 4 and ranks["model.layers.1.mlp.up_proj"] == 2
@@ -179,7 +184,9 @@ def test_plan_is_what_attach_does_and_runs_on_the_meta_device():
     plan = lorry.plan(model, lorry.DoRA(rank=4), "mlp", train_also=["norm"])
     adapter = lorry.attach(llama(2), lorry.DoRA(rank=4), targets="mlp", train_also=["norm"])
     assert plan.trained == adapter.count() == sum(p.numel() for p in adapter.parameters())
-    assert [s.path for s in plan.sites] == list(adapter.entries) and sum(s.parameters for s in plan.sites) == plan.trained
+    assert [s.path for s in plan.sites] == list(adapter.entries) and sum(
+        s.parameters for s in plan.sites
+    ) == plan.trained
     assert plan.base == sum(p.numel() for p in llama(2).parameters())
     assert plan.training_bytes == 16 * plan.trained and plan.left_out["model.embed_tokens"] == "not targeted"
     assert "6 sites" in str(plan).replace("7 sites", "6 sites") and plan.to_dict()["trained"] == plan.trained

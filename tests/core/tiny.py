@@ -10,7 +10,9 @@ from torch import Tensor, nn
 import lorry
 
 
-def llama(layers: int = 2, *, seed: int = 0, tied: bool = False, dtype: torch.dtype = torch.float32, **more: Any) -> Any:
+def llama(
+    layers: int = 2, *, seed: int = 0, tied: bool = False, dtype: torch.dtype = torch.float32, **more: Any
+) -> Any:
     """A LlamaForCausalLM of a few thousand parameters, in evaluation mode."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

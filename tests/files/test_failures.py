@@ -18,9 +18,7 @@ def saved(tmp_path_factory):
     """One adapter in three forms: Lorry's own layout, PEFT's layout with a manifest, and without one."""
     root = tmp_path_factory.mktemp("saved")
     adapter = stir(
-        lorry.attach(
-            llama(), lorry.LoRA(rank=4, alpha=8), targets=["q_proj", "down_proj"], train_also=["lm_head"]
-        )
+        lorry.attach(llama(), lorry.LoRA(rank=4, alpha=8), targets=["q_proj", "down_proj"], train_also=["lm_head"])
     )
     adapter.save(root / "lorry", format="lorry")
     adapter.save(root / "both", format="peft")
@@ -101,9 +99,7 @@ def test_surplus_tensor(saved, form, a, b, tmp_path):
 @pytest.mark.parametrize("form, a, b", FORMS)
 def test_misshapen_tensor(saved, form, a, b, tmp_path):
     folder = changed(saved, form, tmp_path, lambda t: t.update({key_of(t, a): torch.ones(4, 15)}))
-    refused(
-        folder, lorry.CheckpointError, r"q_proj.A' must be of shape \(4, 16\) in this model, found \(4, 15\)"
-    )
+    refused(folder, lorry.CheckpointError, r"q_proj.A' must be of shape \(4, 16\) in this model, found \(4, 15\)")
 
 
 @pytest.mark.parametrize("form, a, b", FORMS)
@@ -143,9 +139,7 @@ def test_trailing_and_damaged_bytes(saved, tmp_path):
 def test_wrong_base_names_both_and_can_be_overridden(saved):
     other = llama(seed=9)
     other.config._name_or_path = "someone/other-base"
-    refused(
-        saved / "both", lorry.FingerprintError, "LlamaForCausalLM.*someone/other-base.*6 of 6 sites", other
-    )
+    refused(saved / "both", lorry.FingerprintError, "LlamaForCausalLM.*someone/other-base.*6 of 6 sites", other)
     adapter = lorry.load(other, saved / "both", check_base=False)
     assert adapter.receipt.fingerprint == "ignored"
     assert adapter.fingerprint.base == "LlamaForCausalLM"  # still of the base that it was made for
@@ -159,9 +153,7 @@ def test_another_architecture(saved):
     refused(saved / "peft", lorry.CheckpointError, "has no such site", llama(num_hidden_layers=2))
     refused(saved / "both", lorry.CheckpointError, "has no such site", llama(num_hidden_layers=2))
     refused(saved / "both", lorry.FingerprintError, "was made for the base", llama(hidden_size=32))
-    refused(
-        saved / "both", lorry.CheckpointError, "must be of shape", llama(hidden_size=32), check_base=False
-    )
+    refused(saved / "both", lorry.CheckpointError, "must be of shape", llama(hidden_size=32), check_base=False)
 
 
 @pytest.mark.parametrize(
@@ -305,9 +297,7 @@ def test_saved_embedding_of_another_size_and_of_another_base(tmp_path):
     save_file({**tensors, key: other}, folder / TENSORS)
     model = llama()
     adapter = lorry.load(model, folder)
-    assert torch.equal(
-        dict((n, t) for n, t, _ in adapter.named_tensors())["model.embed_tokens.weight"], other
-    )
+    assert torch.equal(dict((n, t) for n, t, _ in adapter.named_tensors())["model.embed_tokens.weight"], other)
     twin = llama()
     twin.model.embed_tokens.weight.data.copy_(other)
     lorry.load(twin, folder)
@@ -316,9 +306,7 @@ def test_saved_embedding_of_another_size_and_of_another_base(tmp_path):
 
 def test_dtype_training_and_names(saved, tmp_path):
     model = llama()
-    adapter = lorry.load(
-        model, saved / "both", name="b", dtype=torch.bfloat16, trainable=True, activate=False
-    )
+    adapter = lorry.load(model, saved / "both", name="b", dtype=torch.bfloat16, trainable=True, activate=False)
     assert {t.dtype for _, t, _ in adapter.named_tensors()} == {torch.bfloat16}
     assert all(p.requires_grad for p in adapter.parameters()) and list(lorry.adapters(model)) == ["b"]
     assert torch.equal(output(model), output(llama()))

@@ -193,16 +193,12 @@ def test_converted_pissa_is_a_plain_lora_of_twice_the_rank(tmp_path):
     from peft import LoraConfig, get_peft_model
 
     base = llama()
-    model = get_peft_model(
-        copy.deepcopy(base), LoraConfig(r=3, init_lora_weights="pissa", target_modules=["q_proj"])
-    )
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=3, init_lora_weights="pissa", target_modules=["q_proj"]))
     model.peft_config["default"].init_lora_weights = True
     model.save_pretrained(str(tmp_path / "start"))
     model.peft_config["default"].init_lora_weights = "pissa"
     wanted = output(stir_peft(model))
-    model.save_pretrained(
-        str(tmp_path / "a"), path_initial_model_for_weight_conversion=str(tmp_path / "start")
-    )
+    model.save_pretrained(str(tmp_path / "a"), path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     adapter = lorry.load(base, tmp_path / "a")
     assert adapter.method == lorry.LoRA(rank=6, alpha=16)
     close(output(base), wanted)
@@ -257,9 +253,7 @@ def test_other_tuners_come_through_pefts_own_conversion(tmp_path):
 
     base = llama()
     before = {n: p.clone() for n, p in base.named_parameters()}
-    model = stir_peft(
-        get_peft_model(copy.deepcopy(base), LoKrConfig(r=2, target_modules=["q_proj", "down_proj"]))
-    )
+    model = stir_peft(get_peft_model(copy.deepcopy(base), LoKrConfig(r=2, target_modules=["q_proj", "down_proj"])))
     model.save_pretrained(str(tmp_path / "lokr"))
     with pytest.raises(lorry.CheckpointError, match="LOKR.*peft_tuners.convert"):
         lorry.load(base, tmp_path / "lokr")

@@ -59,9 +59,7 @@ def test_kohya(tmp_path):
     model = unet()
     adapter = lorry.load(model, tmp_path / "my style.safetensors")
     close(output(model), expected(kohya_deltas(tensors)))
-    assert (
-        adapter.name == "my_style" and adapter.receipt.tensors_applied == adapter.receipt.tensors_total == 8
-    )
+    assert adapter.name == "my_style" and adapter.receipt.tensors_applied == adapter.receipt.tensors_total == 8
     assert adapter.entries[LINEAR].method == lorry.LoRA(rank=3, alpha=1.5)
     adapter.save(tmp_path / "folder", format="peft")
     again = unet()
@@ -172,9 +170,7 @@ def test_what_the_real_diffusers_writes(prefix, extra, tmp_path):
         from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
         from peft import get_peft_model_state_dict
 
-        tensors = _pack_dict_with_prefix(
-            convert_state_dict_to_diffusers(get_peft_model_state_dict(model)), "unet"
-        )
+        tensors = _pack_dict_with_prefix(convert_state_dict_to_diffusers(get_peft_model_state_dict(model)), "unet")
         config = {
             f"unet.{k}": sorted(v) if isinstance(v, set) else v
             for k, v in model.peft_config["default"].to_dict().items()
@@ -195,9 +191,7 @@ def test_what_the_real_diffusers_writes(prefix, extra, tmp_path):
         (lambda t, n: t.update({f"{n}.alpha": torch.tensor(-1.0)}), "alpha .* one positive number"),
         (lambda t, n: t.update({f"{n}.lora_up.weight": draw(15, 3)}), "must be of shape"),
         (
-            lambda t, n: t.update(
-                {f"{n}x.lora_up.weight": draw(16, 3), f"{n}x.lora_down.weight": draw(3, 16)}
-            ),
+            lambda t, n: t.update({f"{n}x.lora_up.weight": draw(16, 3), f"{n}x.lora_down.weight": draw(3, 16)}),
             "no such site",
         ),
         (lambda t, n: t.update({f"{n}.hada_w1_a": draw(2, 2)}), "LoHa"),

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorry.kernels.lowrank import Segment, low_rank_linear, reference
+from lorry.kernels.lowrank import low_rank_linear, reference
+from lorry.kernels.segments import Factors, Segment
 
 ROWS = 5
 LAYOUTS = {
@@ -21,6 +22,13 @@ LAYOUTS = {
     "rows without an adapter": [(slice(1, 2), 1.0, 2)],
     "no adapter": [],
 }
+#: Segments whose rows, base and update together, are scaled by output channel.
+GAINS = {
+    "a gain on all rows": [(None, 0.5, 3, "gain")],
+    "a gain on a slice": [(slice(0, 2), 1.0, 2, "gain"), (slice(2, 5), 2.0, 4)],
+    "two gains, slices": [(slice(0, 2), 1.0, 2, "gain"), (slice(3, 5), 2.0, 4, "gain")],
+    "gains on indices": [(torch.tensor([4, 0, 2]), 0.7, 2, "gain"), (torch.tensor([1]), 1.0, 3, "gain")],
+}
 
 
 def make(layout, *, dtype=torch.float64, inner=(3,), width=6, out=4, p=0.0, bias=True, seed=0, factor_dtype=None):
@@ -30,21 +38,38 @@ def make(layout, *, dtype=torch.float64, inner=(3,), width=6, out=4, p=0.0, bias
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(kind).requires_grad_()
 
     segments, factors = [], []
-    for number, (rows, scale, rank) in enumerate(layout):
+    for number, (rows, scale, rank, *gain) in enumerate(layout):
         segments.append(Segment(rows, scale, p, seed=17 + number))
-        factors += [draw(rank, width, kind=factor_dtype or dtype), draw(out, rank, kind=factor_dtype or dtype)]
+        kind = factor_dtype or dtype
+        factors.append(
+            Factors(
+                draw(rank, width, kind=kind),
+                draw(out, rank, kind=kind),
+                draw(out, kind=kind) if gain else None,
+            )
+        )
     x = draw(ROWS, *inner, width)
     weight = draw(out, width).detach()
     return x, weight, draw(out).detach() if bias else None, segments, factors
+
+
+def leaves_of(factors):
+    return [t for f in factors for t in (f.a, f.b, f.gain) if t is not None]
+
+
+def with_leaves(factors, leaves):
+    """The same factors made of other tensors."""
+    left = iter(leaves)
+    return [Factors(next(left), next(left), None if f.gain is None else next(left)) for f in factors]
 
 
 def both(x, weight, bias, y, segments, factors):
     """Outputs and gradients of the operation and of its definition for the same inputs."""
     results = []
     for function in (low_rank_linear, reference):
-        leaves = [t.detach().clone().requires_grad_() for t in (x, *factors)]
+        leaves = [t.detach().clone().requires_grad_() for t in (x, *leaves_of(factors))]
         given_y = None if y is None else y.detach().clone().requires_grad_()
-        out = function(leaves[0], weight, bias, given_y, segments, leaves[1:])
+        out = function(leaves[0], weight, bias, given_y, segments, with_leaves(factors, leaves[1:]))
         probe = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out).to(out.dtype)
         inputs = leaves if given_y is None else [*leaves, given_y]
         grads = torch.autograd.grad(out, inputs, probe, allow_unused=True)
@@ -72,13 +97,28 @@ def test_equals_its_definition_in_float64(layout, p, given_y):
         agree(both(x, weight, bias, None, segments, factors))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("layout", GAINS.values(), ids=GAINS)
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gains_equal_their_definition_in_float64(layout, p, bias):
+    x, weight, b, segments, factors = make(layout, p=p, bias=bias)
+    agree(both(x, weight, b, None, segments, factors))
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS.values(), *GAINS.values()], ids=[*LAYOUTS, *GAINS])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_gradients_are_those_of_finite_differences(layout, p):
     x, weight, bias, segments, factors = make(layout, inner=(2,), width=4, out=3, p=p)
-    assert torch.autograd.gradcheck(lambda x, *f: low_rank_linear(x, weight, bias, None, segments, f), (x, *factors))
-    y = torch.randn(ROWS, 2, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda y, x, *f: low_rank_linear(x, None, None, y, segments, f), (y, x, *factors))
+    leaves = leaves_of(factors)
+
+    def run(y, x, *leaves):
+        base = (weight, bias) if y is None else (None, None)
+        return low_rank_linear(x, *base, y, segments, with_leaves(factors, leaves))
+
+    assert torch.autograd.gradcheck(lambda x, *f: run(None, x, *f), (x, *leaves))
+    if all(f.gain is None for f in factors):
+        y = torch.randn(ROWS, 2, 3, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(run, (y, x, *leaves))
 
 
 @settings(deadline=None, max_examples=30, derandomize=True)
@@ -110,10 +150,11 @@ def test_random_shapes_and_rows_in_float32(inner, width, out, ranks, bias, p, da
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_bfloat16_is_as_close_to_the_exact_result_as_its_definition(layout, factor_dtype):
     x, weight, bias, segments, factors = make(layout, dtype=torch.bfloat16, width=32, out=16, factor_dtype=factor_dtype)
-    exact = both(x.double(), weight.double(), bias.double(), None, segments, [f.double() for f in factors])[1]
+    doubled = with_leaves(factors, [t.double() for t in leaves_of(factors)])
+    exact = both(x.double(), weight.double(), bias.double(), None, segments, doubled)[1]
     (out, grads), (plain, plain_grads) = both(x, weight, bias, None, segments, factors)
     assert out.dtype == torch.bfloat16
-    assert [g.dtype for g in grads] == [torch.bfloat16, *[factor_dtype] * len(factors)]
+    assert [g.dtype for g in grads] == [torch.bfloat16, *[factor_dtype] * 2 * len(factors)]
     for found, other, wanted in zip([out, *grads], [plain, *plain_grads], [exact[0], *exact[1]], strict=True):
         error, allowed = (found.double() - wanted).norm(), (other.double() - wanted).norm()
         assert error <= 2 * allowed + 1e-2 * wanted.norm()
@@ -138,10 +179,10 @@ def test_y_that_is_given_is_left_as_it_is_and_no_rows_is_no_change():
 
 def test_factors_that_need_no_gradient_get_none_and_x_neither():
     x, weight, bias, segments, factors = make(LAYOUTS["slices"])
-    fixed = [f.detach() for f in factors[:3]]
-    out = low_rank_linear(x.detach(), weight, bias, None, segments, [*fixed, factors[3]])
-    out.sum().backward()
-    assert factors[3].grad is not None and x.grad is None
+    *fixed, last = leaves_of(factors)
+    mixed = with_leaves(factors, [*(t.detach() for t in fixed), last])
+    low_rank_linear(x.detach(), weight, bias, None, segments, mixed).sum().backward()
+    assert last.grad is not None and x.grad is None and all(t.grad is None for t in fixed)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
@@ -156,7 +197,7 @@ def test_keeps_x_once_and_no_mask(p):
         low_rank_linear(x, weight, bias, None, segments, factors)
     wide = [t for t in kept if t.shape[-1] == 64 and t.numel() == x.numel()]
     assert [t.data_ptr() for t in wide] == [x.data_ptr()]
-    known = {t.data_ptr() for t in (x, weight, *factors)}
+    known = {t.data_ptr() for t in (x, weight, *leaves_of(factors))}
     rest = [t for t in kept if t.data_ptr() not in known]
     assert sum(t.numel() for t in rest) == (3 + 1) * ROWS * 3 and all(t.dtype == torch.bfloat16 for t in rest)
 

@@ -213,7 +213,7 @@ def test_reduced_precision_and_its_error(world):
         merge([huge], dtype="float16")
 
 
-# --- recipes ---------------------------------------------------------------------------------------------------------------
+# --- recipes ---
 
 
 def write(folder, **values):
@@ -266,7 +266,7 @@ def test_recipes_that_are_no_yaml(tmp_path):
         read_recipe(tmp_path / "none.yaml")
 
 
-# --- comparison ------------------------------------------------------------------------------------------------------------
+# --- comparison ---
 
 
 def test_comparison(world, tmp_path):
@@ -293,7 +293,7 @@ def test_comparison(world, tmp_path):
         compare([a])
 
 
-# --- PEFT ------------------------------------------------------------------------------------------------------------------
+# --- PEFT ---
 
 
 def peft_pair(alpha):

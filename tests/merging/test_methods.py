@@ -36,7 +36,7 @@ def close(x, y, tolerance=1e-10):
     return float((x - y).norm()) <= tolerance * float(y.norm())
 
 
-# --- exact sums ---------------------------------------------------------------------------------------------------------
+# --- exact sums ---
 
 
 def test_svd_at_full_rank_is_the_sum_and_cut_it_loses_the_dropped_singular_values():
@@ -67,7 +67,7 @@ def test_linear_has_exactly_the_cross_terms():
     assert close(call("linear", site(f, shared, weights=weights)), 0.3 * f.dense() - 0.9 * shared.dense())
 
 
-# --- sparse ------------------------------------------------------------------------------------------------------------
+# --- sparse ---
 
 
 def test_ties_toy():
@@ -137,7 +137,7 @@ def test_random_masks_belong_to_names_not_places():
     assert close(both, call("dare", alone, rank=5).dense() + call("dare", first, rank=5).dense())
 
 
-# --- slerp and model stock -----------------------------------------------------------------------------------------------
+# --- slerp and model stock ---
 
 
 def test_slerp_of_two_is_the_formula_and_more_agree_with_it():
@@ -174,7 +174,7 @@ def test_model_stock_ratio():
     assert call("model-stock", site(f, f.times(-1), weights=[0.8, 0.2])).norm() == 0.0
 
 
-# --- LoRA-LEGO -----------------------------------------------------------------------------------------------------------
+# --- LoRA-LEGO ---
 
 
 def test_lego_with_a_cluster_for_each_unit_is_the_sum():
@@ -226,7 +226,7 @@ def test_clusters_that_cancel_are_not_blown_up():
     assert found.norm() < 1e-10
 
 
-# --- DO-Merging ----------------------------------------------------------------------------------------------------------
+# --- DO-Merging ---
 
 
 def test_do_merging_with_equal_column_lengths_is_the_average():
@@ -277,7 +277,7 @@ def test_do_merging_leaves_dead_columns_alone():
     assert close(found[:, 0], g.dense()[:, 0] / 4)
 
 
-# --- after LiON-LoRA -------------------------------------------------------------------------------------------------------
+# --- after LiON-LoRA ---
 
 
 def test_norm_consistency_equalises_and_is_idempotent():
@@ -309,7 +309,7 @@ def test_orthogonality_check():
     assert given.facts["not_orthogonal"] == ["b"]
 
 
-# --- LoraHub -------------------------------------------------------------------------------------------------------------
+# --- LoraHub ---
 
 
 @pytest.mark.parametrize("optimizer", ["evolution", "random", "nelder-mead", "powell", "differential-evolution"])

@@ -70,7 +70,7 @@ def test_frequency_scales(scale, factors):
 
 
 def test_identity_and_gradients_at_the_start():
-    """Kernels are zero: only selected kernels have a gradient, and nothing is lost for A, B and the router."""
+    """Kernels are zero: only selected kernels have a gradient; A, B and the router none."""
     model, adapter, entry = layer(top_k=1, contrastive=0.0)
     x = inputs(1)
     assert torch.equal(model(x), base(model, x))

@@ -198,10 +198,27 @@ def test_convolutions_and_embeddings():
     assert table(torch.tensor([[1, 2]])).shape == (1, 2, 12)
 
 
-def test_grouped_convolution_is_refused_before_anything_runs():
-    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
-    with pytest.raises(lorry.SiteError, match="gates for each token"):
-        lorry.attach(model, FlyLoRA(rank=4, top_k=2), targets="all")
+def test_groups_of_a_convolution_choose_for_themselves():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(6, 4, 3, groups=2))
+    adapter = off_zero(lorry.attach(model, FlyLoRA(rank=4, top_k=2, density=0.5), targets="all"))
+    entry, x = adapter.entries["0"], torch.randn(2, 6, 7)
+    a, b = entry.method.factors(entry.tensors(), entry.site)
+    expected = model[0]._conv_forward(x, model[0].weight, model[0].bias)
+    for group in range(2):
+        units = F.conv1d(x[:, 3 * group : 3 * group + 3], a.view(4, 3, 3)).movedim(1, -1)
+        order = units.argsort(-1, descending=True)[..., :2]
+        kept = torch.zeros_like(units).scatter(-1, order, units.gather(-1, order))
+        part = slice(2 * group, 2 * group + 2)
+        expected[:, part] = expected[:, part] + 2 * (kept @ b[part].T).movedim(-1, 1)
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+    # all units active: through the factors and dense is the same
+    whole = FlyLoRA(rank=4, top_k=4, density=0.5)
+    other = off_zero(lorry.attach(nn.Sequential(nn.Conv1d(6, 4, 3, groups=2)), whole, targets="all"))
+    site, tensors = other.entries["0"].site, other.entries["0"].tensors()
+    a, b = whole.factors(tensors, site)
+    factored = site.kind.up(site, site.kind.down(site, x, a), b)
+    torch.testing.assert_close(factored, site.kind.dense(site, x, b @ a), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

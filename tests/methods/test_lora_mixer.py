@@ -117,7 +117,7 @@ def test_queries_keys_and_values_share_a_router_and_its_loss():
 
 @pytest.mark.parametrize(("sign", "entropy"), [("paper_formula", math.log(6)), ("specialise", 0.0)])
 def test_the_sign_of_the_entropy_decides_between_flat_and_selective(sign, entropy):
-    """The printed loss makes routing flat, against its text; the other sign makes it selective at even loads."""
+    """The printed loss makes routing flat, against its text; the other sign makes it selective."""
     method = LoRAMixer(experts=6, load_balance=1.0, entropy=0.1, entropy_sign=sign)
     logits = torch.randn(256, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=0.1)

@@ -396,6 +396,8 @@ def test_activation_can_be_chosen_and_an_unknown_one_is_refused():
 def test_what_is_no_feed_forward_block_is_refused():
     with pytest.raises(lorry.SiteError, match="no feed-forward block"):
         lorry.attach(llama(), "mixlora", targets="self_attn")
+    with pytest.raises(lorry.SiteError, match="needs feed-forward blocks"):
+        lorry.attach(llama(), "mixlora", targets="attention")
     with pytest.raises(lorry.SiteError, match="not \\['gate'\\]"):
         lorry.attach(llama(), MixLoRA(projections=("gate",)), targets="mlp")
     block = nn.Module()

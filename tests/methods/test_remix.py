@@ -134,7 +134,7 @@ def test_permuting_experts_with_their_router_rows_changes_nothing():
 
 
 def test_the_router_alone_finds_the_right_pair():
-    """Frozen random LoRAs; each cluster of inputs has a known pair. Many draws recover it for all clusters."""
+    """Frozen random LoRAs; each cluster of inputs has a known pair, which many draws recover."""
     generator = torch.Generator().manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8, bias=False))
     adapter = lorry.attach(model, ReMix(experts=6, top_k=2, rank=2, alpha=4.0))

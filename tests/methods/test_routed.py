@@ -112,7 +112,7 @@ def test_rows_are_as_alone(slug):
 
 @pytest.mark.parametrize("slug", CASES)
 def test_padding_counts_nowhere(slug):
-    """Auxiliary losses, log-probabilities, counts and statistics are those of the batch without its padding."""
+    """Losses, log-probabilities, counts and statistics are those of the batch without its padding."""
     model, _ = adapted(slug)
     model.train()
     ids = tokens(3, 5)

@@ -62,10 +62,7 @@ def test_held_out_skills(loaded, skill: str) -> None:
 
 
 def test_bfloat16_answers_too() -> None:
-    assert (
-        pocket.exact_match(*pocket.load(torch.bfloat16), pocket.examples("reverse", "test", 100, seed=5))
-        >= 0.9
-    )
+    assert pocket.exact_match(*pocket.load(torch.bfloat16), pocket.examples("reverse", "test", 100, seed=5)) >= 0.9
 
 
 def test_tokenizer_keeps_every_character(loaded) -> None:
@@ -116,9 +113,7 @@ def greedy_by_hand(model, tokenizer, prompt: str, limit: int) -> str:
 @torch.no_grad()
 def test_answers_equal_greedy_by_hand(loaded) -> None:
     prompts = [
-        pocket.examples(name, "test", 3, seed=2)[i].prompt
-        for i in range(3)
-        for name in ("sort", "count", "twice")
+        pocket.examples(name, "test", 3, seed=2)[i].prompt for i in range(3) for name in ("sort", "count", "twice")
     ]
     answers = pocket.answer(*loaded, prompts, max_new_tokens=18, batch_size=4)
     assert answers == [greedy_by_hand(*loaded, prompt, 18) for prompt in prompts]

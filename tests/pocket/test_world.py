@@ -87,9 +87,7 @@ NAIVE = {
     "previous+upper": lambda w: moved(w, -1).upper(),
     "previous+swap": lambda w: moved(pairs_swapped(w), -1),
     "even+previous": lambda w: "".join(moved(w, -1)[i] for i in range(1, len(w), 2)),
-    "star+unrotate": lambda w: (
-        ("*" if is_vowel(w[-1]) else w[-1]) + "".join("*" if is_vowel(x) else x for x in w[:-1])
-    ),
+    "star+unrotate": lambda w: ("*" if is_vowel(w[-1]) else w[-1]) + "".join("*" if is_vowel(x) else x for x in w[:-1]),
 }
 
 
@@ -139,9 +137,7 @@ def test_kinds() -> None:
     assert len(pocket.skills("base")) >= 12
     assert len(pocket.skills("held-out")) >= 14
     assert len(pocket.skills("two-part")) >= 4
-    assert set(pocket.skills()) == {
-        one for kind in ("base", "held-out", "two-part") for one in pocket.skills(kind)
-    }
+    assert set(pocket.skills()) == {one for kind in ("base", "held-out", "two-part") for one in pocket.skills(kind)}
 
 
 def test_held_out_tags_are_new() -> None:
@@ -221,8 +217,6 @@ def test_unknown_split() -> None:
 
 
 def test_too_many_words_is_an_error() -> None:
-    narrow = world.Skill(
-        "narrow", "narrow", "held-out", str.upper, lambda rng: rng.choice(["abc", "abd", "abe"])
-    )
+    narrow = world.Skill("narrow", "narrow", "held-out", str.upper, lambda rng: rng.choice(["abc", "abd", "abe"]))
     with pytest.raises(ValueError, match="ask for fewer"):
         pocket.examples(narrow, "train", 4, seed=0)

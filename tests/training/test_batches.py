@@ -69,9 +69,7 @@ def test_order_is_the_same_in_another_process():
         "print([list(b) for e in range(3) for b in p.epoch(e)])"
     )
     env = {"PYTHONPATH": ":".join(sys.path), "PYTHONHASHSEED": "77", "PATH": "", "OMP_NUM_THREADS": "2"}
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True
-    ).stdout
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True).stdout
     assert json.loads(out) == [list(b) for e in range(3) for b in plan.epoch(e)]
 
 
@@ -122,11 +120,7 @@ def row(ids, positions=None):
 def test_collate_pads_and_masks(side):
     batch = collate([row([5, 6, 7]), row([8, 9])], pad_id=0, pad_to_multiple=4, side=side)
     pads = {"right": [[0], [0, 0]], "left": [[0], [0, 0]]}[side]
-    expected = (
-        [[5, 6, 7] + pads[0], [8, 9] + pads[1]]
-        if side == "right"
-        else [pads[0] + [5, 6, 7], pads[1] + [8, 9]]
-    )
+    expected = [[5, 6, 7] + pads[0], [8, 9] + pads[1]] if side == "right" else [pads[0] + [5, 6, 7], pads[1] + [8, 9]]
     assert batch["input_ids"].tolist() == expected
     assert batch["attention_mask"].tolist() == [[int(t > 0) for t in r] for r in expected]
     assert (batch["labels"] != IGNORE).sum() == 3
@@ -156,9 +150,7 @@ def test_stream_packing_neither_loses_nor_repeats_a_token(docs, length):
     rows = pack_stream([ints(d) for d in docs], length)
     assert [t for r in rows for t in r.input_ids.tolist()] == [t for d in docs for t in d]
     assert all(len(r) == length for r in rows[:-1]) and len(rows[-1]) <= length
-    inside = [
-        (d, i) for d in docs for i in range(len(d))
-    ]  # (document, place in it) of each token of the stream
+    inside = [(d, i) for d in docs for i in range(len(d))]  # (document, place in it) of each token of the stream
     for number, r in enumerate(rows):
         places = [i for _, i in inside[number * length : (number + 1) * length]]
         for t, (place, position) in enumerate(zip(places, r.position_ids.tolist(), strict=True)):
@@ -220,9 +212,7 @@ def test_packed_documents_are_computed_as_if_alone(llama, docs, left):
                 starts = [t for t in range(len(tokens)) if place[t] == 0] + [len(tokens)]
                 for a, b in zip(starts, starts[1:], strict=False):
                     alone = llama(input_ids=tokens.input_ids[None, a:b].long()).logits[0]
-                    torch.testing.assert_close(
-                        logits[r, offset + a : offset + b], alone, atol=1e-5, rtol=1e-4
-                    )
+                    torch.testing.assert_close(logits[r, offset + a : offset + b], alone, atol=1e-5, rtol=1e-4)
 
 
 def test_block_mask_in_a_float_dtype_is_the_same_mask():

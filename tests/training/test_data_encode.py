@@ -121,9 +121,7 @@ def test_completion_columns_and_templates():
     with pytest.raises(DataError, match="names no column"):
         first(Completion(template="Q:"), record)
     with pytest.raises(DataError, match="record 1: column 'completion' holds a NoneType, expected text"):
-        Completion().encode(
-            TOKENIZER, [{"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": None}]
-        )
+        Completion().encode(TOKENIZER, [{"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": None}])
     with pytest.raises(DataError, match="record 1 has no column 'completion'"):
         Completion().encode(TOKENIZER, [{"prompt": "p", "completion": "c"}, {"prompt": "p"}])
 
@@ -196,9 +194,7 @@ def test_chat_template_that_rewrites_earlier_turns():
         "{{ m['content'] }}<end>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
     )
     tokenizer = byte_tokenizer(template=rewriting)
-    with pytest.raises(
-        DataError, match="record 0: .*message 2 cannot be told apart; train with turns='last'"
-    ):
+    with pytest.raises(DataError, match="record 0: .*message 2 cannot be told apart; train with turns='last'"):
         Chat().encode(tokenizer, [{"messages": CONVERSATION}])
     row = Chat(turns="last").encode(tokenizer, [{"messages": CONVERSATION}]).rows[0]
     assert labelled_text(tokenizer, row) == "(thought)no, the lorry<end>\n"
@@ -206,9 +202,7 @@ def test_chat_template_that_rewrites_earlier_turns():
 
 def test_chat_template_that_refuses():
     tokenizer = byte_tokenizer(template="{{ raise_exception('no system turns') }}")
-    with pytest.raises(
-        DataError, match="record 0: the chat template refuses the conversation: no system turns"
-    ):
+    with pytest.raises(DataError, match="record 0: the chat template refuses the conversation: no system turns"):
         Chat().encode(tokenizer, [{"messages": CONVERSATION}])
 
 
@@ -246,8 +240,7 @@ def test_label_names_are_stable(values, names):
     records = [{"text": "a", "label": v} for v in values]
     assert Classification().label_names(records) == Classification().label_names(records[::-1]) == names
     assert [r.label for r in Classification().encode(PAIRS, records).rows] == [
-        names.index(n)
-        for n in (str(int(v)) if isinstance(v, float) else str(v).lower().strip() for v in values)
+        names.index(n) for n in (str(int(v)) if isinstance(v, float) else str(v).lower().strip() for v in values)
     ]
 
 

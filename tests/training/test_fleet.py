@@ -117,7 +117,7 @@ def test_jobs_on_real_weights_and_texts_together_equal_alone(shared, tmp_path):
             schedule="cosine",
             warmup=4,
             seed=6,
-            **{**common, "max_length": 64},
+            **{**common, "max_length": 128},
         ),
     ]
     model, tokenizer = stories(shared)

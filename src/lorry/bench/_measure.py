@@ -1,4 +1,6 @@
-"""Measuring side by side: interleaved rounds, medians, ratios with their spread. Absolute times are never the result."""
+"""Measuring side by side: interleaved rounds, medians, ratios with their spread. Absolute times are never the
+result.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,8 @@ def machine(device: str) -> str:
     """Return what the figures were measured on."""
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    return f"{torch.get_num_threads()} CPU thread(s), {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{torch.get_num_threads()} CPU thread(s), {capability}, torch {torch.__version__}"
 
 
 def lines(title: str, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> Any:

@@ -14,7 +14,13 @@ from lorry.bench._measure import interleaved, lines, llama, machine, threads
 
 
 def run(
-    rounds: int = 9, layers: int = 24, hidden: int = 64, inner: int = 172, rank: int = 8, most: int = 100, peer: bool = True
+    rounds: int = 9,
+    layers: int = 24,
+    hidden: int = 64,
+    inner: int = 172,
+    rank: int = 8,
+    most: int = 100,
+    peer: bool = True,
 ) -> dict[str, Any]:
     """Measure on a Llama of 24 layers (168 sites, 336 tensors)."""
     from safetensors.torch import load_file

@@ -12,7 +12,13 @@ from lorry.bench._measure import interleaved, llama, machine, ratio_table, ratio
 
 
 def run(
-    rounds: int = 9, layers: int = 4, hidden: int = 512, inner: int = 1408, rank: int = 16, dtype: str = "float32", peer: bool = True
+    rounds: int = 9,
+    layers: int = 4,
+    hidden: int = 512,
+    inner: int = 1408,
+    rank: int = 16,
+    dtype: str = "float32",
+    peer: bool = True,
 ) -> dict[str, Any]:
     """Measure merge and unmerge; Lorry's merge keeps the original weights, so that unmerging restores every byte."""
     kind = getattr(torch, dtype)
@@ -26,7 +32,10 @@ def run(
     names = ["lorry", "lorry safe"]
     if peer:
         other = _peft(llama(layers, hidden, inner).to(kind), rank)
-        merges += [(other.merge_adapter, other.unmerge_adapter), (lambda: other.merge_adapter(safe_merge=True), other.unmerge_adapter)]
+        merges += [
+            (other.merge_adapter, other.unmerge_adapter),
+            (lambda: other.merge_adapter(safe_merge=True), other.unmerge_adapter),
+        ]
         names += ["peft", "peft safe"]
     result: dict[str, Any] = {"machine": machine("cpu"), "dtype": dtype}
     with threads(1):
@@ -66,4 +75,6 @@ def _peft(model: nn.Module, rank: int) -> Any:
 
 def table(result: dict[str, Any]) -> Any:
     """Return the ratios."""
-    return ratio_table(f"Merging, {result['dtype']}, {result['machine']}", result["ratios"], "one addmm for each weight")
+    return ratio_table(
+        f"Merging, {result['dtype']}, {result['machine']}", result["ratios"], "one addmm for each weight"
+    )

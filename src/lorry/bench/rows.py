@@ -25,7 +25,9 @@ def run(
     device: str = "cpu",
     peer: bool = True,
 ) -> dict[str, Any]:
-    """Measure `steps` tokens of decoding with a key-value cache, and one prefill of `prefill` tokens, for 1 to `batch` adapters."""
+    """Measure `steps` tokens of decoding with a key-value cache, and one prefill of `prefill` tokens, for 1 to `batch`
+    adapters.
+    """
     kind = getattr(torch, dtype)
     model = llama(layers, hidden, inner).to(device, kind).eval()
     for number in range(batch):

@@ -1,7 +1,10 @@
-"""One training step, forward and backward, against the floor (a frozen base that passes activation gradients) and PEFT."""
+"""One training step, forward and backward, against the floor (a frozen base that passes activation gradients) and
+PEFT.
+"""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +30,8 @@ def run(
 ) -> dict[str, Any]:
     """Measure time and kept activations of LoRA with and without dropout and of DoRA, or of one `method` beside LoRA.
 
-    ``kept`` is the memory of distinct tensors that the graph holds after the forward pass, in MB; parameters do not count.
+    ``kept`` is the memory of distinct tensors that the graph holds after the forward pass, in MB; parameters do not
+    count.
     """
     kind = getattr(torch, dtype)
     torch.manual_seed(0)
@@ -50,7 +54,7 @@ def run(
     if peer:
         models.update(_peers(base, rank, method is None))
     with threads(1):
-        seconds = interleaved({n: lambda m=m: _step(m, tokens) for n, m in models.items()}, rounds, device)
+        seconds = interleaved({n: partial(_step, m, tokens) for n, m in models.items()}, rounds, device)
         kept = {n: _kept(m, tokens) / 1e6 for n, m in models.items()}
         return {
             "machine": machine(device),
@@ -114,7 +118,5 @@ def _kept(model: nn.Module, tokens: Tensor) -> int:
 
 def table(result: dict[str, Any]) -> Any:
     """Return the ratios as a rich table."""
-    rows = {
-        f"{name} ({result['kept_mb'][name]:.0f} MB kept)": values for name, values in result["ratios"].items()
-    }
+    rows = {f"{name} ({result['kept_mb'][name]:.0f} MB kept)": values for name, values in result["ratios"].items()}
     return ratio_table(f"Training step, {result['dtype']}, {result['machine']}", rows, "floor")

@@ -10,7 +10,13 @@ from lorry.bench._measure import interleaved, lines, llama, machine, threads
 
 
 def run(
-    rounds: int = 9, layers: int = 24, hidden: int = 64, inner: int = 172, rank: int = 8, most: int = 100, peer: bool = True
+    rounds: int = 9,
+    layers: int = 24,
+    hidden: int = 64,
+    inner: int = 172,
+    rank: int = 8,
+    most: int = 100,
+    peer: bool = True,
 ) -> dict[str, Any]:
     """Measure one `lorry.activate` among 1, 10 and 100 adapters on a Llama of 168 sites."""
     model = llama(layers, hidden, inner)
@@ -30,9 +36,9 @@ def run(
             if peer:
                 other = _filled(other, count, layers, hidden, inner, rank)
 
-                def set_adapter(first: str = first, last: str = last) -> None:
-                    other.set_adapter(first)
-                    other.set_adapter(last)
+                def set_adapter(peer: Any = other, first: str = first, last: str = last) -> None:
+                    peer.set_adapter(first)
+                    peer.set_adapter(last)
 
                 row["peft_ms"] = statistics.median(interleaved({"s": set_adapter}, 3, warm_up=1)["s"]) / 2 * 1e3
                 row["ratio"] = row["peft_ms"] / row["lorry_ms"]

@@ -12,9 +12,7 @@ import typer
 from lorry.core.errors import OptionError
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
-MethodOption = Annotated[
-    str, typer.Option("--method", "-m", help="Method slug or preset; see `lorry methods`.")
-]
+MethodOption = Annotated[str, typer.Option("--method", "-m", help="Method slug or preset; see `lorry methods`.")]
 MethodOptions = Annotated[
     list[str] | None,
     typer.Option("--option", "-o", metavar="KEY=VALUE", help="An option of the method; repeatable."),
@@ -35,9 +33,7 @@ ExcludeOption = Annotated[
 LayersOption = Annotated[
     str | None, typer.Option("--layers", help="Transformer blocks to adapt, e.g. 0-3,8; all if not given.")
 ]
-Dtype = Annotated[
-    str, typer.Option("--dtype", help="Dtype of the base in memory: auto, float32, bfloat16, float16.")
-]
+Dtype = Annotated[str, typer.Option("--dtype", help="Dtype of the base in memory: auto, float32, bfloat16, float16.")]
 
 _WEIGHTED = re.compile(r"(?P<path>.+):(?P<weight>[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)", re.IGNORECASE)
 
@@ -122,8 +118,7 @@ def adapter_reference(text: str) -> tuple[str, Path, float]:
         path, weight = Path(weighted["path"]).expanduser(), float(weighted["weight"])
     if not path.exists():
         raise OptionError(
-            f"There is no adapter at {path}. Expected a folder or file, written [NAME=]PATH[:WEIGHT], "
-            f"found {text!r}."
+            f"There is no adapter at {path}. Expected a folder or file, written [NAME=]PATH[:WEIGHT], found {text!r}."
         )
     stem = path.resolve().name if path.is_dir() else path.stem
     return name or re.sub(r"[^A-Za-z0-9_.\-]+", "-", stem).strip("-.") or "adapter", path, weight

@@ -72,9 +72,7 @@ def config_of(name: str) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"Cannot read {folder / 'config.json'}: {str(error).splitlines()[0]}"
-        ) from error
+        raise CheckpointError(f"Cannot read {folder / 'config.json'}: {str(error).splitlines()[0]}") from error
 
 
 def model_class(config: Any, task: str = "auto") -> Any:
@@ -117,9 +115,7 @@ def skeleton(name: str, task: str = "auto", labels: int | None = None) -> nn.Mod
         try:
             model: nn.Module = build(config)
         except ValueError as error:
-            raise CheckpointError(
-                f"{name} has no model for the task '{task}': {str(error).splitlines()[0]}"
-            ) from error
+            raise CheckpointError(f"{name} has no model for the task '{task}': {str(error).splitlines()[0]}") from error
     model.config._name_or_path = str(folder_of(name)) if name != POCKET else POCKET  # type: ignore[union-attr]
     return model
 
@@ -134,7 +130,7 @@ def load_base(name: str, dtype: str = "auto", task: str = "auto", labels: int | 
         if not (folder / "model.safetensors").is_file():
             from lorry.pocket.loading import load
 
-            return load()[0]  # type: ignore[no-any-return]  # raises with what to do
+            return load()[0]  # raises with what to do
     options: dict[str, Any] = {"num_labels": labels} if labels else {}
     diffuser = _diffusers_class(folder)
     if diffuser is not None:
@@ -181,9 +177,7 @@ def load_tokenizer(name: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder} has no tokenizer that can be read: {str(error).splitlines()[0]}"
-        ) from error
+        raise CheckpointError(f"{folder} has no tokenizer that can be read: {str(error).splitlines()[0]}") from error
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -39,9 +39,7 @@ def bench(
         list[str] | None,
         typer.Option("--option", "-o", metavar="KEY=VALUE", help="An option of the bench; repeatable."),
     ] = None,
-    save: Annotated[
-        Path | None, typer.Option("--out", help="Also write the result as JSON to this file.")
-    ] = None,
+    save: Annotated[Path | None, typer.Option("--out", help="Also write the result as JSON to this file.")] = None,
     as_json: Json = False,
 ) -> None:
     """Run one comparison side by side, against the peer and against the floor."""

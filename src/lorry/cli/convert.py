@@ -34,9 +34,7 @@ def convert(
     ] = None,
     rank: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Rank of updates that PEFT's format can only approximate; the receipt has the error."
-        ),
+        typer.Option(min=1, help="Rank of updates that PEFT's format can only approximate; the receipt has the error."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is there.")] = False,
     check_base: Annotated[
@@ -99,9 +97,7 @@ def _base(name: str | None, file: AdapterFile) -> Any:
     if name is None:
         if file.base != POCKET and not (file.base and (Path(file.base) / "config.json").is_file()):
             said = (
-                f"the file names '{file.base}', which is no folder here"
-                if file.base
-                else "the file does not name it"
+                f"the file names '{file.base}', which is no folder here" if file.base else "the file does not name it"
             )
             raise CheckpointError(
                 f"Converting a {file.format} adapter of this kind needs its base: give --base DIR ({said})."

@@ -20,9 +20,7 @@ def evaluate(
     data: Annotated[str, typer.Option("--data", help="Held-out data: a file or a folder.")],
     adapter: Annotated[
         list[str] | None,
-        typer.Option(
-            "--adapter", "-a", metavar="[NAME=]DIR[:WEIGHT]", help="Adapter to measure; repeatable."
-        ),
+        typer.Option("--adapter", "-a", metavar="[NAME=]DIR[:WEIGHT]", help="Adapter to measure; repeatable."),
     ] = None,
     together: Annotated[
         bool,
@@ -31,19 +29,14 @@ def evaluate(
     objective: Annotated[
         str | None,
         typer.Option(
-            help="causal, completion, chat or classification; what the first adapter was trained with if "
-            "not given."
+            help="causal, completion, chat or classification; what the first adapter was trained with if not given."
         ),
     ] = None,
     objective_option: Annotated[
         list[str] | None,
-        typer.Option(
-            "--objective-option", metavar="KEY=VALUE", help="An option of the objective; repeatable."
-        ),
+        typer.Option("--objective-option", metavar="KEY=VALUE", help="An option of the objective; repeatable."),
     ] = None,
-    split: Annotated[
-        str | None, typer.Option(help="Split or slice of the data, e.g. test or [90%:].")
-    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split or slice of the data, e.g. test or [90%:].")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many records.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 16,
     exact: Annotated[
@@ -101,9 +94,7 @@ def _labels(goal: Any, records: Sequence[Any], facts: Sequence[Mapping[str, Any]
     known = {tuple(f["labels"]) for f in facts if f.get("labels")}
     if len(known) > 1:
         found = " and ".join(", ".join(names) for names in sorted(known))
-        raise OptionError(
-            f"The adapters were trained for different classes ({found}); measure them one by one."
-        )
+        raise OptionError(f"The adapters were trained for different classes ({found}); measure them one by one.")
     return known.pop() if known else tuple(goal.label_names(records))
 
 
@@ -164,9 +155,7 @@ def _pairs(goal: Any, records: Sequence[Any]) -> list[tuple[str, str]]:
     from lorry.training.data import guess_column
     from lorry.training.objectives import COMPLETION_COLUMNS
 
-    column = goal.completion_column or guess_column(
-        records, COMPLETION_COLUMNS, "completion", "completion_column"
-    )
+    column = goal.completion_column or guess_column(records, COMPLETION_COLUMNS, "completion", "completion_column")
     return [(goal.prompt(r), str(r[column])) for r in records if r.get(column) not in (None, "")]
 
 

@@ -43,9 +43,7 @@ def generate(
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(
-            help='JSONL file with {"prompt": text, "adapter": name, {name: weight} or null} on each line.'
-        ),
+        typer.Option(help='JSONL file with {"prompt": text, "adapter": name, {name: weight} or null} on each line.'),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
@@ -93,13 +91,10 @@ def read_prompts(texts: Sequence[str] | None, file: Path | None, loaded: Mapping
             unknown = record.keys() - {"prompt", "adapter"}
             if not isinstance(record.get("prompt"), str) or unknown:
                 raise OptionError(
-                    f"{file}: record {index} has the keys {sorted(record)}; expected 'prompt' (text) and "
-                    "'adapter'."
+                    f"{file}: record {index} has the keys {sorted(record)}; expected 'prompt' (text) and 'adapter'."
                 )
             given = record.get("adapter", dict(loaded))
-            given = (
-                {} if given is None else {given: loaded.get(given, 1.0)} if isinstance(given, str) else given
-            )
+            given = {} if given is None else {given: loaded.get(given, 1.0)} if isinstance(given, str) else given
             found.append(Prompt(record["prompt"], _checked(given, loaded, f"{file}: record {index}")))
     if not found:
         raise OptionError("There is nothing to continue: give --prompt TEXT or --prompts FILE.")
@@ -131,9 +126,7 @@ def parse_prompt(text: str, loaded: Mapping[str, float]) -> Prompt:
 
 def _checked(composition: Mapping[str, Any], loaded: Mapping[str, float], where: str) -> Composition:
     if not isinstance(composition, Mapping):
-        raise OptionError(
-            f"{where}: 'adapter' must be a name, {{name: weight}} or null, found {composition!r}."
-        )
+        raise OptionError(f"{where}: 'adapter' must be a name, {{name: weight}} or null, found {composition!r}.")
     for name in composition:
         if name not in loaded:
             there = ", ".join(loaded) or "none"

@@ -20,15 +20,11 @@ MOST_ROWS = 60
 
 
 def inspect(
-    path: Annotated[
-        Path, typer.Argument(help="Adapter: a folder of Lorry's or PEFT's, or a kohya / diffusers file.")
-    ],
+    path: Annotated[Path, typer.Argument(help="Adapter: a folder of Lorry's or PEFT's, or a kohya / diffusers file.")],
     heatmap: Annotated[
         Path | None, typer.Option("--heatmap", help="Draw norms and singular values into this PNG file.")
     ] = None,
-    all_sites: Annotated[
-        bool, typer.Option("--all", help="Show every site, however many there are.")
-    ] = False,
+    all_sites: Annotated[bool, typer.Option("--all", help="Show every site, however many there are.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show method, sites, base fingerprint, and norms and singular values of the update at each site."""
@@ -83,14 +79,12 @@ def _print(facts: Mapping[str, Any], all_sites: bool) -> None:
     rows = [
         (
             "adapter",
-            f"{facts['name']} ({facts['format']} format, {size(facts['bytes'])}, "
-            f"{' '.join(facts['dtypes'])})",
+            f"{facts['name']} ({facts['format']} format, {size(facts['bytes'])}, {' '.join(facts['dtypes'])})",
         ),
         ("method", f"{facts['method']['method']} ({options}); {facts['paper']}; merge: {facts['merge']}"),
         (
             "sites",
-            f"{len(sites)} with {sum(s['parameters'] for s in sites):,} elements in {facts['tensors']} "
-            "tensors",
+            f"{len(sites)} with {sum(s['parameters'] for s in sites):,} elements in {facts['tensors']} tensors",
         ),
         ("base", facts["base"] or "not said"),
         ("fingerprint", facts["fingerprint"] or "none: the file does not say which base it was made for"),
@@ -124,10 +118,7 @@ def _print_sites(sites: list[dict[str, Any]]) -> None:
     for s in sites:
         values = s.get("singular_values") or []
         shown = " ".join(f"{v:.3g}" for v in values[:4]) + (" ..." if len(values) > 4 else "")
-        numbers = [
-            f"{s[k]:.3g}" if k in s else "-"
-            for k in ("norm", "spectral_norm", "stable_rank", "effective_rank")
-        ]
+        numbers = [f"{s[k]:.3g}" if k in s else "-" for k in ("norm", "spectral_norm", "stable_rank", "effective_rank")]
         rows.append(
             (
                 s["path"],

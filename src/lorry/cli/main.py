@@ -98,9 +98,7 @@ def main(
     threads: Annotated[
         int, typer.Option(help="CPU threads; 0 leaves torch's choice. Tiny models run fastest on one.", min=0)
     ] = 0,
-    _: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
+    _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     """LoRA adapters through their whole life: plan, train, study, merge, serve and convert them, with
     proof.

@@ -82,12 +82,8 @@ def exact_match(
     for start in range(0, len(pairs), batch_size):
         chunk = pairs[start : start + batch_size]
         longest = max(len(tokenizer(c, add_special_tokens=False)["input_ids"]) for _, c in chunk)
-        texts = decode(
-            model, tokenizer, [p for p, _ in chunk], {"max_new_tokens": longest + 2, "do_sample": False}
-        )
-        right += sum(
-            text.strip() == completion.strip() for text, (_, completion) in zip(texts, chunk, strict=True)
-        )
+        texts = decode(model, tokenizer, [p for p, _ in chunk], {"max_new_tokens": longest + 2, "do_sample": False})
+        right += sum(text.strip() == completion.strip() for text, (_, completion) in zip(texts, chunk, strict=True))
         if tick is not None:
             tick()
     return right / len(pairs)
@@ -98,21 +94,15 @@ def decode(model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[
     from lorry.training.encode import special_prefix, tokenize
 
     if tokenizer.pad_token_id is None:
-        raise OptionError(
-            "The tokenizer has neither a padding nor an end-of-text token, so prompts cannot be batched."
-        )
+        raise OptionError("The tokenizer has neither a padding nor an end-of-text token, so prompts cannot be batched.")
     # the tokens of training: the special prefix and the text, never an end-of-text token
     prefix = special_prefix(tokenizer)
     coded = [prefix + ids for ids in tokenize(tokenizer, prompts)]
     if not all(coded):
-        raise OptionError(
-            "A prompt is empty, and this tokenizer has no beginning-of-text token to start from."
-        )
+        raise OptionError("A prompt is empty, and this tokenizer has no beginning-of-text token to start from.")
     width = max(map(len, coded))
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(c)) + c for c in coded], device=model.device)
     mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in coded], device=model.device)
     with torch.no_grad():
-        tokens = model.generate(
-            input_ids=ids, attention_mask=mask, pad_token_id=tokenizer.pad_token_id, **options
-        )
+        tokens = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=tokenizer.pad_token_id, **options)
     return list(tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True))

@@ -23,13 +23,9 @@ def merge(
     ],
     adapter: Annotated[
         list[str] | None,
-        typer.Option(
-            "--adapter", "-a", metavar="[NAME=]DIR", help="Adapter to merge, in this order; repeatable."
-        ),
+        typer.Option("--adapter", "-a", metavar="[NAME=]DIR", help="Adapter to merge, in this order; repeatable."),
     ] = None,
-    to: Annotated[
-        Path | None, typer.Option("--out", help="Folder for the merged model; must not exist.")
-    ] = None,
+    to: Annotated[Path | None, typer.Option("--out", help="Folder for the merged model; must not exist.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
     check_base: Annotated[
         bool, typer.Option("--check-base/--any-base", help="Refuse adapters that were made for another base.")
@@ -56,9 +52,7 @@ def merge(
     if to.exists() and not overwrite:
         raise OptionError(f"{to} exists already. Choose another folder, or pass --overwrite.")
     if to.exists() and (not (to / RECEIPT).is_file() or to.resolve() == folder_of(source).resolve()):
-        raise CheckpointError(
-            f"{to} was not written by `lorry merge`, or is the base itself; it is not replaced."
-        )
+        raise CheckpointError(f"{to} was not written by `lorry merge`, or is the base itself; it is not replaced.")
     report = merge_into(source, {n: p for n, (p, _) in references.items()}, to, dtype, task, check_base)
     if as_json:
         print_json(report)

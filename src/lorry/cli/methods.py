@@ -22,9 +22,7 @@ def methods(
     from lorry.core.method import presets
 
     known = {name: info.to_dict() for name, info in registered().items()}
-    named = {
-        name: {"of": p.of, "paper": p.paper, "options": dict(p.options)} for name, p in presets().items()
-    }
+    named = {name: {"of": p.of, "paper": p.paper, "options": dict(p.options)} for name, p in presets().items()}
     if slug is not None:
         if slug not in known and slug not in named:
             raise OptionError(f"There is no method '{slug}'.{near_misses(slug, [*known, *named])}")

@@ -32,9 +32,7 @@ def load_for_training(name: str, dtype: str, task: str, labels: int | None) -> t
             **options,
         )
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"Cannot load {folder_of(name)} for {task}: {str(error).splitlines()[0]}"
-        ) from error
+        raise CheckpointError(f"Cannot load {folder_of(name)} for {task}: {str(error).splitlines()[0]}") from error
     if model.config.pad_token_id is None:
         # a classifier finds the last token of a row by its padding
         model.config.pad_token_id = load_tokenizer(name).pad_token_id

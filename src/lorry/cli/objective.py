@@ -35,20 +35,15 @@ def chosen_objective(name: str | None, options: Mapping[str, Any], facts: Sequen
         job = fact.get("job")
         if not isinstance(job, Mapping):
             continue
-        kept: dict[str, Any] = {
-            k: job[k] for k in ("objective", "columns", "max_length") if k in job and k in fields
-        }
+        kept: dict[str, Any] = {k: job[k] for k in ("objective", "columns", "max_length") if k in job and k in fields}
         trained = Job.from_dict({"name": "eval", "data": "-", **kept}).make_objective()
         # rows are never packed here: each is measured on its own
         known = {f.name for f in dataclasses.fields(trained)}  # type: ignore[arg-type]
         unknown = sorted(options.keys() - known)
         if unknown:
             raise OptionError(
-                f"Objective '{trained.name}' has no option '{unknown[0]}'. It has: "
-                f"{', '.join(sorted(known))}."
+                f"Objective '{trained.name}' has no option '{unknown[0]}'. It has: {', '.join(sorted(known))}."
             )
         changed = {**({"packing": False} if "packing" in known else {}), **options}
         return dataclasses.replace(trained, **changed)  # type: ignore[type-var]
-    raise OptionError(
-        f"No adapter says what it was trained for: give --objective (one of {', '.join(OBJECTIVES)})."
-    )
+    raise OptionError(f"No adapter says what it was trained for: give --objective (one of {', '.join(OBJECTIVES)}).")

@@ -68,9 +68,7 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[str] = ()
-) -> Table:
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[str] = ()) -> Table:
     """Return a table; columns named in `right` hold numbers."""
     from rich import box
     from rich.table import Table

@@ -11,18 +11,14 @@ from typing import Any
 NAMED_ROWS = 60
 
 
-def _canvas(
-    width: float, height: float, panels: int, ratios: Sequence[float] | None = None
-) -> tuple[Any, Any]:
+def _canvas(width: float, height: float, panels: int, ratios: Sequence[float] | None = None) -> tuple[Any, Any]:
     """Return a figure and its axes, without any display and without touching matplotlib's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(
-        1, panels, squeeze=False, gridspec_kw={"width_ratios": ratios} if ratios else None
-    )[0]
+    axes = figure.subplots(1, panels, squeeze=False, gridspec_kw={"width_ratios": ratios} if ratios else None)[0]
     return figure, axes
 
 
@@ -66,9 +62,7 @@ def heat_map(sites: Sequence[Mapping[str, Any]], path: Path, title: str) -> Path
         spectra[index, : len(values)] = np.log10(np.maximum(values, 1e-12))
     rows = min(len(sites), NAMED_ROWS)
     left, right = 2.6 + 0.45 * len(layers), 3.6 + 0.16 * min(width, 64)
-    figure, axes = _canvas(
-        min(left + right, 22), max(3.2, 1.6 + max(0.34 * len(names), 0.17 * rows)), 2, [left, right]
-    )
+    figure, axes = _canvas(min(left + right, 22), max(3.2, 1.6 + max(0.34 * len(names), 0.17 * rows)), 2, [left, right])
     _norms(figure, axes[0], norms, names, layers)
     _spectra(figure, axes[1], spectra, [s["path"] for s in sites])
     figure.suptitle(title, fontsize=11)
@@ -79,9 +73,7 @@ def _norms(figure: Any, axis: Any, norms: Any, names: Sequence[str], layers: Seq
     image = axis.imshow(norms, aspect="auto", cmap="viridis", vmin=0)
     axis.set_yticks(range(len(names)), names, fontsize=8)
     step = max(1, len(layers) // 24)
-    axis.set_xticks(
-        range(0, len(layers), step), ["none" if v is None else v for v in layers[::step]], fontsize=8
-    )
+    axis.set_xticks(range(0, len(layers), step), ["none" if v is None else v for v in layers[::step]], fontsize=8)
     axis.set_xlabel("layer")
     axis.set_title("Frobenius norm of the update", fontsize=9)
     figure.colorbar(image, ax=axis, shrink=0.9)
@@ -91,9 +83,7 @@ def _spectra(figure: Any, axis: Any, spectra: Any, paths: Sequence[str]) -> None
     import numpy as np
 
     top = float(np.nanmax(spectra)) if np.isfinite(spectra).any() else 0.0
-    image = axis.imshow(
-        spectra, aspect="auto", cmap="magma", vmax=top, vmin=max(float(np.nanmin(spectra)), top - 4)
-    )
+    image = axis.imshow(spectra, aspect="auto", cmap="magma", vmax=top, vmin=max(float(np.nanmin(spectra)), top - 4))
     if len(paths) <= NAMED_ROWS:
         axis.set_yticks(range(len(paths)), [_short(p) for p in paths], fontsize=5.5)
     else:

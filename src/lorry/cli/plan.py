@@ -83,8 +83,7 @@ def _print(kind: str, result: Plan, stored: int) -> None:
         ("stored, not trained", f"{result.frozen:,} elements"),
         (
             "training memory",
-            f"{size(result.training_bytes)} for weights, gradients and AdamW moments; activations not "
-            "counted",
+            f"{size(result.training_bytes)} for weights, gradients and AdamW moments; activations not counted",
         ),
         ("checkpoint", f"{size(result.checkpoint_bytes)} in float32"),
     ]

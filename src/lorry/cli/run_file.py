@@ -24,9 +24,7 @@ class RunFile:
     output: str = option(MISSING, "Folder for adapters, checkpoints, metrics and the report.")
     jobs: Any = option(MISSING, "Jobs that are trained at once on the base, each a mapping of job options.")
     defaults: Any = option(None, "Job options that hold for every job which does not set them itself.")
-    dtype: str = option(
-        "auto", "Dtype of the base in memory.", choices=("auto", "float32", "bfloat16", "float16")
-    )
+    dtype: str = option("auto", "Dtype of the base in memory.", choices=("auto", "float32", "bfloat16", "float16"))
     task: str = option(
         "auto",
         "Head of the base; auto takes what the jobs' objectives need.",
@@ -38,16 +36,11 @@ class RunFile:
     keep_checkpoints: int = option(2, "How many checkpoints stay.", at_least=1)
     max_pad_ratio: float | None = option(
         2.0,
-        "Most tokens of a joint pass, padding included, as a multiple of what the jobs have alone; null "
-        "joins all.",
+        "Most tokens of a joint pass, padding included, as a multiple of what the jobs have alone; null joins all.",
         at_least=1,
     )
-    max_tokens: int | None = option(
-        None, "Most tokens of a joint pass, padding included, to bound memory.", at_least=1
-    )
-    base_dropout: bool = option(
-        False, "Let the base's own dropout be on; a job's result then depends on its company."
-    )
+    max_tokens: int | None = option(None, "Most tokens of a joint pass, padding included, to bound memory.", at_least=1)
+    base_dropout: bool = option(False, "Let the base's own dropout be on; a job's result then depends on its company.")
 
     def __post_init__(self) -> None:
         """Check every option."""
@@ -90,13 +83,9 @@ def read_run_file(path: Path) -> RunFile:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
-        raise OptionError(
-            f"{path}{where} is not YAML: {getattr(error, 'problem', None) or error}."
-        ) from error
+        raise OptionError(f"{path}{where} is not YAML: {getattr(error, 'problem', None) or error}.") from error
     if not isinstance(values, Mapping):
-        raise OptionError(
-            f"{path} must hold a mapping with base, output and jobs; found {type(values).__name__}."
-        )
+        raise OptionError(f"{path} must hold a mapping with base, output and jobs; found {type(values).__name__}.")
     try:
         return from_options(RunFile, {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()})
     except OptionError as error:

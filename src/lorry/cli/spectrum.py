@@ -89,9 +89,7 @@ def facts_of(file: AdapterFile, path: str) -> dict[str, Any]:
         "shape": list(part.shape or site.shape),
         "method": method.to_dict(),
         "parameters": sum(t.numel() for t in tensors.values()),
-        "tensors": {
-            name: {"shape": list(t.shape), "norm": float(t.double().norm())} for name, t in tensors.items()
-        },
+        "tensors": {name: {"shape": list(t.shape), "norm": float(t.double().norm())} for name, t in tensors.items()},
     }
     if isinstance(method, Bottleneck) and method.constant:
         try:
@@ -106,9 +104,7 @@ def facts_of(file: AdapterFile, path: str) -> dict[str, Any]:
     return facts
 
 
-def _stand_in(
-    path: str, kind: str | None, shape: tuple[int, ...] | None, tensors: Mapping[str, Tensor]
-) -> Any:
+def _stand_in(path: str, kind: str | None, shape: tuple[int, ...] | None, tensors: Mapping[str, Tensor]) -> Any:
     """Return a site without a model, which tells a method the sizes."""
     from torch import nn
 
@@ -118,9 +114,7 @@ def _stand_in(
     if shape is None:
         a, b = tensors.get("A"), tensors.get("B")
         known = a is not None and b is not None and a.ndim > 1 and b.ndim > 1
-        shape = (
-            (*b.shape[:-2], b.shape[-2], a.shape[-1]) if known and a is not None and b is not None else (0, 0)
-        )
+        shape = (*b.shape[:-2], b.shape[-2], a.shape[-1]) if known and a is not None and b is not None else (0, 0)
     module = nn.Module()
     found = next((k for k in KINDS if k.name == (kind or "linear")), KINDS[0])
     return Site(path, found, module, module, "", shape[-2], shape[-1], tuple(shape[:-2]))

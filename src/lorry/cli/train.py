@@ -43,15 +43,9 @@ def _signature(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a run in the output folder.")
-    ] = False,
-    show_schema: Annotated[
-        bool, typer.Option("--schema", help="Print the JSON schema of the YAML and stop.")
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the report as one JSON document on stdout.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run in the output folder.")] = False,
+    show_schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of the YAML and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON document on stdout.")] = False,
 ) -> None:
     """Declare the flags that are not options of a job."""
 
@@ -103,8 +97,7 @@ def _run_of(own: dict[str, Any], job: dict[str, Any]) -> RunFile:
     if own["config"] is not None:
         if job:
             raise OptionError(
-                f"--{next(iter(job)).replace('_', '-')} and a YAML file do not go together; put it into "
-                "the file."
+                f"--{next(iter(job)).replace('_', '-')} and a YAML file do not go together; put it into the file."
             )
         return dataclasses.replace(read_run_file(own["config"]), **given)
     missing = [

@@ -1,0 +1,1 @@
+"""The core: sites, families of methods, adapters, what is active, checkpoints and receipts."""

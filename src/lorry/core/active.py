@@ -1,7 +1,8 @@
 """The active set: which adapters apply, with which weights, to which rows of a batch.
 
-There is one for each model, and layers read it by reference. Switching puts another object in its place, so it costs the same
-whatever is loaded. What all layers need to know of a batch (segments of rows) is worked out here once, not in each layer.
+There is one for each model, and layers read it by reference. Switching puts another object in its place, so it costs
+the same whatever is loaded. What all layers need to know of a batch (segments of rows) is worked out here once, not in
+each layer.
 """
 
 from __future__ import annotations
@@ -114,7 +115,8 @@ class Active:
             factor, rest = divmod(batch, self.rows)
             if rest or not factor:
                 raise AdapterError(
-                    f"lorry.rows was given {self.rows} rows, but '{site.path}' sees a batch of {batch}. Give one composition "
+                    f"lorry.rows was given {self.rows} rows, but '{site.path}' sees a batch of {batch}. Give one "
+                    "composition "
                     "for each row of the batch."
                 )
             key = (site.path, factor, device)
@@ -140,12 +142,15 @@ class Active:
         return tuple(found)
 
     def groups(self, batch: int) -> list[tuple[Tensor, Active]]:
-        """Return the distinct compositions of a batch of `batch` entries, each with its rows and as an active set for all rows."""
+        """Return the distinct compositions of a batch of `batch` entries, each with its rows and as an active set for
+        all rows.
+        """
         rows = self.rows or batch
         factor, rest = divmod(batch, rows)
         if rest or not factor:
             raise AdapterError(
-                f"lorry.rows was given {rows} rows, but a module whose weights are exchanged sees a batch of {batch}. Give one "
+                f"lorry.rows was given {rows} rows, but a module whose weights are exchanged sees a batch of "
+                f"{batch}. Give one "
                 "composition for each row of the batch."
             )
         if factor not in self._groups:
@@ -159,7 +164,10 @@ class Active:
             for row, composition in enumerate(weights):
                 members.setdefault(tuple(composition), []).extend(range(row * factor, (row + 1) * factor))
             self._groups[factor] = [
-                (torch.tensor(chosen), Active([Part(self.parts[n].adapter, w, seed=self.parts[n].seed) for n, w in key]))
+                (
+                    torch.tensor(chosen),
+                    Active([Part(self.parts[n].adapter, w, seed=self.parts[n].seed) for n, w in key]),
+                )
                 for key, chosen in members.items()
             ]
         return self._groups[factor]
@@ -188,7 +196,12 @@ def compose(composition: str | Composition | None, adapters: Mapping[str, Adapte
     for name, weight in composition.items():
         if name not in adapters:
             raise unknown_adapter(name, adapters)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or weight != weight or abs(weight) == float("inf"):
+        if (
+            isinstance(weight, bool)
+            or not isinstance(weight, int | float)
+            or weight != weight
+            or abs(weight) == float("inf")
+        ):
             raise AdapterError(f"The weight of adapter '{name}' must be a finite number, found {weight!r}.")
         if weight:
             weights[name] = float(weight)

@@ -96,7 +96,9 @@ class Adapter:
         return any(home.registered for _, home in self.homes())
 
     def train(self, mode: bool = True) -> Adapter:
-        """Register its tensors as parameters that receive gradients, or freeze them and take them out of the module tree."""
+        """Register its tensors as parameters that receive gradients, or freeze them and take them out of the module
+        tree.
+        """
         if mode and self.merged:
             raise AdapterError(f"Adapter '{self.name}' is merged into the base; unmerge it before training it.")
         from lorry.core.state import parameter_prefix
@@ -168,7 +170,9 @@ class Adapter:
                 yield entry.site, entry.delta()
 
     def joint_losses(self, left: Mapping[tuple[str, str, str], Tensor]) -> list[Tensor]:
-        """Return the losses that its methods make of what the sites left in a pass together; see `Method.joint_loss`."""
+        """Return the losses that its methods make of what the sites left in a pass together; see
+        `Method.joint_loss`.
+        """
         places: dict[str, dict[str, Tensor]] = {}
         for (owner, place, name), value in left.items():
             if owner == self.name:
@@ -201,7 +205,8 @@ class Adapter:
             here, there = ({n: (s.shape, s.trained) for n, s in group.items()} for group in (home.specs, specs))
             if here != there:
                 raise AdapterError(
-                    f"Adapter '{self.name}' has tensors {sorted(here)} at '{prefix}' whose shapes do not fit the options {options}; "
+                    f"Adapter '{self.name}' has tensors {sorted(here)} at '{prefix}' whose shapes do not fit the "
+                    f"options {options}; "
                     "attach a fresh adapter with them."
                 )
         for path, changed_method in changed.items():
@@ -253,15 +258,12 @@ def build(
 ) -> Adapter:
     """Make an adapter that the model does not know of yet.
 
-    Parameters
-    ----------
-    chosen
-        Each site with the method to use there.
-    values
-        Gives each tensor by its full name (loading); None starts afresh from `seed`.
+    `chosen` gives each site with the method to use there; `values` gives each tensor by its full name (loading), and
+    without it all start afresh from `seed`.
     """
     sites = {site.path: site for site, _ in chosen}
     adapter = Adapter(state, name, method, sites, metadata)
+    adapter.fingerprint = state.fingerprint(base for site, at in chosen for base in at.bases(site))
     layout = joint_layout(chosen)
 
     def fill(prefix: str, specs: Mapping[str, TensorSpec], device: torch.device) -> dict[str, Tensor]:
@@ -295,14 +297,18 @@ def joint_layout(chosen: Sequence[tuple[Site, Method]]) -> Layout:
         layout = method.layout(sites)
         doubled = joint.shared.keys() & layout.shared.keys()
         if doubled:
-            raise AdapterError(f"Options that differ by site do not work where sites share tensors ({sorted(doubled)}).")
+            raise AdapterError(
+                f"Options that differ by site do not work where sites share tensors ({sorted(doubled)})."
+            )
         joint.sites.update(layout.sites)
         joint.shared.update(layout.shared)
     return joint
 
 
 def fresh(spec: TensorSpec, seed: int, dtype: torch.dtype) -> Tensor:
-    """Return a tensor as it starts: drawn in float32 on the CPU, whatever the target, so that a seed means one thing."""
+    """Return a tensor as it starts: drawn in float32 on the CPU, whatever the target, so that a seed means one
+    thing.
+    """
     kind = spec.dtype or torch.float32
     tensor = torch.empty(spec.shape, dtype=kind)
     spec.init(tensor, torch.Generator().manual_seed(seed))

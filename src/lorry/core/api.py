@@ -57,8 +57,8 @@ def attach(
     site_options
         Pattern -> options that replace the method's at matching sites, e.g. ``{"mlp.*": {"rank": 16}}``.
     train_also
-        Modules (by target syntax) whose whole weights are trained beside the adapter, e.g. ``["score"]``; they are copies, the
-        base keeps its own.
+        Modules (by target syntax) whose whole weights are trained beside the adapter, e.g. ``["score"]``; they are
+        copies, the base keeps its own.
     dtype
         Of the adapter's floating tensors.
     activate
@@ -102,7 +102,8 @@ def check_name(name: str, state: ModelState) -> None:
     """Raise `AdapterError` unless `name` is well formed and free."""
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name == "shared":
         raise AdapterError(
-            f"An adapter's name consists of letters, digits, '_', '-' and '.', begins with a letter or digit, and is not "
+            "An adapter's name consists of letters, digits, '_', '-' and '.', begins with a letter or digit, and is "
+            "not "
             f"'shared'; found {name!r}."
         )
     if name in state.adapters:
@@ -120,7 +121,7 @@ def choose(
 ) -> list[tuple[Site, Method]]:
     """Return the sites that targets mean, each with the method to use there, checked against each other."""
     selection = select(
-        state.root, state.sites, targets, kinds=method.info.kinds, exclude=exclude, layers=layers
+        state.root, state.sites, targets, kinds=(*method.info.kinds, *method.gathers), exclude=exclude, layers=layers
     )
     chosen: list[tuple[Site, Method]] = []
     unused = set(site_options or ())
@@ -192,8 +193,8 @@ def rows(
     model
         A model with adapters.
     compositions
-        For each row a name, ``{name: weight}``, or None for the bare base. A generation that expands each row (beams, several
-        samples) keeps the row's composition.
+        For each row a name, ``{name: weight}``, or None for the bare base. A generation that expands each row (beams,
+        several samples) keeps the row's composition.
     seeds
         Adapter -> seed of its dropout in this pass; torch's global generator decides otherwise.
     """
@@ -215,8 +216,8 @@ def context(model: nn.Module, **facts: Any) -> Iterator[Context]:
     model
         A model with adapters.
     facts
-        Fields of `lorry.core.call.Context` (``padding_mask``, ``token_kinds``, ``task_ids``, ``timestep``, ``recording``); any other name
-        goes into ``values``.
+        Fields of `lorry.core.call.Context` (``padding_mask``, ``token_kinds``, ``task_ids``, ``timestep``,
+        ``recording``); any other name goes into ``values``.
     """
     state = state_of(model)
     known = {k: v for k, v in facts.items() if k in Context.__dataclass_fields__}
@@ -248,8 +249,8 @@ def auxiliary_loss(model: nn.Module, adapter: str | None = None) -> Tensor | Non
 def log_probability(model: nn.Module, adapter: str) -> Tensor | None:
     """Return the log-probability of all routes that an adapter drew in the last pass, summed over its sites, or None.
 
-    It has one entry for each of the adapter's rows, in their order in the batch. A loss made of it trains the router as a policy;
-    see `lorry.core.routing.leave_one_out`.
+    It has one entry for each of the adapter's rows, in their order in the batch. A loss made of it trains the router
+    as a policy; see `lorry.core.routing.leave_one_out`.
     """
     left = state_of(model).context.left
     found = [v for (owner, _, name), v in left.items() if owner == adapter and name == "log_probability"]

@@ -108,11 +108,7 @@ class Call:
 
     def dropout(self, p: float) -> Tensor:
         """Return the input with a fraction `p` of its elements dropped, in training only."""
-        return (
-            dropout(self.x, p, self.seed())
-            if p > 0 and self.training and self.x.is_floating_point()
-            else self.x
-        )
+        return dropout(self.x, p, self.seed()) if p > 0 and self.training and self.x.is_floating_point() else self.x
 
     def project(self, weight: Tensor, *, detach: bool = False) -> Tensor:
         """Return the layer's input under a projection of its own, a router ``(experts, in)``, as logits
@@ -121,9 +117,7 @@ class Call:
         With `detach`, no gradient reaches the input.
         """
         x = self.x.detach() if detach else self.x
-        logits = self.site.kind.down(
-            self.site, x, weight.to(x.dtype if x.is_floating_point() else self.output.dtype)
-        )
+        logits = self.site.kind.down(self.site, x, weight.to(x.dtype if x.is_floating_point() else self.output.dtype))
         # choices made in half precision are often ties
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -147,11 +141,7 @@ class Call:
         """
         if values is None or self.site.kind.name == "conv":
             return None
-        if (
-            self.x.ndim == 2
-            and self.x.is_floating_point()
-            and self.batch == values.shape[0] * values.shape[1]
-        ):
+        if self.x.ndim == 2 and self.x.is_floating_point() and self.batch == values.shape[0] * values.shape[1]:
             return self.of_rows(values.flatten(0, 1))
         fits = self.x.ndim >= 2 and self.x.shape[1] == values.shape[1] and self.batch % len(values) == 0
         return self.of_rows(values) if fits else None
@@ -177,9 +167,7 @@ class Call:
         """
         self._keep(self.context.left, name, value, at)
 
-    def _keep(
-        self, kept: dict[tuple[str, str, str], Tensor], name: str, value: Tensor, at: str | None
-    ) -> None:
+    def _keep(self, kept: dict[tuple[str, str, str], Tensor], name: str, value: Tensor, at: str | None) -> None:
         """Keep a value of the first computation.
 
         Reentrant checkpointing computes first without a graph. What is kept then is a leaf; the backward pass

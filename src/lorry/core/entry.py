@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 class TensorHome:
     """A named set of tensors that may be registered as parameters of a module.
 
-    Tensors of a frozen adapter are kept here alone, so that thousands of loaded adapters leave the module tree as it is. Those
-    of an adapter in training are parameters of the module too (optimizers, DDP and FSDP2 find them there, and may replace
-    them, which is why they are looked up again at each use); the module's state dict leaves them out.
+    Tensors of a frozen adapter are kept here alone, so that thousands of loaded adapters leave the module tree as it
+    is. Those of an adapter in training are parameters of the module too (optimizers, DDP and FSDP2 find them there,
+    and may replace them, which is why they are looked up again at each use); the module's state dict leaves them out.
     """
 
     __slots__ = ("_keys", "_module", "_values", "specs")
@@ -35,8 +35,8 @@ class TensorHome:
         """Return the current tensors by name."""
         if self._module is None:
             return self._values
-        parameters = self._module._parameters
-        return {**self._values, **{name: parameters[key] for name, key in self._keys.items()}}  # type: ignore[dict-item]
+        parameters = cast(dict[str, Tensor], self._module._parameters)
+        return {**self._values, **{name: parameters[key] for name, key in self._keys.items()}}
 
     def replace(self, name: str, value: Tensor) -> None:
         """Put another tensor in the place of one that is not registered."""
@@ -55,7 +55,8 @@ class TensorHome:
             key = f"{prefix}{name}".replace(".", "/")  # a parameter's name has no dots, an adapter's no slashes
             value = self._values[name]
             parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach())
-            module._parameters[key] = parameter.requires_grad_(True)
+            parameter.requires_grad_(True)
+            module._parameters[key] = parameter
             self._values[name] = parameter
             self._keys[name] = key
         self._module = module

@@ -63,36 +63,41 @@ def from_adapters(
         state = members[0].state
         check_name(name, state)
         _check_sites(members, experts)
-        sites: list[tuple[Site, Method]] = []
-        for path, first in members[0].entries.items():
-            ranks = [_factors(member.entries[path])[0].shape[0] for member in members]
-            fitted = method.with_experts(ranks)
-            fitted.check_site(first.site)
-            sites.append((first.site, fitted))
-        facts = {"seed": seed, "experts": [str(expert) for expert in experts]}
-        adapter = build(state, name, sites[0][1], sites, dtype=dtype, values=None, seed=seed, metadata=facts)
-        errors = []
-        with torch.no_grad():
-            for path, entry in adapter.entries.items():
-                given = [_factors(member.entries[path]) for member in members]
-                errors.append(entry.method.adopt(entry.tensors(), entry.site, given))
-        count = sum(len(home.specs) for _, home in adapter.homes())
-        adapter.receipt = Receipt(
-            "import",
-            name,
-            count,
-            count,
-            len(sites),
-            "match",
-            relative_error=max(errors),
-            notes=tuple(map(str, experts)),
-        )
+        adapter = _mixture(members, experts, method, name, seed, dtype)
         install(adapter, trainable=True, activate=activate)
     finally:
         for temporary in loaded:
             temporary.detach()
     if not activate and before is not None:
         adapter.state.active = before
+    return adapter
+
+
+def _mixture(
+    members: Sequence[Adapter],
+    experts: Sequence[str | os.PathLike[str]],
+    method: Method,
+    name: str,
+    seed: int,
+    dtype: torch.dtype,
+) -> Adapter:
+    """Return an adapter that the model does not know of yet, filled from its experts."""
+    sites: list[tuple[Site, Method]] = []
+    for path, first in members[0].entries.items():
+        fitted = method.with_experts([_factors(member.entries[path])[0].shape[0] for member in members])
+        fitted.check_site(first.site)
+        sites.append((first.site, fitted))
+    facts = {"seed": seed, "experts": [str(expert) for expert in experts]}
+    state, whole = members[0].state, sites[0][1]
+    adapter = build(state, name, whole, sites, dtype=dtype, values=None, seed=seed, metadata=facts)
+    error = 0.0
+    with torch.no_grad():
+        for path, entry in adapter.entries.items():
+            given = [_factors(member.entries[path]) for member in members]
+            error = max(error, entry.method.adopt(entry.tensors(), entry.site, given))
+    count = sum(len(home.specs) for _, home in adapter.homes())
+    notes = tuple(map(str, experts))
+    adapter.receipt = Receipt("import", name, count, count, len(sites), "match", 0.0, error, notes)
     return adapter
 
 

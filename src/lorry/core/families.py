@@ -19,11 +19,11 @@ from lorry.core.sites import Site
 class Bottleneck(Method):
     """``y = base(x) + scale · up(mid(down(x)))`` with a `mid` that is the identity unless `mid` is overridden.
 
-    A method gives `tensors` and, where they differ from LoRA's, `factors` and `scale`. A constant between the factors (a
-    diagonal, a core matrix) belongs into `factors`: it keeps the update linear, so it merges and exports exactly. What depends
-    on the token (gates, top-k, masks) goes into `mid`, and the method never merges, except for options under which `constant`
-    holds (every expert active). `mid` may return another number of rank units than it was given: a router's rows can be
-    stacked under A, so that both see the same input.
+    A method gives `tensors` and, where they differ from LoRA's, `factors` and `scale`. A constant between the factors
+    (a diagonal, a core matrix) belongs into `factors`: it keeps the update linear, so it merges and exports exactly.
+    What depends on the token (gates, top-k, masks) goes into `mid`, and the method never merges, except for options
+    under which `constant` holds (every expert active). `mid` may return another number of rank units than it was
+    given: a router's rows can be stacked under A, so that both see the same input.
     """
 
     family: ClassVar[str] = "bottleneck"
@@ -65,10 +65,10 @@ class Bottleneck(Method):
 
     def check_site(self, site: Site) -> None:
         """Refuse gates per token where the update can only be applied as a whole."""
-        if not self.constant and not site.kind.factors_apply(site):
+        if not self.constant and not site.kind.additive:
             raise SiteError(
-                f"{type(self).__name__} has gates for each token, but the layer '{site.path}' ({site.kind.name}) takes a dense "
-                "update only (a grouped convolution, or a weight that a larger module uses). Leave it out."
+                f"{type(self).__name__} has gates for each token, but a larger module uses the weight of '{site.path}' "
+                f"({site.kind.name}) itself and takes a dense update only. Leave it out."
             )
 
     @property
@@ -84,8 +84,7 @@ class Bottleneck(Method):
         if x.is_floating_point() and x.dtype != dtype:
             x = x.to(dtype)
         scale = self.scale(site)
-        if not kind.factors_apply(site):
-            self._needs_constant(site)
+        if self.constant and not kind.factors_apply(site):
             update = kind.dense(site, x, (b @ a).mul(scale).to(dtype))
         else:
             h = self.mid(kind.down(site, x, a.to(dtype)), call, tensors)
@@ -94,11 +93,15 @@ class Bottleneck(Method):
         return update if gain is None else _with_gain(call, update, gain.to(dtype))
 
     def delta(self, tensors: Tensors, site: Site) -> Tensor:
-        """Return ``scale · B A``, with DoRA's gain ``g ⊙ (W + ΔW) - W``, as ``(*lead, out, in)`` in float32 or better."""
+        """Return ``scale · B A``, with DoRA's gain ``g ⊙ (W + ΔW) - W``, as ``(*lead, out, in)`` in float32 or
+        better.
+        """
         self._needs_constant(site)
         a, b = self.factors(tensors, site)
         exact = torch.promote_types(a.dtype, torch.float32)
-        update = (b.to(exact) @ a.to(exact)).mul_(self.scale(site)) if not _tracked(a, b) else (b @ a) * self.scale(site)
+        update = (
+            (b.to(exact) @ a.to(exact)).mul_(self.scale(site)) if not _tracked(a, b) else (b @ a) * self.scale(site)
+        )
         gain = self.gain(a, b, tensors, site)
         if gain is None:
             return update
@@ -108,7 +111,8 @@ class Bottleneck(Method):
     def _needs_constant(self, site: Site) -> None:
         if not self.constant:
             raise AdapterError(
-                f"{type(self).__name__} has no weight update at '{site.path}': its gates depend on the token, so it can "
+                f"{type(self).__name__} has no weight update at '{site.path}': its gates depend on the token, so it "
+                "can "
                 "neither be merged nor exported as a plain LoRA with these options. Serve it unmerged."
             )
 
@@ -129,7 +133,8 @@ def _with_gain(call: Call, update: Tensor, gain: Tensor) -> Tensor:
 class WeightDelta(Method):
     """An update of the weight that is not a product of two thin factors (SHiRA, LoHa, LoKr).
 
-    A method gives `tensors` and `delta`; it may override `bypass` where applying the update to x is cheaper than building it.
+    A method gives `tensors` and `delta`; it may override `bypass` where applying the update to x is cheaper than
+    building it.
     """
 
     family: ClassVar[str] = "weight delta"
@@ -140,7 +145,9 @@ class WeightDelta(Method):
         """Return the update of the weight as ``(*lead, out, in)``."""
 
     def sparse(self, tensors: Tensors, site: Site) -> tuple[Tensor, Tensor] | None:
-        """Return flat positions in ``(*lead, out, in)`` and values if the update is zero elsewhere; see `lorry.core.switch`."""
+        """Return flat positions in ``(*lead, out, in)`` and values if the update is zero elsewhere; see
+        `lorry.core.switch`.
+        """
         return None
 
     def bypass(self, x: Tensor, tensors: Tensors, site: Site) -> Tensor:
@@ -156,7 +163,9 @@ class WeightDelta(Method):
 
 
 class Block(Method):
-    """A method that takes over the forward of a whole module (a mixture of experts in place of a feed-forward block)."""
+    """A method that takes over the forward of a whole module (a mixture of experts in place of a feed-forward
+    block).
+    """
 
     family: ClassVar[str] = "block"
     merges: ClassVar[MergeClass] = "never"
@@ -189,7 +198,8 @@ def _squares(site: Site, weight: Tensor) -> Tensor:
 def norms_of_sum(site: Site, a: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
     """Return the norm of each output channel of ``W + scale · B A`` as ``(*lead, out)``, from the factors.
 
-    ``‖w + s b A‖² = ‖w‖² + 2 s b·(A wᵀ) + s² b (A Aᵀ) bᵀ``: no dense update, and ‖w‖² is worked out once for each weight.
+    ``‖w + s b A‖² = ‖w‖² + 2 s b·(A wᵀ) + s² b (A Aᵀ) bᵀ``: no dense update, and ‖w‖² is worked out once for each
+    weight.
     """
     weight = site.matrix()
     squares = _squares(site, weight)

@@ -84,11 +84,7 @@ def feed_forward(module: nn.Module, path: str = "") -> FeedForward | None:
         children = [getattr(module, name, None) for name in names]
         if not all(isinstance(child, nn.Module) for child in children):
             continue
-        sites = {
-            name: s
-            for name, child in zip(names, children, strict=True)
-            for s in _linear(f"{path}.{name}", child)
-        }
+        sites = {name: s for name, child in zip(names, children, strict=True) for s in _linear(f"{path}.{name}", child)}
         own = {id(p) for child in children for p in child.parameters()}  # type: ignore[union-attr]
         every = {id(p) for n, p in module.named_parameters() if "lorry_" not in n}
         if len(sites) == len(names) and every <= own:

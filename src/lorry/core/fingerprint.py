@@ -1,7 +1,8 @@
 """Fingerprints: short hashes that tell one base model from another, site by site.
 
-A site's hash covers its shape and a sample of its weights, rounded to bfloat16 so that a float32 and a bfloat16 copy of the same
-model agree. It does not cover names of classes or heads: the same encoder under another head has the same fingerprint.
+A site's hash covers its shape and a sample of its weights, rounded to bfloat16 so that a float32 and a bfloat16 copy
+of the same model agree. It does not cover names of classes or heads: the same encoder under another head has the same
+fingerprint.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Fingerprint:
     Attributes
     ----------
     sites
-        Site path -> ``shape:weights``, each part 8 hexadecimal digits; the weights' part is empty for quantised storage.
+        Site path -> ``shape:weights``, each part 8 hexadecimal digits; the weights' part is empty for quantised
+        storage.
     base
         Free text that names the base for people, e.g. its repository name.
     """
@@ -66,7 +68,8 @@ class Fingerprint:
         wrong = [p for p in self.sites if p in found.sites and self.sites[p] != found.sites[p]]
         raise FingerprintError(
             f"{what} was made for the base '{self.base or 'unnamed'}' ({self.digest}), but this model is "
-            f"'{found.base or 'unnamed'}' ({found.digest}): {len(wrong)} of {len(self.sites)} sites have other weights or "
+            f"'{found.base or 'unnamed'}' ({found.digest}): {len(wrong)} of {len(self.sites)} sites have other "
+            "weights or "
             f"shapes, e.g. {some(wrong, 2)}. Load the right base, or pass check_base=False if you know better."
         )
 

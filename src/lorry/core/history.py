@@ -1,7 +1,8 @@
 """What applied when: a checkpointed segment is computed again in the backward pass, after other passes may have run.
 
-Autograd numbers the nodes of its graph in the order in which they are made. What becomes active is noted with the number that the
-next node will get; the number of the node whose backward pass asks for the recomputation then says what applied in its time.
+Autograd numbers the nodes of its graph in the order in which they are made. What becomes active is noted with the
+number that the next node will get; the number of the node whose backward pass asks for the recomputation then says
+what applied in its time.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class History:
 
     def note(self, active: Active | None, context: Context) -> None:
         """Note that this applies from now on."""
-        number = torch.autograd._get_sequence_nr()
+        number = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         if self._numbers and self._numbers[-1] >= number:
             # nothing was computed since the last change
             del self._numbers[-1], self._what[-1]
@@ -38,7 +39,9 @@ class History:
         self._what.append((active, context))
 
     def of_running_node(self) -> tuple[Active | None, Context]:
-        """Return what applied when the node was made whose backward pass runs now; the oldest that is known if it is older."""
+        """Return what applied when the node was made whose backward pass runs now; the oldest that is known if it is
+        older.
+        """
         node = torch._C._current_autograd_node()
         if node is None:
             return self._what[-1]

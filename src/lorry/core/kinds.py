@@ -1,7 +1,7 @@
 """Kinds of sites: how `down`, `up` and a dense update are applied in each sort of layer, each written once.
 
-Inside, rank units lie in the last dimension whatever the layer's own layout is, so that what happens between `down` and `up`
-(scale, gates, masks) is the same code for all kinds.
+Inside, rank units lie in the last dimension whatever the layer's own layout is, so that what happens between `down`
+and `up` (scale, gates, masks) is the same code for all kinds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Kind(ABC):
     """Arithmetic of one sort of layer. Stateless; there is one instance of each."""
 
     name: str
-    #: True if the layer's ``forward(x)`` can be followed by ``+ up(down(x))``; otherwise the weight itself is exchanged.
+    #: Whether ``forward(x)`` can be followed by ``+ up(down(x))``; otherwise the weight itself is exchanged.
     additive: bool = True
 
     @abstractmethod
@@ -113,8 +113,8 @@ class ConvKind(Kind):
             yield Site(path, self, module, module, "weight", module.out_channels, fan_in)
 
     def factors_apply(self, site: Site) -> bool:
-        """Only without groups: every group sees other channels."""
-        return site.owner.groups == 1  # type: ignore[no-any-return]
+        """Cheaply only without groups: every group sees other channels."""
+        return _conv(site).groups == 1
 
     def _convolve(self, site: Site, x: Tensor, weight: Tensor) -> Tensor:
         result = site.owner._conv_forward(x, weight, None)  # type: ignore[operator]
@@ -122,15 +122,25 @@ class ConvKind(Kind):
         return result
 
     def _kernel(self, site: Site) -> tuple[int, ...]:
-        channels, groups = site.owner.in_channels, site.owner.groups
-        return (channels // groups, *site.owner.kernel_size)  # type: ignore[operator, misc]
+        conv = _conv(site)
+        return (conv.in_channels // conv.groups, *conv.kernel_size)
 
     def down(self, site: Site, x: Tensor, a: Tensor) -> Tensor:
-        """Convolve with A and move the rank units to the end."""
-        return self._convolve(site, x, a.reshape(a.shape[0], *self._kernel(site))).movedim(1, -1)
+        """Convolve with A and move the rank units to the end; with groups, each group has its own:
+        ``(..., groups, rank)``.
+        """
+        groups = int(site.owner.groups)  # type: ignore[arg-type]
+        kernel = a.reshape(a.shape[0], *self._kernel(site))
+        if groups == 1:
+            return self._convolve(site, x, kernel).movedim(1, -1)
+        units = self._convolve(site, x, kernel.repeat(groups, *[1] * (kernel.ndim - 1))).movedim(1, -1)
+        return units.unflatten(-1, (groups, a.shape[0]))
 
     def up(self, site: Site, h: Tensor, b: Tensor) -> Tensor:
         """Mix the rank units at each position and move the channels back."""
+        groups = int(site.owner.groups)  # type: ignore[arg-type]
+        if groups > 1:
+            return torch.einsum("...gr,gor->...go", h, b.unflatten(0, (groups, -1))).flatten(-2).movedim(-1, 1)
         return F.linear(h, b).movedim(-1, 1)
 
     def dense(self, site: Site, x: Tensor, matrix: Tensor) -> Tensor:
@@ -148,6 +158,11 @@ class ConvKind(Kind):
     def channels_last(self, site: Site, y: Tensor) -> Tensor:
         """Move the channels to the end."""
         return y.movedim(1, -1)
+
+
+def _conv(site: Site) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
+    assert isinstance(site.owner, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    return site.owner
 
 
 class EmbeddingKind(Kind):
@@ -204,7 +219,9 @@ class ParameterKind(Kind):
 
 
 class PackedKind(ParameterKind):
-    """The packed q/k/v matrix and the output projection of ``nn.MultiheadAttention``, which never calls its children."""
+    """The packed q/k/v matrix and the output projection of ``nn.MultiheadAttention``, which never calls its
+    children.
+    """
 
     name = "packed"
 
@@ -221,7 +238,9 @@ class PackedKind(ParameterKind):
 
 
 class ExpertsKind(ParameterKind):
-    """Expert banks: three-dimensional parameters ``(experts, out, in)``, or ``(experts, in, out)`` where the module says so."""
+    """Expert banks: three-dimensional parameters ``(experts, out, in)``, or ``(experts, in, out)`` where the module
+    says so.
+    """
 
     name = "experts"
 

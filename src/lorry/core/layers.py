@@ -1,6 +1,7 @@
 """How a layer becomes adapted: its class is exchanged for a subclass whose forward adds what the active set asks for.
 
-The module keeps its identity, its paths, its `isinstance` relations and its storage; its state dict leaves adapter tensors out.
+The module keeps its identity, its paths, its `isinstance` relations and its storage; its state dict leaves adapter
+tensors out.
 """
 
 from __future__ import annotations
@@ -110,7 +111,9 @@ class Link:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Tensor | None:
-        """Run low-rank updates by one fused operation for all rows, or return None where their gains need the long way."""
+        """Run low-rank updates by one fused operation for all rows, or return None where their gains need the long
+        way.
+        """
         site, owner = self.sites[0], self.sites[0].owner
         dense = self.plain_linear and not args and not kwargs and _fusable(owner, x)
         segments, factors, frozen = [], [], True
@@ -137,7 +140,9 @@ class Link:
             return low_rank_linear(x, cast(Tensor, owner.weight), bias, None, segments, factors, active.plans)
         return low_rank_linear(x, None, None, base(x, *args, **kwargs), segments, factors, active.plans)
 
-    def _stacked(self, base: Base, stacked: Stacked, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _stacked(
+        self, base: Base, stacked: Stacked, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
         output = base(x, *args, **kwargs)
         # what other modules may see must not change under them: an identity layer returns its input
         return add_stacked(output.clone() if output is x else output, x, stacked)
@@ -219,7 +224,8 @@ class Link:
             for entry, part in active.terms(site, 1, device):
                 if getattr(entry.method, "dropout", 0.0) and first.owner.training:
                     raise AdapterError(
-                        f"'{site.path}' holds its weight for a larger module, so the input cannot be dropped out there; set "
+                        f"'{site.path}' holds its weight for a larger module, so the input cannot be dropped out "
+                        "there; set "
                         f"dropout=0 for adapter '{entry.adapter.name}' or leave the site out."
                     )
                 update = site.kind.to_weight(site, entry.delta() * part.weight)
@@ -239,7 +245,9 @@ class Link:
             return base(*args, **kwargs)
         if len(terms) > 1:
             names = ", ".join(e.adapter.name for e, _ in terms)
-            raise AdapterError(f"Adapters {names} each replace the whole block '{site.path}'; only one can be active in a row.")
+            raise AdapterError(
+                f"Adapters {names} each replace the whole block '{site.path}'; only one can be active in a row."
+            )
         entry, part = terms[0]
         method = cast(Block, entry.method)
         call = self._call(entry, Part(part.adapter, seed=part.seed), x, x)
@@ -323,7 +331,7 @@ def _fusable(owner: nn.Module, x: Tensor) -> bool:
     return (
         weight.dtype == x.dtype
         and weight.device == x.device
-        and (bias is None or not bias.requires_grad)  # type: ignore[union-attr]
+        and (bias is None or not bias.requires_grad)
         and type(x) in (Tensor, nn.Parameter)
         and not torch.is_autocast_enabled(x.device.type)
     )
@@ -342,7 +350,7 @@ def _add_updates(output: Tensor, updates: list[tuple[Part, Tensor]]) -> Tensor:
     return output.index_add(0, index, torch.cat([update for _, update in partial]).to(output.dtype))
 
 
-#: Attributes by which PyTorch's encoder decides for its fused evaluation, and what they are where that does not take place.
+#: Attributes by which PyTorch's encoder decides for its fused evaluation, with values that rule it out.
 _FUSION: tuple[tuple[type[nn.Module], str, Any], ...] = (
     (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
     (nn.TransformerEncoder, "use_nested_tensor", False),
@@ -399,8 +407,19 @@ def _select(values: Any, rows: Tensor, dim: int, total: int) -> Any:
 def _select_attention(
     owner: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor, dim: int, total: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Restrict the inputs of an attention module to `rows`; a mask ``(length, length)`` has no rows even if its size is `total`."""
-    names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
+    """Restrict the inputs of an attention module to `rows`; a mask ``(length, length)`` has no rows even if its size
+    is `total`.
+    """
+    names = (
+        "query",
+        "key",
+        "value",
+        "key_padding_mask",
+        "need_weights",
+        "attn_mask",
+        "average_attn_weights",
+        "is_causal",
+    )
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     for name in ("query", "key", "value"):
         given[name] = given[name].index_select(dim, rows)
@@ -421,7 +440,9 @@ def _join(outputs: list[Any], back: Tensor, dim: int) -> Any:
         return torch.cat(outputs, dim=along).index_select(along, back)
     if isinstance(first, tuple | list):
         # the second result of an attention module is (rows, ...) whatever the layout of the first
-        return type(first)(_join(list(group), back, dim if i == 0 else 0) for i, group in enumerate(zip(*outputs, strict=True)))
+        return type(first)(
+            _join(list(group), back, dim if i == 0 else 0) for i, group in enumerate(zip(*outputs, strict=True))
+        )
     return first
 
 

@@ -22,8 +22,8 @@ Originals = list[tuple[nn.Module, str, nn.Parameter]]
 def merge_into_base(adapter: Adapter, *, check: bool = True) -> tuple[Originals, Receipt]:
     """Exchange the weight of every site for ``W + ΔW``, computed in float32 or better and rounded once.
 
-    The original parameters are kept, and put back by `unmerge_from_base`; a weight that is tied to another one is untied by
-    the exchange, so the other keeps its values.
+    The original parameters are kept, and put back by `unmerge_from_base`; a weight that is tied to another one is
+    untied by the exchange, so the other keeps its values.
 
     Parameters
     ----------
@@ -42,7 +42,8 @@ def merge_into_base(adapter: Adapter, *, check: bool = True) -> tuple[Originals,
     never = sorted({type(e.method).__name__ for e in adapter.entries.values() if e.method.merging == "never"})
     if never:
         raise AdapterError(
-            f"Adapter '{adapter.name}' cannot be merged: {', '.join(never)} depends on the input of the layer or replaces its "
+            f"Adapter '{adapter.name}' cannot be merged: {', '.join(never)} depends on the input of the layer or "
+            "replaces its "
             "forward, so there is no weight that does the same. Serve it unmerged."
         )
     fresh: list[tuple[Entry, nn.Parameter]] = []
@@ -97,7 +98,9 @@ def _merged(entry: Entry, storage: Storage, check: bool) -> tuple[nn.Parameter, 
     exact = torch.promote_types(base.dtype, torch.float32)
     total = _sum(entry, base, exact)
     if check and not torch.isfinite(total).all():
-        raise AdapterError(f"The update of adapter '{entry.adapter.name}' at '{site.path}' is not finite; nothing was merged.")
+        raise AdapterError(
+            f"The update of adapter '{entry.adapter.name}' at '{site.path}' is not finite; nothing was merged."
+        )
     parameter = storage.encode(site, total)
     if not check or (storage.lossless and parameter.dtype == exact):
         return parameter, None

@@ -1,7 +1,7 @@
 """Methods: the mathematics of a parametrisation as a frozen dataclass of options and a few pure functions.
 
-A method belongs to a family, and everything else is derived from the family once: forward, rows of a batch, merging, saving,
-exporting, counting. See `Bottleneck`, `WeightDelta` and `Block` in `lorry.core.families`.
+A method belongs to a family, and everything else is derived from the family once: forward, rows of a batch, merging,
+saving, exporting, counting. See `Bottleneck`, `WeightDelta` and `Block` in `lorry.core.families`.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class Observed:
     gradient
         Mean over batches of the gradient of the weight, ``(*lead, out, in)``.
     inputs
-        Rows ``(k, in)`` with ``inputsᵀ inputs = Σ (x - mean)(x - mean)ᵀ``: exact if k is not less than the rank of the inputs, else
-        the principal part.
+        Rows ``(k, in)`` with ``inputsᵀ inputs = Σ (x - mean)(x - mean)ᵀ``: exact if k is not less than the rank of the
+        inputs, else the principal part.
     mean
         Of the inputs, ``(in,)``.
     count, variance
@@ -135,7 +135,7 @@ class MethodInfo:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the facts as plain data, with the options and their help."""
-        fields = dataclasses.fields(self.cls)
+        fields = dataclasses.fields(self.cls)  # type: ignore[arg-type]
         options = {f.name: {"default": f.default, "help": f.metadata.get("help", "")} for f in fields}
         plain = {k: v for k, v in vars(self).items() if k != "cls"}
         return {**plain, "kinds": list(self.kinds), "class": self.cls.__name__, "options": options}
@@ -148,6 +148,8 @@ class Method(ABC):
     family: ClassVar[str]
     #: How the family merges into a base weight, unless a registration says otherwise.
     merges: ClassVar[MergeClass] = "exact"
+    #: Further kinds of sites that `place` makes something of (the layers of a block).
+    gathers: ClassVar[tuple[str, ...]] = ()
     #: Parameter-free knobs that the training engine reads: learning-rate factors by tensor name (LoRA+).
     rate_factors: ClassVar[Mapping[str, float]] = {}
 
@@ -169,7 +171,9 @@ class Method(ABC):
         return self
 
     def place(self, sites: Sequence[Site], root: nn.Module) -> Sequence[tuple[Site, Method]]:
-        """Return where the method sits, of the selected sites, and as which method; a method may give other sites of `root`."""
+        """Return where the method sits, of the selected sites, and as which method; a method may give other sites of
+        `root`.
+        """
         return [(site, self) for site in sites]
 
     @property
@@ -177,9 +181,15 @@ class Method(ABC):
         """How this method merges with these options; the registration says it for the method as such."""
         return self.info.merge
 
+    def bases(self, site: Site) -> Sequence[Site]:
+        """Return the sites whose weights the method builds on, by which the base is recognised."""
+        return [site]
+
     @property
     def draws(self) -> int:
-        """How many copies of each row a training step needs, each with routes of its own; see `lorry.core.routing.leave_one_out`."""
+        """How many copies of each row a training step needs, each with routes of its own; see
+        `lorry.core.routing.leave_one_out`.
+        """
         return 1
 
     def with_experts(self, ranks: Sequence[int]) -> Self:
@@ -187,7 +197,8 @@ class Method(ABC):
         raise AdapterError(f"{type(self).__name__} cannot be made from other adapters.")
 
     def adopt(self, tensors: Tensors, site: Site, experts: Sequence[tuple[Tensor, Tensor, float]]) -> float:
-        """Fill tensors in place from the ``(A, B, scale)`` of other adapters at `site`; return the relative error of doing so.
+        """Fill tensors in place from the ``(A, B, scale)`` of other adapters at `site`; return the relative error of
+        doing so.
 
         See `lorry.core.experts.from_adapters`.
         """
@@ -211,7 +222,9 @@ class Method(ABC):
         return "none"
 
     def allocate(self, seen: Mapping[str, Observed]) -> dict[str, Method | None]:
-        """Return the sites whose options calibration changes (ranks), with the method to use there; None leaves a site out."""
+        """Return the sites whose options calibration changes (ranks), with the method to use there; None leaves a site
+        out.
+        """
         return {}
 
     def prepare(self, tensors: Tensors, site: Site, seen: Observed, generator: Generator) -> None:
@@ -225,17 +238,21 @@ class Method(ABC):
     def balance(self, places: Places, step: int, total: int) -> None:
         """Update state that spans sites (a rank budget, a drawn rank) once after an optimizer step.
 
-        It is called for all sites of an adapter together, after step number `step` (from 1) of `total`, while the gradients of
-        that step are still in the parameters' ``grad``.
+        It is called for all sites of an adapter together, after step number `step` (from 1) of `total`, while the
+        gradients of that step are still in the parameters' ``grad``.
         """
         return
 
     def penalty(self, places: Places) -> Tensor | None:
-        """Return a loss on the tensors alone (orthogonality), which `lorry.auxiliary_loss` adds; None if there is none."""
+        """Return a loss on the tensors alone (orthogonality), which `lorry.auxiliary_loss` adds; None if there is
+        none.
+        """
         return None
 
     def joint_loss(self, left: Mapping[str, Mapping[str, Tensor]]) -> Tensor | None:
-        """Return a loss made of what all places left in a pass (`Call.leave`): place -> name -> tensor; None if there is none."""
+        """Return a loss made of what all places left in a pass (`Call.leave`): place -> name -> tensor; None if there
+        is none.
+        """
         return None
 
     @abstractmethod
@@ -244,7 +261,9 @@ class Method(ABC):
 
     def delta(self, tensors: Tensors, site: Site) -> Tensor:
         """Return the update of the weight as ``(*lead, out, in)``; raises `AdapterError` if there is none."""
-        raise AdapterError(f"{type(self).__name__} has no weight update: it depends on the input, so it cannot be merged.")
+        raise AdapterError(
+            f"{type(self).__name__} has no weight update: it depends on the input, so it cannot be merged."
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return slug and options as plain data for a checkpoint or a YAML file."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from lorry.core.errors import OptionError, near_misses
@@ -77,11 +78,11 @@ def _check_type(owner: str, field: dataclasses.Field[Any], value: Any) -> None:
 
 
 def _check_range(owner: str, name: str, value: Any, rules: Mapping[str, Any]) -> None:
-    tests = {
-        "at_least": (lambda v, b: v >= b, "at least"),
-        "above": (lambda v, b: v > b, "above"),
-        "at_most": (lambda v, b: v <= b, "at most"),
-        "below": (lambda v, b: v < b, "below"),
+    tests: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
+        "at_least": (operator.ge, "at least"),
+        "above": (operator.gt, "above"),
+        "at_most": (operator.le, "at most"),
+        "below": (operator.lt, "below"),
     }
     for rule, (holds, words) in tests.items():
         if rule in rules and not isinstance(value, str) and not holds(value, rules[rule]):

@@ -1,7 +1,8 @@
 """One uniform form of every composition of plain low-rank adapters, so that a compiled graph serves all of them.
 
-At each site the active factors lie side by side, A ``(ranks, in)`` and B ``(out, ranks)``, and a table of gates says how much each rank
-unit counts for each row. Adapters, weights and rows change the contents of these tensors, never the graph.
+At each site the active factors lie side by side, A ``(ranks, in)`` and B ``(out, ranks)``, and a table of gates says
+how much each rank unit counts for each row. Adapters, weights and rows change the contents of these tensors, never the
+graph.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,8 @@ from lorry.core.sites import Site
 if TYPE_CHECKING:
     from lorry.core.active import Active, Part
 
-#: What is active on each model, by its slot. Compiled code must find it here: tensors that it reaches through a module are taken
-#: to have fixed shapes, and every rank would be a graph of its own.
+#: What is active on each model, by its slot. Compiled code must find it here: tensors that it reaches through a
+#: module are taken to have fixed shapes, and every rank would be a graph of its own.
 PACKED: dict[int, dict[str, Packed] | None] = {}
 _numbers = itertools.count()
 
@@ -108,11 +109,12 @@ def _pack_site(site: Site, parts: list[Part], table: Tensor) -> Packed | None:
         if entry is None:
             continue
         entry.move(site.device)
-        left, right = entry.method.factors(entry.tensors(), site)
+        method = cast(Bottleneck, entry.method)
+        left, right = method.factors(entry.tensors(), site)
         a.append(left)
         b.append(right)
-        gates.append(table[:, column : column + 1].expand(-1, left.shape[0]) * entry.method.scale(site))
-        dropout = max(dropout, entry.method.dropout)
+        gates.append(table[:, column : column + 1].expand(-1, left.shape[0]) * method.scale(site))
+        dropout = max(dropout, method.dropout)
     if not a:
         return None
     # a view where one adapter is alone: a parameter and a plain tensor would be two graphs

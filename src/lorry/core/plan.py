@@ -67,7 +67,8 @@ class Plan:
         """Return the plan in one line."""
         share = self.trained / self.base if self.base else 0.0
         return (
-            f"{self.method['method']}: {len(self.sites)} sites, {self.trained:,} trained parameters ({share:.2%} of the base's "
+            f"{self.method['method']}: {len(self.sites)} sites, {self.trained:,} trained parameters ({share:.2%} of "
+            "the base's "
             f"{self.base:,}), {len(self.left_out)} sites left out"
         )
 
@@ -91,7 +92,9 @@ def plan(
     trained, everything = layout.count(), layout.count(trained=False)
     from lorry.core.targets import select
 
-    selection = select(state.root, state.sites, targets, kinds=method.info.kinds, exclude=exclude, layers=layers)
+    selection = select(
+        state.root, state.sites, targets, kinds=(*method.info.kinds, *method.gathers), exclude=exclude, layers=layers
+    )
     left_out = dict(selection.left_out)
     used = {site.path for site, _ in chosen}
     for site in selection.sites:

@@ -1,8 +1,8 @@
 """Quantised storage: bitsandbytes in 8 and 4 bit, and torchao.
 
-A weight is recognised by its class and the package that the class comes from, so that neither package is imported unless a model
-uses it. Reading dequantises; writing quantises again with the settings of the weight that is there. Both lose precision, which
-`lorry.core.merge` measures.
+A weight is recognised by its class and the package that the class comes from, so that neither package is imported
+unless a model uses it. Reading dequantises; writing quantises again with the settings of the weight that is there.
+Both lose precision, which `lorry.core.merge` measures.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def _is(weight: Tensor, package: str, name: str = "") -> bool:
 
 
 class BitsAndBytes8bit(Storage):
-    """``bitsandbytes.nn.Int8Params``: int8 values ``(out, in)`` and a scale for each row (LLM.int8(), arXiv 2208.07339)."""
+    """``bitsandbytes.nn.Int8Params``: int8 values ``(out, in)`` and a scale for each row (LLM.int8(), arXiv
+    2208.07339).
+    """
 
     name = "bitsandbytes 8 bit"
     lossless = False
@@ -48,13 +50,12 @@ class BitsAndBytes8bit(Storage):
         from bitsandbytes.functional import int8_vectorwise_quant
 
         present: Any = site.stored
-        # The layer moves values and scales from the weight into itself at its first forward and uses those from then on. Both
-        # the present weight and the new one carry them, so the layer takes them up anew whenever the weight is exchanged.
+        # The layer moves values and scales from the weight into itself at its first forward and uses those from
+        # then on. Both the present weight and the new one carry them, so the layer takes them up anew whenever the
+        # weight is exchanged.
         present.CB, present.SCB = present.data, self._scales(site)
         values, scales, _ = int8_vectorwise_quant(value.to(torch.float16))
-        fresh: nn.Parameter = type(present)(
-            values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scales
-        )
+        fresh: nn.Parameter = type(present)(values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scales)
         return fresh
 
     @staticmethod
@@ -67,7 +68,9 @@ class BitsAndBytes8bit(Storage):
 
 
 class BitsAndBytes4bit(Storage):
-    """``bitsandbytes.nn.Params4bit``: nf4 or fp4 blocks, their scales quantised too or not (QLoRA, arXiv 2305.14314)."""
+    """``bitsandbytes.nn.Params4bit``: nf4 or fp4 blocks, their scales quantised too or not (QLoRA, arXiv
+    2305.14314).
+    """
 
     name = "bitsandbytes 4 bit"
     lossless = False
@@ -103,7 +106,9 @@ class BitsAndBytes4bit(Storage):
 
     @staticmethod
     def _plain(weight: Any) -> tuple[Tensor, Any]:
-        """Return data and state in the ordinary layout: on some processors the layer repacks its weight in evaluation."""
+        """Return data and state in the ordinary layout: on some processors the layer repacks its weight in
+        evaluation.
+        """
         if not getattr(weight.quant_state, "packing_format_for_cpu", False):
             return weight.data, weight.quant_state
         import copy
@@ -173,7 +178,8 @@ class TorchAO(Storage):
     @staticmethod
     def _unknown(site: Site, reason: str) -> SiteError:
         return SiteError(
-            f"The weight of '{site.path}' is a torchao {type(site.stored).__name__} that cannot be quantised again in the same "
+            f"The weight of '{site.path}' is a torchao {type(site.stored).__name__} that cannot be quantised again "
+            "in the same "
             f"way ({reason}). Serve the adapter unmerged, or merge it into the base before quantising."
         )
 

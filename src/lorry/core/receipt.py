@@ -26,8 +26,8 @@ class Receipt:
         ``match``: the base is the one that the adapter was made for; ``unknown``: the source carries no fingerprint;
         ``quantized``: names and shapes match, the weights could not be compared; ``ignored``: the caller said so.
     max_error, relative_error
-        Largest absolute error that rounding introduced, and its Frobenius norm relative to the norm of the update; 0 where
-        the operation is exact.
+        Largest absolute error that rounding introduced, and its Frobenius norm relative to the norm of the update; 0
+        where the operation is exact.
     notes
         Whatever else the user should know.
     """

@@ -6,6 +6,8 @@ Scores, gates and probabilities have the experts in the last dimension; the dime
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Generator, Tensor
 
@@ -23,14 +25,33 @@ def check_top_k(method: object, top_k: int, experts: int) -> None:
     """
     if top_k > experts:
         name = type(method).__name__
-        raise OptionError(
-            f"{name}: top_k must be at most experts, found top_k={top_k} and experts={experts}."
-        )
+        raise OptionError(f"{name}: top_k must be at most experts, found top_k={top_k} and experts={experts}.")
 
 
 def precise(logits: Tensor) -> Tensor:
     """Return logits in float32 or better: choices made in half precision are often ties."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def router_logits(x: Tensor, router: Tensor) -> Tensor:
+    """Return ``x Rᵀ`` in float32 or better, keeping x for the backward pass in its own precision."""
+    logits: Tensor = _Logits.apply(x, router)  # type: ignore[no-untyped-call]
+    return logits
+
+
+class _Logits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, router: Tensor) -> Tensor:
+        ctx.save_for_backward(x, router)
+        x = precise(x)
+        return x @ router.to(x.dtype).mT
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (grad,), (x, router) = grads, ctx.saved_tensors
+        to_x = grad @ router.to(grad.dtype)
+        to_router = grad.flatten(0, -2).mT @ x.flatten(0, -2).to(grad.dtype)
+        return to_x.to(x.dtype), to_router.to(router.dtype)
 
 
 def top_k_mask(scores: Tensor, k: int) -> Tensor:
@@ -101,9 +122,7 @@ def balance_sums(probabilities: Tensor, choices: Tensor, real: Tensor | None) ->
     p = _flat(probabilities, real)
     chosen = _flat(choices, real)
     experts = p.shape[-1]
-    lines = [
-        torch.bincount(chosen[:, j] + 1, minlength=experts + 1)[1:].to(p) for j in range(chosen.shape[-1])
-    ]
+    lines = [torch.bincount(chosen[:, j] + 1, minlength=experts + 1)[1:].to(p) for j in range(chosen.shape[-1])]
     return torch.stack([*lines, p.sum(0), torch.full_like(lines[0], len(p))])
 
 

@@ -20,9 +20,9 @@ _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 class Site:
     """One place where an adapter can sit.
 
-    All arithmetic sees the weight as a matrix of shape ``(*lead, out_features, in_features)``, whatever its native layout:
-    a convolution's ``in_features`` is input channels times kernel size, an embedding's is its vocabulary, ``lead`` is the
-    number of experts of a bank. For a block (a whole module) the numbers are 0.
+    All arithmetic sees the weight as a matrix of shape ``(*lead, out_features, in_features)``, whatever its native
+    layout: a convolution's ``in_features`` is input channels times kernel size, an embedding's is its vocabulary,
+    ``lead`` is the number of experts of a bank. For a block (a whole module) the numbers are 0.
 
     Attributes
     ----------

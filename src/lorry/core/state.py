@@ -1,4 +1,6 @@
-"""What Lorry keeps of one model: its sites, its adapters, what is active. One object, reached from the model and its layers."""
+"""What Lorry keeps of one model: its sites, its adapters, what is active. One object, reached from the model and its
+layers.
+"""
 
 from __future__ import annotations
 
@@ -129,12 +131,14 @@ class ModelState:
             kind = link.sites[0].kind.name if link is not None else kinds.setdefault(id(site.owner), site.kind.name)
             if kind != site.kind.name:
                 raise SiteError(
-                    f"'{site.path}' would carry adapters as {kind} and as {site.kind.name} site. Train the module whole in all "
+                    f"'{site.path}' would carry adapters as {kind} and as {site.kind.name} site. Train the module "
+                    "whole in all "
                     "adapters (train_also), or in none."
                 )
             if link is not None and link.state is not self:
                 raise SiteError(
-                    f"'{site.path}' already carries adapters attached to {type(link.state.root).__name__}, a part or a parent "
+                    f"'{site.path}' already carries adapters attached to {type(link.state.root).__name__}, a part or "
+                    "a parent "
                     "of this model. Attach all adapters to the same object."
                 )
 
@@ -175,7 +179,9 @@ class ModelState:
         if active is None:
             for name, weight in key:
                 if self.adapters[name].merged and weight != 1.0:
-                    raise AdapterError(f"Adapter '{name}' is merged with weight 1; unmerge it before activating it with {weight}.")
+                    raise AdapterError(
+                        f"Adapter '{name}' is merged with weight 1; unmerge it before activating it with {weight}."
+                    )
             active = self._composed[key] = self._packed(Active([Part(self.adapters[n], w) for n, w in key]))
         self.active = active if key else None
 
@@ -183,7 +189,9 @@ class ModelState:
         """Return the active set in which each row has its own composition."""
         merged = [n for n, a in self.adapters.items() if a.merged]
         if merged:
-            raise AdapterError(f"Adapter '{merged[0]}' is merged into the base and would apply to every row; unmerge it first.")
+            raise AdapterError(
+                f"Adapter '{merged[0]}' is merged into the base and would apply to every row; unmerge it first."
+            )
         self._notice_compiling()
         return self._packed(for_rows(compositions, self.adapters, seeds))
 
@@ -243,7 +251,8 @@ def state_of(model: nn.Module) -> ModelState:
     state = unwrapped(model).__dict__.get(_KEY)
     if not isinstance(state, ModelState):
         raise AdapterError(
-            f"This {type(unwrapped(model)).__name__} carries no adapters. Attach one with lorry.attach or load one with lorry.load."
+            f"This {type(unwrapped(model)).__name__} carries no adapters. Attach one with lorry.attach or load one "
+            "with lorry.load."
         )
     return state
 
@@ -265,4 +274,3 @@ def keep_state(state: ModelState) -> None:
 def parameter_prefix(name: str) -> str:
     """Return how the parameters of an adapter are called inside their modules."""
     return f"{PREFIX}{name}:"
-

@@ -1,7 +1,8 @@
 """Storage: how the base weight of a site is kept (dense, quantised), and how it is read and exchanged.
 
-The forward pass never asks: it calls the layer's own ``forward``. Only what needs the weight itself does, i.e. merging, norms,
-fingerprints and methods that start from the weight. A new storage is one class registered here by `register_storage`.
+The forward pass never asks: it calls the layer's own ``forward``. Only what needs the weight itself does, i.e.
+merging, norms, fingerprints and methods that start from the weight. A new storage is one class registered here by
+`register_storage`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class Storage(ABC):
 
     @abstractmethod
     def encode(self, site: Site, value: Tensor) -> nn.Parameter:
-        """Return a new parameter that stores `value` (native layout, float32 or better) as the present one is stored."""
+        """Return a new parameter that stores `value` (native layout, float32 or better) as the present one is
+        stored.
+        """
 
 
 _STORAGES: list[Storage] = []
@@ -61,7 +64,8 @@ def storage_of(site: Site) -> Storage:
         if storage.keeps(weight):
             return storage
     raise SiteError(
-        f"The weight of '{site.path}' is a {type(weight).__name__} of {weight.dtype}, which no storage can read. Known: "
+        f"The weight of '{site.path}' is a {type(weight).__name__} of {weight.dtype}, which no storage can read. "
+        "Known: "
         f"{', '.join(s.name for s in _STORAGES)}. Adapters still run on it; merging and weight-based starts do not."
     )
 

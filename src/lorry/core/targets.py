@@ -44,8 +44,8 @@ def select(
     model, catalogue
         The model, for its output head and for blocks, and all its sites by path.
     targets
-        A preset (`PRESETS`), ``kind:NAME``, ``re:REGEX`` (searched as a full match of the path), a pattern with ``*``, a path,
-        a suffix of a path (``q_proj``, ``mlp.down_proj``), or a list of these.
+        A preset (`PRESETS`), ``kind:NAME``, ``re:REGEX`` (searched as a full match of the path), a pattern with ``*``,
+        a path, a suffix of a path (``q_proj``, ``mlp.down_proj``), or a list of these.
     kinds
         The kinds that the method can sit on.
     exclude, layers
@@ -59,7 +59,9 @@ def select(
     allowed = tuple(kinds)
     wanted = [targets] if isinstance(targets, str) else list(targets)
     if not wanted:
-        raise SiteError("No targets were given. Try targets='all-linear', or a list of names such as ['q_proj', 'v_proj'].")
+        raise SiteError(
+            "No targets were given. Try targets='all-linear', or a list of names such as ['q_proj', 'v_proj']."
+        )
     head = _head(model, catalogue)
     chosen: dict[str, Site] = {}
     for pattern in wanted:
@@ -85,7 +87,9 @@ def select(
 
 
 def matches(path: str, pattern: str) -> bool:
-    """Whether a path is meant by a pattern: a regex after ``re:``, a pattern with ``*``, the path itself, or a suffix of it."""
+    """Whether a path is meant by a pattern: a regex after ``re:``, a pattern with ``*``, the path itself, or a suffix
+    of it.
+    """
     if pattern.startswith("re:"):
         try:
             return re.fullmatch(pattern[3:], path) is not None
@@ -104,7 +108,9 @@ def _matching(
     if pattern.startswith("kind:"):
         name = pattern[5:]
         if name not in KIND_NAMES:
-            raise SiteError(f"There is no kind '{name}'.{near_misses(name, KIND_NAMES)} Kinds: {', '.join(KIND_NAMES)}.")
+            raise SiteError(
+                f"There is no kind '{name}'.{near_misses(name, KIND_NAMES)} Kinds: {', '.join(KIND_NAMES)}."
+            )
         return {p: s for p, s in catalogue.items() if s.kind.name == name}
     found: dict[str, Site] = {}
     if "block" in allowed:
@@ -163,6 +169,7 @@ def _nothing(pattern: str, catalogue: Mapping[str, Site], model: nn.Module) -> S
     experts = [p for p, s in catalogue.items() if s.kind.name == "experts"]
     more = f" Its expert banks are {some(experts, 2)}; target them by name or with 'experts'." if experts else ""
     return SiteError(
-        f"The target '{pattern}' matches none of the {len(catalogue)} sites of {type(model).__name__}.{hint} Its sites are "
+        f"The target '{pattern}' matches none of the {len(catalogue)} sites of {type(model).__name__}.{hint} Its "
+        "sites are "
         f"called {some(names, 12)}; presets: {', '.join(PRESETS)}.{more}"
     )

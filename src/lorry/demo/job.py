@@ -119,10 +119,7 @@ def run(
     say(f"{demo.merge['composition']}: {demo.merge['summary']}")
     reload(demo, model, tokenizer, tests)
     shown = "peft is not installed" if demo.peft_max_difference is None else f"{demo.peft_max_difference:.1e}"
-    say(
-        f"saved, loaded into a fresh base (difference {demo.reload_max_difference:.1e}) and into peft "
-        f"({shown})"
-    )
+    say(f"saved, loaded into a fresh base (difference {demo.reload_max_difference:.1e}) and into peft ({shown})")
     demo.seconds = time.perf_counter() - began
     return demo
 
@@ -133,8 +130,7 @@ def train(demo: Demo, model: Any, tokenizer: Any, steps: int, bars: bool | None)
         Job(
             name=name,
             data=[
-                {"prompt": e.prompt, "completion": e.answer}
-                for e in pocket.examples(name, "train", TRAIN_ROWS, seed=0)
+                {"prompt": e.prompt, "completion": e.answer} for e in pocket.examples(name, "train", TRAIN_ROWS, seed=0)
             ],
             method={"method": "lora", "rank": RANK, "alpha": ALPHA},
             objective="completion",
@@ -244,18 +240,14 @@ def _peft(path: Path) -> Any:
 
     fresh, _ = pocket.load()
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # peft's use of transformers, no business of the reader
+        warnings.simplefilter("ignore", FutureWarning)  # of peft's use of transformers
         return peft.PeftModel.from_pretrained(fresh, str(path)).eval()
 
 
 def logits(model: Any, tokenizer: Any, tests: dict[str, Any], names: Sequence[str]) -> torch.Tensor:
     """Return the model's logits on a few whole test lines."""
     lines = [e.prompt + e.answer for name in names for e in tests[name][:32]]
-    batch = tokenizer(
-        lines, padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt"
-    )
+    batch = tokenizer(lines, padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt")
     with torch.no_grad():
         out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     return torch.where(batch["attention_mask"].bool()[..., None], out, torch.zeros(()))

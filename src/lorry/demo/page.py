@@ -27,8 +27,8 @@ def text(demo: Demo) -> str:
     steps = max((job["steps"] for job in jobs.values()), default=0)
     parts = [
         "# Lorry demo",
-        f"Four LoRA adapters (rank {RANK}, alpha {ALPHA:g}, all linear layers) were trained at once on one frozen pocket "
-        f"model: {steps} steps of "
+        f"Four LoRA adapters (rank {RANK}, alpha {ALPHA:g}, all linear layers) were trained at once on one "
+        f"frozen pocket model: {steps} steps of "
         f"{BATCH} lines each at rate {RATE:g}, every job with its own data, optimizer, schedule and seed. "
         "Everything on this page was "
         f"measured in one run of {demo.seconds:.0f} seconds; exact match is over "
@@ -89,8 +89,8 @@ def _merge(demo: Demo) -> list[str]:
         f"{merge['max_difference_merged_composed']:.1e}. After unmerging, the "
         f"base was {back}.",
         _table(("skill", "its adapter alone", "both composed", "both merged"), rows),
-        "Merging is exact; what two skills do to each other in so small a model is another matter. Adding two "
-        "updates that were trained apart lets them interfere, which the table shows unvarnished; giving each "
+        "Merging is exact; what two skills do to each other in so small a model is another matter. Adding "
+        "two updates that were trained apart lets them interfere, as the table shows; giving each "
         "row its own adapter, as above, does not.",
         f"```\n{receipts}\n```",
     ]

@@ -80,9 +80,7 @@ def _converted(
         from peft import PeftModel
         from peft.tuners.lora.conversion import convert_to_lora
     except ImportError as error:
-        raise AdapterError(
-            f"Converting other tuners needs a PEFT that has convert_to_lora: {error}."
-        ) from None
+        raise AdapterError(f"Converting other tuners needs a PEFT that has convert_to_lora: {error}.") from None
     wrapped = PeftModel.from_pretrained(_base(base), str(place))
     try:
         lora, tensors = convert_to_lora(wrapped, rank=rank)

@@ -1,8 +1,9 @@
 """Dropout whose mask is drawn again from a seed instead of being kept.
 
-A mask costs as much memory as the activation in one byte each, and drawing Bernoulli numbers costs more than the low-rank
-products that follow. Here each token (the last dimension of x) takes a random window of a fixed pool of 2^20 true Bernoulli
-draws: exact marginals, independent within a token, and two tokens share a stretch of the pool with probability 2·width/2^20.
+A mask costs as much memory as the activation in one byte each, and drawing Bernoulli numbers costs more than the
+low-rank products that follow. Here each token (the last dimension of x) takes a random window of a fixed pool of 2^20
+true Bernoulli draws: exact marginals, independent within a token, and two tokens share a stretch of the pool with
+probability 2·width/2^20.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def _draw(shape: tuple[int, ...], p: float, seed: int) -> Tensor:
 def keep_mask(shape: torch.Size | tuple[int, ...], p: float, seed: int, device: torch.device) -> Tensor:
     """Return a mask of `shape` in bytes, 1 with probability 1 - p and else 0.
 
-    Offsets are drawn position by position, so a row's mask does not change when the batch is padded to a greater length.
+    Offsets are drawn position by position, so a row's mask does not change when the batch is padded to a greater
+    length.
     """
     *outer, width = shape
     if width > _POOL_SIZE // 2:

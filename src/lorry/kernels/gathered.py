@@ -1,7 +1,9 @@
-"""Batches of many adapters with few tokens each: one batched product for all adapters of a rank instead of one for each.
+"""Batches of many adapters with few tokens each: one batched product for all adapters of a rank instead of one for
+each.
 
-In decoding a row is one token, and a product for each adapter would be a matrix times a vector behind a call's overhead. The
-stacked factors are worth keeping as long as the composition of the batch lasts, since every further token uses them again.
+In decoding a row is one token, and a product for each adapter would be a matrix times a vector behind a call's
+overhead. The stacked factors are worth keeping as long as the composition of the batch lasts, since every further
+token uses them again.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ class Stacked:
     Attributes
     ----------
     groups
-        For each rank and number of rows: the rows (None for all, in order), A ``(adapters, rank, in)`` and the scaled Bᵀ
-        ``(adapters, rank, out)``.
+        For each rank and number of rows: the rows (None for all, in order), A ``(adapters, rank, in)`` and the scaled
+        Bᵀ ``(adapters, rank, out)``.
     rows
         Length of the batch.
     adapters

@@ -1,4 +1,6 @@
-"""The fused operation for batches of several adapters on a GPU: a frozen linear layer, and grouped kernels for all segments."""
+"""The fused operation for batches of several adapters on a GPU: a frozen linear layer, and grouped kernels for all
+segments.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def _triton() -> bool:
 
 
 def groupable(x: Tensor, segments: Sequence[Segment], factors: Sequence[Factors]) -> bool:
-    """Whether the grouped kernels carry these segments: on a GPU (or in Triton's interpreter), no gains, one type, one dropout."""
+    """Whether the grouped kernels carry these segments: on a GPU (or in Triton's interpreter), no gains, one type, one
+    dropout.
+    """
     if not (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") or not _triton():
         return False
     kinds = {(f.a.dtype, f.b.dtype) for f in factors}

@@ -1,8 +1,8 @@
 """The hot operation: a frozen linear layer plus low-rank updates of its rows, forward and backward in one node.
 
-For every segment s of rows, ``y_s = g_s ⊙ (x_s Wᵀ + scale_s · drop(x_s) A_sᵀ B_sᵀ) + b``, the gain g being 1 unless a method has one (DoRA). Ranks
-are not padded, rows without an adapter cost nothing, x is kept once, and the mask of dropout is drawn again from its seed. The
-definition is `reference`; everything else here is held against it.
+For every segment s of rows, ``y_s = g_s ⊙ (x_s Wᵀ + scale_s · drop(x_s) A_sᵀ B_sᵀ) + b``, the gain g being 1 unless a
+method has one (DoRA). Ranks are not padded, rows without an adapter cost nothing, x is kept once, and the mask of
+dropout is drawn again from its seed. The definition is `reference`; everything else here is held against it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from lorry.kernels.dropout import keep_mask, kept_scale, masked
 from lorry.kernels.grouped import groupable, grouped_linear
 from lorry.kernels.products import add_product, product
 from lorry.kernels.segments import Factors, Rows, Segment, take
+
 
 def reference(
     x: Tensor,
@@ -61,7 +62,8 @@ def low_rank_linear(
     weight, bias
         A dense frozen weight ``(out, in)`` and its bias; or None, with `y` given.
     y
-        The layer's output, if it was computed elsewhere (quantised storage); it is not changed. Gains need `weight` instead.
+        The layer's output, if it was computed elsewhere (quantised storage); it is not changed. Gains need `weight`
+        instead.
     segments
         The rows of each adapter; rows with a gain belong to one segment only.
     factors
@@ -87,7 +89,9 @@ def _forward(
     segments: Sequence[Segment],
     flat: Sequence[Tensor | None],
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
-    """Return the output, the rank units ``(rank, tokens)`` of each segment, and the output before gains if there are any."""
+    """Return the output, the rank units ``(rank, tokens)`` of each segment, and the output before gains if there are
+    any.
+    """
     gains = flat[2::3]
     gained = any(g is not None for g in gains)
     out = F.linear(x, weight, None if gained else bias) if y is None else y.clone()  # type: ignore[arg-type]

@@ -14,7 +14,9 @@ def _native_bfloat16() -> bool:
 
 
 def emulated(x: Tensor) -> bool:
-    """Whether products of x's type run without hardware support (bfloat16 on older processors), far slower than float32."""
+    """Whether products of x's type run without hardware support (bfloat16 on older processors), far slower than
+    float32.
+    """
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not _native_bfloat16()
 
 
@@ -23,8 +25,6 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     if emulated(left):
         return (left.float() @ right.float()).to(left.dtype)
     return left @ right
-
-
 
 
 def add_product(y: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:

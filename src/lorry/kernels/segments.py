@@ -31,7 +31,9 @@ class Segment:
 
 @dataclass(frozen=True)
 class Factors:
-    """What a segment multiplies with: A ``(rank, in)``, B ``(out, rank)``, and a gain ``(out,)`` of base and update together."""
+    """What a segment multiplies with: A ``(rank, in)``, B ``(out, rank)``, and a gain ``(out,)`` of base and update
+    together.
+    """
 
     a: Tensor
     b: Tensor

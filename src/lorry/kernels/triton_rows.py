@@ -1,8 +1,9 @@
 """Triton kernels for batches whose rows use different adapters: ranks unpadded, factors read where they lie.
 
-Three kernels serve forward and backward: `_shrink` (tokens times a thin matrix), `_expand` (its counterpart, added in place) and
-`_outer` (gradients of the factors, a segment at a time). Each segment's factors are reached by address, so nothing is stacked or
-copied; float32 factors are cast as they are read. Dropout reads its window of the pool of `lorry.kernels.dropout`.
+Three kernels serve forward and backward: `_shrink` (tokens times a thin matrix), `_expand` (its counterpart, added in
+place) and `_outer` (gradients of the factors, a segment at a time). Each segment's factors are reached by address, so
+nothing is stacked or copied; float32 factors are cast as they are read. Dropout reads its window of the pool of
+`lorry.kernels.dropout`.
 """
 
 from __future__ import annotations
@@ -49,26 +50,29 @@ class RowPlan:
 
 def plan_rows(rows: Sequence[Tensor], scales: Sequence[float | Tensor], tokens: int, device: torch.device) -> RowPlan:
     """Lay out segments given by the row indices of each, for rows of `tokens` tokens each."""
-    token, scale, start, blocks, firsts = [], [], [0], [], []
+    token: list[Tensor] = []
+    scale: list[Tensor] = []
+    start, blocks, firsts = [0], list[int](), list[int]()
     for number, (index, factor) in enumerate(zip(rows, scales, strict=True)):
         flat = (index.cpu()[:, None] * tokens + torch.arange(tokens)).reshape(-1)
         spread = torch.full((len(index),), factor) if isinstance(factor, float) else factor.cpu().float()
         token.append(flat)
         scale.append(spread.repeat_interleave(tokens))
-        first = start[-1]
         blocks += [number] * -(-len(flat) // _TOKENS)
-        firsts += range(first, first + len(flat), _TOKENS)
-        start.append(first + len(flat))
-    integers = [torch.cat(token), torch.tensor(start), torch.tensor(blocks), torch.tensor(firsts)]
-    return RowPlan(*(t.to(device, torch.int32) for t in integers), torch.cat(scale).to(device, torch.float32))
+        firsts += range(start[-1], start[-1] + len(flat), _TOKENS)
+        start.append(start[-1] + len(flat))
+    where = [torch.cat(token), torch.tensor(start), torch.tensor(blocks), torch.tensor(firsts)]
+    order, begin, segment, first = (t.to(device, torch.int32) for t in where)
+    return RowPlan(order, begin, segment, first, torch.cat(scale).to(device, torch.float32))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _shrink(
+def _shrink(  # type: ignore[no-untyped-def]
     x, h, factors, ranks, token, start, block_segment, block_start, scale, pool, window, keep,
     width, x_stride, h_stride, rank_step, width_step,
-    TOKENS: tl.constexpr, RANK: tl.constexpr, INNER: tl.constexpr, KIND: tl.constexpr, DROP: tl.constexpr, SCALED: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+    TOKENS: tl.constexpr, RANK: tl.constexpr, INNER: tl.constexpr, KIND: tl.constexpr,
+    DROP: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
     """``h[t, r] = Σ_k drop(x[token t, k]) · factor[r, k]`` for one block of tokens of one segment."""
     block = tl.program_id(0)
     segment = tl.load(block_segment + block)
@@ -102,11 +106,12 @@ def _shrink(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _expand(
+def _expand(  # type: ignore[no-untyped-def]
     y, h, factors, ranks, token, start, block_segment, block_start, scale, pool, window, keep,
     width, y_stride, h_stride, rank_step, width_step,
-    TOKENS: tl.constexpr, RANK: tl.constexpr, OUTER: tl.constexpr, KIND: tl.constexpr, DROP: tl.constexpr, SCALED: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+    TOKENS: tl.constexpr, RANK: tl.constexpr, OUTER: tl.constexpr, KIND: tl.constexpr,
+    DROP: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
     """``y[token t, n] += Σ_r h[t, r] · factor[n, r]`` for one block of tokens and one of columns."""
     block = tl.program_id(0)
     segment = tl.load(block_segment + block)
@@ -138,11 +143,12 @@ def _expand(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _outer(
+def _outer(  # type: ignore[no-untyped-def]
     left, right, results, ranks, token, start, scale, pool, window, keep,
     width, left_stride, right_stride, rank_step, width_step,
-    TOKENS: tl.constexpr, RANK: tl.constexpr, OUTER: tl.constexpr, KIND: tl.constexpr, DROP: tl.constexpr, SCALED: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+    TOKENS: tl.constexpr, RANK: tl.constexpr, OUTER: tl.constexpr, KIND: tl.constexpr,
+    DROP: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
     """``result[r, n] = Σ_t left[t, r] · drop(right[token t, n])`` for one segment and one block of columns."""
     segment = tl.program_id(0)
     rank = tl.load(ranks + segment)
@@ -155,7 +161,9 @@ def _outer(
         rows = first + tl.arange(0, TOKENS)
         live = rows < last
         at = tl.load(token + rows, mask=live, other=0)
-        units = tl.load(left + rows[None, :] * left_stride + r[:, None], mask=live[None, :] & (r[:, None] < rank), other=0.0)
+        units = tl.load(
+            left + rows[None, :] * left_stride + r[:, None], mask=live[None, :] & (r[:, None] < rank), other=0.0
+        )
         if SCALED:
             units = units * tl.load(scale + rows, mask=live, other=0.0)[None, :]
         part = tl.load(right + at[:, None] * right_stride + n[None, :], mask=live[:, None] & inside[None, :], other=0.0)
@@ -218,8 +226,8 @@ class GroupedRows:
         fixed = self._fixed() if drop else (*self._fixed()[:5], plan.token, plan.token, 1.0)
         _shrink[(len(plan.block_start),)](
             x, h, self._addresses[which], self._ranks, *fixed, width, x.stride(0), h.stride(0), *steps,
-            TOKENS=_TOKENS, RANK=self._block, INNER=_INNER, KIND=_KINDS[self.a[0].dtype], DROP=drop and self.windows is not None,
-            SCALED=scaled,
+            TOKENS=_TOKENS, RANK=self._block, INNER=_INNER, KIND=_KINDS[self.a[0].dtype],
+            DROP=drop and self.windows is not None, SCALED=scaled,
         )  # fmt: skip
         return h
 
@@ -230,8 +238,8 @@ class GroupedRows:
         fixed = self._fixed() if drop else (*self._fixed()[:5], plan.token, plan.token, 1.0)
         _expand[(len(plan.block_start), triton.cdiv(width, _OUTER))](
             y, h, self._addresses[which], self._ranks, *fixed, width, y.stride(0), h.stride(0), *steps,
-            TOKENS=_TOKENS, RANK=self._block, OUTER=_OUTER, KIND=_KINDS[self.a[0].dtype], DROP=drop and self.windows is not None,
-            SCALED=scaled,
+            TOKENS=_TOKENS, RANK=self._block, OUTER=_OUTER, KIND=_KINDS[self.a[0].dtype],
+            DROP=drop and self.windows is not None, SCALED=scaled,
         )  # fmt: skip
 
     def _gradients(self, left: Tensor, right: Tensor, which: int, *, drop: bool, scaled: bool) -> list[Tensor]:
@@ -242,9 +250,10 @@ class GroupedRows:
         token, start, _, _, scale, *windows = self._fixed()
         flags = windows if drop else (plan.token, plan.token, 1.0)
         _outer[(plan.segments, triton.cdiv(width, _OUTER))](
-            left, right, addresses, self._ranks, token, start, scale, *flags, width, left.stride(0), right.stride(0), *steps,
-            TOKENS=_TOKENS, RANK=self._block, OUTER=_OUTER, KIND=_KINDS[results[0].dtype], DROP=drop and self.windows is not None,
-            SCALED=scaled,
+            left, right, addresses, self._ranks, token, start, scale, *flags, width,
+            left.stride(0), right.stride(0), *steps,
+            TOKENS=_TOKENS, RANK=self._block, OUTER=_OUTER, KIND=_KINDS[results[0].dtype],
+            DROP=drop and self.windows is not None, SCALED=scaled,
         )  # fmt: skip
         return results
 

@@ -57,48 +57,27 @@ def merge(
     dtype: str = "float32",
     overwrite: bool = False,
 ) -> MergedAdapter:
-    """Merge adapters of one base into one.
-
-    Everything is computed in float64 from factors with their scale folded in, site by site; adapters are taken in the
-    order of their names, so the order in which they are given changes nothing.
+    """Merge adapters of one base into one; the order in which they are given changes nothing.
 
     Parameters
     ----------
-    inputs
-        Directories or live adapters; a mapping gives them names, otherwise their own names are used.
-    weights
-        By name, or in the order of `inputs`: a number, a list spread over the layers, or pattern of sites -> these.
-        1/n each if not given. An adapter takes no part at a site where its weight is 0.
-    method, options
-        See `lorry.merging.merge_methods`.
-    schedule
-        Factors on the weights at some sites.
-    out
-        Also write the result here; nothing is written if anything fails.
-    name
-        Of the result.
+    inputs, weights
+        Folders or live adapters, by name or in order; a number, a list spread over the layers, or pattern of sites ->
+        these for each (1/n if not given). Weight 0 leaves an adapter out at a site.
+    method, options, schedule
+        See `lorry.merging.merge_methods`, and `Step` for factors on the weights at some sites.
     model
-        The base: needed for adapters whose update depends on its weights (DoRA from a file) and for kohya's names;
-        directories that need it are loaded onto it for the time of the merge.
-    objective
-        Loss to minimise, for methods that search: called with the model carrying the candidate, or with the
-        candidate's factors (site path -> `Factors`) if no model is given.
-    extras
-        Further data that a method declares.
-    whole_modules
-        What to do with modules that were trained whole (a classifier's head): there is no update to merge without the
-        base.
-    check_base
-        Refuse inputs with different base fingerprints.
-    dtype
-        Of the result's factors.
-    overwrite
-        Replace an adapter at `out`.
+        The base: for folders that need it (DoRA, kohya's names), which are loaded onto it meanwhile.
+    objective, extras
+        A loss of the model that carries a candidate, or without a model of its factors; what a method's `needs` names.
+    whole_modules, check_base
+        Refuse or drop modules that were trained whole; refuse different base fingerprints.
+    out, name, dtype, overwrite
+        Of the result, which is written if a folder is given, and only once everything succeeded.
 
     Raises
     ------
     OptionError, AdapterError, CheckpointError, FingerprintError
-        With the reason; nothing is written.
     """
     chosen = merge_method_named(method)
     parsed = chosen.parse(options or {})
@@ -106,8 +85,7 @@ def merge(
         raise OptionError(
             f"dtype must be one of {', '.join(_DTYPES)}, found {dtype!r}.{near_misses(str(dtype), _DTYPES)}"
         )
-    target = _target(out, overwrite)
-    named = _named(inputs)
+    target, named = _target(out, overwrite), _named(inputs)
     with ExitStack() as stack:
         sources = {n: open_source(item, n, model, stack) for n, item in sorted(named.items())}
         verdict = _same_base(sources, check_base)
@@ -331,7 +309,6 @@ def _run(
     paths = tuple(work.paths())
     if not paths:
         raise OptionError("All weights are 0 at every site; there is nothing to merge.")
-    notes = ([method.note] if method.note else []) + work.notes
     pool = Pool(
         tuple(work.sources),
         paths,
@@ -346,18 +323,34 @@ def _run(
     missing = [p for p in paths if p not in done]
     if missing:
         raise LorryError(f"Merge method '{method.slug}' gave no result at {len(missing)} sites: {some(missing)}.")
+    return _gathered(method, options, work, done, pool.facts, dtype, verdict, name)
+
+
+def _gathered(
+    method: MergeMethod,
+    options: dict[str, Any],
+    work: _Work,
+    done: Mapping[str, tuple[Factors, SiteRecord, dict[str, float]]],
+    facts: dict[str, Any],
+    dtype: torch.dtype,
+    verdict: str,
+    name: str,
+) -> MergedAdapter:
+    """Put the matrices of each site together and write the receipt."""
     tensors = {
         p: _joined([done[s][0] for s in work.slots(p)], work.shapes[p].shape[:-2], dtype)
         for p in work.shapes
         if work.slots(p)[0] in done
     }
     figures = [f for _, _, f in done.values()]
-    sites = {p: work.shapes[p] for p in tensors}
     records = tuple(work.record(n) for n in work.sources)
+    notes = ([method.note] if method.note else []) + work.notes
     for source_name, source in work.sources.items():
-        for path, error in source.approximated.items():
+        if source.approximated:
+            worst = max(source.approximated.values())
             notes.append(
-                f"'{source_name}' is no product of thin factors at '{path}': decomposed with relative error {error:.1e}"
+                f"'{source_name}' is no product of thin factors at {len(source.approximated)} sites "
+                f"({some(source.approximated, 2)}): decomposed with relative error {worst:.1e} at most"
             )
     skipped = [p for p in work.shapes if p not in tensors]
     if skipped:
@@ -373,12 +366,17 @@ def _run(
         rounding=ratio(total(figures, "rounding"), total(figures, "norm")),
         dropped=tuple(work.dropped),
         notes=tuple(dict.fromkeys(notes)),
-        facts=pool.facts,
+        facts=facts,
     )
-    mark = joined({n: s.fingerprint for n, s in work.sources.items()})
-    metadata = {"lineage": {"merge": receipt.summary()}}
-    base = next((s.base for s in work.sources.values() if s.base), "")
-    return MergedAdapter(name, tensors, sites, mark, receipt, base, metadata)
+    return MergedAdapter(
+        name=name,
+        tensors=tensors,
+        sites={p: work.shapes[p] for p in tensors},
+        fingerprint=joined({n: s.fingerprint for n, s in work.sources.items()}),
+        receipt=receipt,
+        base=next((s.base for s in work.sources.values() if s.base), ""),
+        metadata={"lineage": {"merge": receipt.summary()}},
+    )
 
 
 def _idle(method: MergeMethod, options: Mapping[str, Any]) -> bool:
@@ -401,11 +399,11 @@ def _finished(site: SiteInput, result: Factors, dtype: torch.dtype) -> tuple[Fac
         raise LorryError(f"The result at '{site.path}' is {result.shape}, expected {site.shape}.")
     if result.rank > min(site.shape):
         result = decompose(result).truncated(min(site.shape))
-    if not (torch.isfinite(result.a).all() and torch.isfinite(result.b).all()):
+    if not (torch.isfinite(result.a.sum()) and torch.isfinite(result.b.sum())):
         raise AdapterError(f"The merge gives NaN or infinite values at '{site.path}'; nothing was written.")
     balanced = result.balanced() if dtype == torch.float16 else result  # its range is narrow
     stored = Factors(balanced.a.to(dtype).double(), balanced.b.to(dtype).double())
-    if not (torch.isfinite(stored.a).all() and torch.isfinite(stored.b).all()):
+    if not (torch.isfinite(stored.a.sum()) and torch.isfinite(stored.b.sum())):
         raise AdapterError(
             f"The result at '{site.path}' does not fit into {dtype}; use dtype='float32'. Nothing was written."
         )

@@ -6,6 +6,7 @@ an R x R core; the cost is O((out + in) R² + R³) and the memory O((out + in) R
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -153,12 +154,13 @@ class Joint:
         """
         return [Factors(ra.mT, rb) for ra, rb in zip(self.ra, self.rb, strict=True)]
 
-    def decompose(self, weights: Sequence[float]) -> Decomposition:
-        """Return the singular value decomposition of ``Σ w ΔW``, numerical zeros left out."""
+    def decompose(self, weights: Sequence[float], rank: int | None = None) -> Decomposition:
+        """Return the decomposition of ``Σ w ΔW``: all singular values but numerical zeros, vectors up to `rank`."""
         u, s, vt = torch.linalg.svd(self.core(weights), full_matrices=False)
         sizes = [float(b.norm() * a.norm()) * abs(w) for b, a, w in zip(self.rb, self.ra, weights, strict=True)]
         k = _significant(s, sum(sizes))
-        return Decomposition(self.qb @ u[:, :k], s[:k], vt[:k] @ self.qa.mT)
+        n = k if rank is None else min(rank, k)
+        return Decomposition(self.qb @ u[:, :n], s[:k], vt[:n] @ self.qa.mT)
 
     def distance(self, f: Factors, weights: Sequence[float]) -> float:
         """Return ``‖B A - Σ w ΔW‖`` without cancellation: what lies in the bases is compared there, the rest is
@@ -168,12 +170,12 @@ class Joint:
         inside = cb @ ca - self.core(weights)
         beside = Factors(f.a - ca @ self.qa.mT, cb)
         above = Factors(f.a, f.b - self.qb @ cb)
-        return (float(inside.square().sum()) + gram_norm(beside) ** 2 + gram_norm(above) ** 2) ** 0.5
+        return math.sqrt(float(inside.square().sum()) + gram_norm(beside) ** 2 + gram_norm(above) ** 2)
 
 
 def gram_norm(f: Factors) -> float:
     """Return ``‖B A‖`` from two small Gram matrices: cheaper than `Factors.norm`, blind below 1e-8 of ``‖B‖ ‖A‖``."""
-    return max(inner(f, f), 0.0) ** 0.5
+    return math.sqrt(max(inner(f, f), 0.0))
 
 
 def decompose_dense(matrix: Tensor, rank: int, seed: int = 0) -> Decomposition:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 
@@ -100,7 +100,7 @@ class MergeReceipt:
 
     def summary(self) -> dict[str, Any]:
         """Return the receipt without its sites, for a checkpoint's metadata."""
-        whole = {k: v for k, v in self.to_dict().items() if k != "sites"}
+        whole = {k: v for k, v in replace(self, sites=()).to_dict().items() if k != "sites"}
         return {**whole, "pairs": self.pairs(), "site_count": len(self.sites)}
 
     def to_dict(self) -> dict[str, Any]:

@@ -113,13 +113,12 @@ class CoMoL(Bottleneck):
         """Apply the cores, mixed for each token: all of them in one product, then their weighted sum."""
         if self.constant:
             return h
-        router, bias = tensors["router"], tensors.get("router_bias")
-        logits = (
-            precise(F.linear(h, router.to(h.dtype))) if self.router_input == "core" else call.project(router)
-        )
+        # flat, so that products are folded, and rounded, alike whether or not something needs a gradient
+        code, router, bias = h.reshape(-1, self.rank), tensors["router"], tensors.get("router_bias")
+        full = self.router_input == "full"
+        logits = call.project(router).flatten(0, -2) if full else precise(F.linear(code, router.to(h.dtype)))
         gates = (logits if bias is None else logits + bias.to(logits.dtype)).softmax(-1)
-        report(call, gates, gates)
-        outputs = F.linear(h, tensors["cores"].flatten(0, 1).to(h.dtype)).unflatten(
-            -1, (self.experts, self.rank)
-        )
-        return torch.matmul(gates.to(h.dtype).unsqueeze(-2), outputs).squeeze(-2)
+        shaped = gates.view(*h.shape[:-1], self.experts)
+        report(call, shaped, shaped)
+        outputs = F.linear(code, tensors["cores"].flatten(0, 1).to(h.dtype)).view(-1, self.experts, self.rank)
+        return torch.bmm(gates.to(h.dtype).unsqueeze(1), outputs).view(h.shape)

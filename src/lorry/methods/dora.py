@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from lorry.core.families import norms_of_sum
-from lorry.core.method import TensorSpec, Tensors, ones, register
+from lorry.core.method import Tensors, TensorSpec, ones, register
 from lorry.core.sites import Site
 from lorry.methods.lora import LoRA
 
@@ -16,7 +16,9 @@ from lorry.methods.lora import LoRA
 @register("dora", paper="arXiv 2402.09353", linear_in_scale=False)
 @dataclass(frozen=True)
 class DoRA(LoRA):
-    """``W' = m ⊙ (W + scale · B A) / ‖W + scale · B A‖`` by output channel, the norm held constant in the gradient (section 4.3)."""
+    """``W' = m ⊙ (W + scale · B A) / ‖W + scale · B A‖`` by output channel, the norm constant in the gradient (section
+    4.3).
+    """
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         """Return A, B and the magnitude m ``(out,)``."""

@@ -1,4 +1,4 @@
-"""Full training of whole modules beside an adapter (a classification head, an embedding): copies, the base keeps its own."""
+"""Full training of whole modules beside an adapter (a head, an embedding): copies, the base keeps its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from lorry.core.call import Call
 from lorry.core.families import Block
 from lorry.core.layers import exchanged
-from lorry.core.method import TensorSpec, Tensors, register
+from lorry.core.method import Tensors, TensorSpec, register
 from lorry.core.sites import Site
 
 

@@ -16,7 +16,7 @@ from lorry.core.sites import Site
 @register("lora", paper="arXiv 2106.09685")
 @dataclass(frozen=True)
 class LoRA(Bottleneck):
-    """``ΔW = scale · B A`` with A ``(rank, in)`` random and B ``(out, rank)`` zero at the start (Hu et al., section 4.1)."""
+    """``ΔW = scale · B A`` with A ``(rank, in)`` random, B ``(out, rank)`` zero at the start (section 4.1)."""
 
     rank: int = option(8, "Rank of the update.", at_least=1)
     alpha: float | None = option(None, "Numerator of the scale; the rank itself if not given.", above=0)
@@ -28,7 +28,10 @@ class LoRA(Bottleneck):
         """Refuse a rank above the width of the layer: the product could not use it."""
         most = min(site.out_features, site.in_features)
         if self.rank > most:
-            raise SiteError(f"'{site.path}' is {site.out_features} x {site.in_features}: rank must be at most {most}, found {self.rank}.")
+            raise SiteError(
+                f"'{site.path}' is {site.out_features} x {site.in_features}: rank must be at most "
+                f"{most}, found {self.rank}."
+            )
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         """Return A and B."""

@@ -45,8 +45,8 @@ class LoRAMixer(Bottleneck):
     later, or the labelled one.
 
     `lorry.core.experts.from_adapters` makes one from LoRAs (of any ranks) that exist; those stay as they are.
-    Its loss is ``load_balance Σ p̄ f̄ ± entropy mean H(p)`` (equation 5). As printed, the sign is minus, which
-    makes routing flat, while the text wants it selective: ``entropy_sign`` is "specialise" by default,
+    Its loss is ``load_balance Σ p̄ f̄ ± entropy mean H(p)`` (equation 5). As printed, the sign is minus,
+    which makes routing flat, while the text wants it selective: ``entropy_sign`` is "specialise" by default,
     "paper_formula" is as printed. f̄ is the share of tokens whose best expert it is (equation 3), or the mass
     in the first k, as a later passage has it. One expert is a plain LoRA in every mode.
     """

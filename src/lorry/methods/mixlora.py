@@ -20,9 +20,9 @@ from lorry.core.routing import (
     balance_loss,
     balance_sums,
     check_top_k,
-    precise,
     ranked,
     report,
+    router_logits,
     top_p_mask,
     within_capacity,
 )
@@ -32,7 +32,7 @@ from lorry.methods.dora import DoRA
 from lorry.methods.lora import LoRA
 
 
-@register("mixlora", paper="arXiv 2404.15159", kinds=("linear", "block"))
+@register("mixlora", paper="arXiv 2404.15159", kinds=("block",))
 @dataclass(frozen=True)
 class MixLoRA(Block):
     """``y = Σ_{e in top k} w_e FFN_e(x)``: FFN_e has a LoRA at each projection, w the renormalised softmax of
@@ -46,6 +46,8 @@ class MixLoRA(Block):
     inference, never applies the experts; here the experts always apply, and such tokens get the frozen
     block's output.
     """
+
+    gathers = ("linear",)
 
     experts: int = option(8, "Experts of each feed-forward block.", at_least=1)
     top_k: int = option(2, "Experts of a token.", at_least=1)
@@ -82,7 +84,15 @@ class MixLoRA(Block):
         for site, names in with_blocks(sites, root):
             here = self.with_options(projections=names) if names and not self.projections else self
             placed.append((site, here))
+        if not any(site.kind.name == "block" for site, _ in placed):
+            raise SiteError(
+                "MixLoRA needs feed-forward blocks; target 'all-linear', 'mlp' or their projections."
+            )
         return placed
+
+    def bases(self, site: Site) -> Sequence[Site]:
+        """Return the projections of the block."""
+        return list(self._parts(site).sites.values())
 
     def for_site(self, site: Site) -> Method:
         """Return the method itself at a block, a LoRA elsewhere."""
@@ -203,7 +213,7 @@ class MixLoRA(Block):
         """Return gates and choices ``(..., experts + 1)``; the last is the frozen block, for tokens that no
         expert takes.
         """
-        logits = F.linear(precise(x), precise(router).to(precise(x).dtype))
+        logits = router_logits(x, router)
         p = logits.softmax(-1)
         real = call.of_tokens(call.context.padding_mask)
         order = ranked(p.detach(), {"top_k": self.top_k, "switch": 1, "top_p": self.experts}[self.routing])

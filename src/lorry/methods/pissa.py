@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from lorry.core.method import TensorSpec, Tensors, register
+from lorry.core.method import Tensors, TensorSpec, register
 from lorry.core.options import option
 from lorry.core.sites import Site
 from lorry.methods.lora import LoRA
@@ -16,10 +16,11 @@ from lorry.methods.lora import LoRA
 @register("pissa", paper="arXiv 2404.02948")
 @dataclass(frozen=True)
 class PiSSA(LoRA):
-    """A and B start at the top singular triples of W; the same product is subtracted as a frozen offset (equations 2 to 4).
+    """A and B start at the top singular triples of W; the same product is subtracted as a frozen offset (equations 2
+    to 4).
 
-    The offset is kept as a second, frozen pair of factors beside the base, so the base stays as it is and is shared. As a plain
-    LoRA this is rank 2r: ``[A; A0]`` and ``[B, -B0]``.
+    The offset is kept as a second, frozen pair of factors beside the base, so the base stays as it is and is shared.
+    As a plain LoRA this is rank 2r: ``[A; A0]`` and ``[B, -B0]``.
     """
 
     iterations: int = option(0, "Subspace iterations of a fast randomised SVD; 0 computes the exact one.", at_least=0)

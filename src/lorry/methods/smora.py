@@ -93,8 +93,8 @@ class SMoRA(Bottleneck):
                 "counts", lambda: counts(mask, call.of_tokens(call.context.padding_mask)), always=True
             )
         report(call, gates)
-        gates = gates.repeat_interleave(self.partition, -1).to(units.dtype)
-        return units.mul(gates)
+        spread = gates.repeat_interleave(self.partition, -1).to(units.dtype)
+        return torch.mul(units, spread)
 
     def after_step(self, tensors: Tensors, site: Site, record: Mapping[str, Tensor]) -> None:
         """Move the bias against the loads of the step."""

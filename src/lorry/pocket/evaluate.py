@@ -52,9 +52,7 @@ def answer(
 
 def _continue(model: Any, tokenizer: Any, prompts: list[str], max_new_tokens: int) -> list[str]:
     """One batch of :func:`answer`."""
-    coded = tokenizer(
-        prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
-    )
+    coded = tokenizer(prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
     coded = coded.to(model.device)
     tokens = model.generate(
         input_ids=coded["input_ids"],

@@ -65,9 +65,7 @@ def batch(
     """
     prompts = tokenizer([line.prompt for line in lines], add_special_tokens=False)["input_ids"]
     answers = tokenizer([line.answer for line in lines], add_special_tokens=False)["input_ids"]
-    rows = [
-        (prompt, [*reply, tokenizer.eos_token_id]) for prompt, reply in zip(prompts, answers, strict=True)
-    ]
+    rows = [(prompt, [*reply, tokenizer.eos_token_id]) for prompt, reply in zip(prompts, answers, strict=True)]
     width = max(len(prompt) + len(answer) for prompt, answer in rows)
     ids = torch.full((len(rows), width), tokenizer.pad_token_id)
     mask = torch.zeros(len(rows), width, dtype=torch.long)

@@ -79,13 +79,9 @@ def rate_at(step: int, steps: int, peak: float) -> float:
 
 def loss_of(model: Any, lines: dict[str, torch.Tensor]) -> torch.Tensor:
     """Mean cross-entropy for each token, answers at full weight and prompts at :data:`PROMPT_WEIGHT`."""
-    logits = model(
-        input_ids=lines["input_ids"], attention_mask=lines["attention_mask"], use_cache=False
-    ).logits
+    logits = model(input_ids=lines["input_ids"], attention_mask=lines["attention_mask"], use_cache=False).logits
     targets = lines["input_ids"][:, 1:]
-    weight = (
-        torch.where(lines["labels"][:, 1:] == IGNORED, PROMPT_WEIGHT, 1.0) * lines["attention_mask"][:, 1:]
-    )
+    weight = torch.where(lines["labels"][:, 1:] == IGNORED, PROMPT_WEIGHT, 1.0) * lines["attention_mask"][:, 1:]
     losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), targets, reduction="none")
     return (losses * weight).sum() / weight.sum()
 

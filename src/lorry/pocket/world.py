@@ -253,7 +253,5 @@ def examples(one: str | Skill, split: Split, count: int, seed: int) -> list[Exam
         if line.answer:  # an empty answer would make the end of text the whole lesson
             found[word] = line
     if len(found) < count:
-        raise ValueError(
-            f"{chosen.name} gave {len(found)} different {split} words of {count} asked for: ask for fewer"
-        )
+        raise ValueError(f"{chosen.name} gave {len(found)} different {split} words of {count} asked for: ask for fewer")
     return list(found.values())

@@ -215,9 +215,7 @@ def collate(
         counts = [torch.arange(len(r)) if r.position_ids is None else r.position_ids for r in rows]
         batch["position_ids"] = stack(counts, 0)
     if any(row.token_type_ids is not None for row in rows):
-        types = [
-            torch.zeros_like(r.input_ids) if r.token_type_ids is None else r.token_type_ids for r in rows
-        ]
+        types = [torch.zeros_like(r.input_ids) if r.token_type_ids is None else r.token_type_ids for r in rows]
         batch["token_type_ids"] = stack(types, 0)
     return batch
 

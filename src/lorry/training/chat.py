@@ -136,9 +136,7 @@ class _Renderer:
         out = self._apply(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         return list(out["input_ids"]), [bool(m) for m in out["assistant_masks"]]
 
-    def spans(
-        self, messages: Sequence[Mapping[str, Any]], turns: Sequence[int]
-    ) -> tuple[str, list[tuple[int, int]]]:
+    def spans(self, messages: Sequence[Mapping[str, Any]], turns: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
         """The text of the conversation, and the characters (begin, end) of the given turns in it."""
         whole = str(self._apply(messages, tokenize=False))
         spans = []

@@ -232,9 +232,7 @@ def _parse_split(split: str | None) -> tuple[str | None, Bounds]:
 
 def _as_record(record: Mapping[str, Any], index: int) -> Record:
     if not isinstance(record, Mapping):
-        raise DataError(
-            f"record {index} is a {type(record).__name__}; a record is a mapping from column to value"
-        )
+        raise DataError(f"record {index} is a {type(record).__name__}; a record is a mapping from column to value")
     return dict(record)
 
 
@@ -252,15 +250,11 @@ def _read_path(
         if format in (None, "dataset") and is_dataset_folder(path):
             return read_dataset(path, name, bounds, limit)
         if format == "dataset":
-            raise DataError(
-                f"{path} is not a folder written by datasets.save_to_disk: it has no dataset_info.json"
-            )
+            raise DataError(f"{path} is not a folder written by datasets.save_to_disk: it has no dataset_info.json")
         paths = _folder_files(path, format, name)
     else:
         if format == "dataset":
-            raise DataError(
-                f"{path} is a file; format 'dataset' is a folder written by datasets.save_to_disk"
-            )
+            raise DataError(f"{path} is a file; format 'dataset' is a folder written by datasets.save_to_disk")
         paths = [path]
     # A single file may still hold named splits: a JSON object of lists. Everything else has none.
     inner = name if not path.is_dir() else None
@@ -291,9 +285,7 @@ def _missing(path: Path) -> str:
 def _format_of(path: Path) -> str:
     extension = path.suffix.lower()
     if extension in _PICKLES:
-        raise DataError(
-            f"{path} may hold a pickle, which can run code when opened; convert it to JSONL or Parquet"
-        )
+        raise DataError(f"{path} may hold a pickle, which can run code when opened; convert it to JSONL or Parquet")
     if extension not in EXTENSIONS:
         raise DataError(
             f"cannot tell the format of {path} by its extension {extension!r}; known are "
@@ -307,9 +299,7 @@ def _folder_files(folder: Path, format: str | None, split: str | None) -> list[P
     found = [
         p
         for p in sorted(folder.iterdir())
-        if p.is_file()
-        and p.suffix.lower() in EXTENSIONS
-        and not re.match(r"(?i)[._]|readme|licen[cs]e", p.name)
+        if p.is_file() and p.suffix.lower() in EXTENSIONS and not re.match(r"(?i)[._]|readme|licen[cs]e", p.name)
     ]
     if format is not None:
         found = [p for p in found if EXTENSIONS[p.suffix.lower()] == format]
@@ -330,15 +320,11 @@ def _folder_files(folder: Path, format: str | None, split: str | None) -> list[P
         wanted = _SPLIT_NAMES.get(split.lower(), split)
         exact = [p for p in found if p.stem == split]
         if not exact and wanted not in by_split:
-            raise DataError(
-                f"no split {split!r} in {folder}; {suggest(split, names or [p.stem for p in found])}"
-            )
+            raise DataError(f"no split {split!r} in {folder}; {suggest(split, names or [p.stem for p in found])}")
         chosen = exact or by_split[wanted]
     kinds = sorted({EXTENSIONS[p.suffix.lower()] for p in chosen})
     if len(kinds) > 1:
-        raise DataError(
-            f"{folder} mixes the formats {', '.join(kinds)}; choose one with format=, or name one file"
-        )
+        raise DataError(f"{folder} mixes the formats {', '.join(kinds)}; choose one with format=, or name one file")
     return chosen
 
 

@@ -70,8 +70,7 @@ def next_tokens(logits: Tensor, labels: Tensor) -> Tensor:
     """
     if logits.dim() != 3 or labels.shape != logits.shape[:2]:
         raise ValueError(
-            f"expected logits (n, L, V) and labels (n, L), "
-            f"found {tuple(logits.shape)} and {tuple(labels.shape)}"
+            f"expected logits (n, L, V) and labels (n, L), found {tuple(logits.shape)} and {tuple(labels.shape)}"
         )
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE).reshape(-1)
 
@@ -80,9 +79,7 @@ def _check_targets(targets: Tensor, size: int, what: str, hint: str) -> None:
     if targets.numel():
         low, high = (int(end) for end in torch.aminmax(targets))
         if low < 0 or high >= size:
-            raise ValueError(
-                f"label {high if high >= size else low}, but the model's {what} is {size}: {hint}"
-            )
+            raise ValueError(f"label {high if high >= size else low}, but the model's {what} is {size}: {hint}")
 
 
 def _chunks(count: int, width: int) -> Iterator[slice]:

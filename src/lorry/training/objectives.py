@@ -42,9 +42,7 @@ class Objective(Protocol):
     best: ClassVar[tuple[str, Literal["min", "max"]]]
     """The metric by which evaluations are compared, and which way is better."""
 
-    def encode(
-        self, tokenizer: Any, records: Sequence[Record], *, labels: Sequence[str] | None = None
-    ) -> EncodedSet:
+    def encode(self, tokenizer: Any, records: Sequence[Record], *, labels: Sequence[str] | None = None) -> EncodedSet:
         """Records to rows, with a report of what was left out. ``labels`` are a classifier's classes, in
         order.
         """
@@ -88,9 +86,7 @@ class Causal(_TokenObjective):
     add_eos: bool = True
     """End each text with the end-of-text token."""
 
-    def encode(
-        self, tokenizer: Any, records: Sequence[Record], *, labels: Sequence[str] | None = None
-    ) -> EncodedSet:
+    def encode(self, tokenizer: Any, records: Sequence[Record], *, labels: Sequence[str] | None = None) -> EncodedSet:
         """Encode the text column (`encode_causal`)."""
         column = _column(records, self.text_column, TEXT_COLUMNS, "text", "text_column")
         return encode_causal(
@@ -132,13 +128,9 @@ class Completion(_TokenObjective):
         """The prompt's text of one record, separator included: what to generate from after training."""
         return self._prompts([record])[0]
 
-    def encode(
-        self, tokenizer: Any, records: Sequence[Record], *, labels: Sequence[str] | None = None
-    ) -> EncodedSet:
+    def encode(self, tokenizer: Any, records: Sequence[Record], *, labels: Sequence[str] | None = None) -> EncodedSet:
         """Encode prompts and completions (`encode_completion`)."""
-        column = _column(
-            records, self.completion_column, COMPLETION_COLUMNS, "completion", "completion_column"
-        )
+        column = _column(records, self.completion_column, COMPLETION_COLUMNS, "completion", "completion_column")
         return encode_completion(
             tokenizer,
             list(zip(self._prompts(records), _texts(records, column), strict=True)),
@@ -184,9 +176,7 @@ class Chat(_TokenObjective):
     truncation: Truncation = "right"
     """What is cut off a conversation that is too long: ``right``, ``left``, or ``drop`` it."""
 
-    def encode(
-        self, tokenizer: Any, records: Sequence[Record], *, labels: Sequence[str] | None = None
-    ) -> EncodedSet:
+    def encode(self, tokenizer: Any, records: Sequence[Record], *, labels: Sequence[str] | None = None) -> EncodedSet:
         """Encode the conversations (`encode_chat`)."""
         chat_template(tokenizer, self.template)  # before anything else: without one, no data will do
         column = _column(records, self.messages_column, MESSAGE_COLUMNS, "messages", "messages_column")
@@ -233,15 +223,11 @@ class Classification:
         column = _column(records, self.label_column, LABEL_COLUMNS, "label", "label_column")
         names = {_label(_value(r, column, i), i, column) for i, r in enumerate(records)}
         if len(names) < 2:
-            raise DataError(
-                f"column {column!r} has the one class {names.pop()!r}; a classifier needs two or more"
-            )
+            raise DataError(f"column {column!r} has the one class {names.pop()!r}; a classifier needs two or more")
         numeric = all(re.fullmatch(r"-?\d+", n) for n in names)
         return tuple(sorted(names, key=int) if numeric else sorted(names))
 
-    def encode(
-        self, tokenizer: Any, records: Sequence[Record], *, labels: Sequence[str] | None = None
-    ) -> EncodedSet:
+    def encode(self, tokenizer: Any, records: Sequence[Record], *, labels: Sequence[str] | None = None) -> EncodedSet:
         """Encode texts and classes (`encode_classification`).
 
         Args:
@@ -307,9 +293,7 @@ def make_objective(name: str, options: Mapping[str, Any] | None = None) -> Objec
     return cls(**dict(options or {}))
 
 
-def _column(
-    records: Sequence[Record], named: str | None, candidates: Sequence[str], what: str, option: str
-) -> str:
+def _column(records: Sequence[Record], named: str | None, candidates: Sequence[str], what: str, option: str) -> str:
     if not records:
         raise DataError("no records to encode")
     if named is not None:
@@ -319,9 +303,7 @@ def _column(
 
 def _value(record: Record, column: str, index: int) -> Any:
     if column not in record:
-        raise DataError(
-            f"record {index} has no column {column!r}; it has {list(record)}, unlike the records before"
-        )
+        raise DataError(f"record {index} has no column {column!r}; it has {list(record)}, unlike the records before")
     return record[column]
 
 
@@ -344,9 +326,7 @@ def _fill(template: str, records: Sequence[Record]) -> list[str]:
     """A template's text for each record. Braces name columns and do nothing else."""
     names = _FIELD.findall(template)
     if not names:
-        raise DataError(
-            f"the template {template!r} names no column; write one in braces, such as {{question}}"
-        )
+        raise DataError(f"the template {template!r} names no column; write one in braces, such as {{question}}")
     columns = {n: _texts(records, require_column(records, n, "template"), empty=True) for n in names}
 
     def one(index: int) -> str:

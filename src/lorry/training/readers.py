@@ -92,9 +92,7 @@ def read_file(
         rows = _read_jsonl(path) if format == "jsonl" else read_table(path, format, columns)
         return list(islice(rows, limit))
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text (byte {error.start}); convert it, or name its format"
-        ) from error
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it, or name its format") from error
 
 
 def _read_text(path: Path, bounds: Bounds, limit: int | None) -> list[Record]:
@@ -113,8 +111,7 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise DataError(
-                    f"{path}:{number}: not JSON ({error.msg}, column {error.colno}); "
-                    "JSONL has one object a line"
+                    f"{path}:{number}: not JSON ({error.msg}, column {error.colno}); JSONL has one object a line"
                 ) from error
             if not isinstance(record, dict):
                 raise DataError(f"{path}:{number}: expected an object, found a {type(record).__name__}")
@@ -127,9 +124,7 @@ def _read_json(path: Path, split: str | None) -> list[Record]:
             content = json.load(file)
         except json.JSONDecodeError as error:
             hint = "; one object a line is JSONL: format='jsonl'" if error.msg == "Extra data" else ""
-            raise DataError(
-                f"{path}:{error.lineno}: not JSON ({error.msg}, column {error.colno}){hint}"
-            ) from error
+            raise DataError(f"{path}:{error.lineno}: not JSON ({error.msg}, column {error.colno}){hint}") from error
     if isinstance(content, dict):
         lists = {key: value for key, value in content.items() if isinstance(value, list)}
         if split is not None and split not in lists:

@@ -144,9 +144,7 @@ class Builder:
 
     def __init__(self, max_length: int, truncation: Truncation = "right", prefix_length: int = 0) -> None:
         if max_length < 2:
-            raise DataError(
-                f"max_length must be at least 2 (one token predicts the next), found {max_length}"
-            )
+            raise DataError(f"max_length must be at least 2 (one token predicts the next), found {max_length}")
         if truncation not in ("right", "left", "drop"):
             raise DataError(f"truncation must be 'right', 'left' or 'drop', found {truncation!r}")
         self.max_length = max_length

@@ -98,9 +98,7 @@ def _put(file: AdapterFile, part: Part, site: Site, bound: Bound) -> None:
     for name, value in values.items():
         full = f"{prefix}.{name}"
         if full in bound.values:
-            raise CheckpointError(
-                f"'{file.path}' holds two tensors for '{full}' of this model; nothing was loaded."
-            )
+            raise CheckpointError(f"'{file.path}' holds two tensors for '{full}' of this model; nothing was loaded.")
         bound.values[full] = value
     bound.chosen.append((site, method))
 
@@ -151,8 +149,7 @@ def _check_targets(file: AdapterFile, state: ModelState, resolver: Resolver, bou
         )
     for name in config.values.get("modules_to_save") or ():
         if not any(
-            p == name or p.endswith(f".{name}")
-            for p in (s.path for s, m in bound.chosen if m.info.slug == "full")
+            p == name or p.endswith(f".{name}") for p in (s.path for s, m in bound.chosen if m.info.slug == "full")
         ):
             found = [p for p, _ in state.root.named_modules() if p == name or p.endswith(f".{name}")]
             if found:

@@ -61,18 +61,14 @@ def export_plain(
         )
     tensors, sharded = gathered(adapter)
     if sharded:
-        raise AdapterError(
-            "Export needs whole tensors: save the adapter, load it in one process, export it there."
-        )
+        raise AdapterError("Export needs whole tensors: save the adapter, load it in one process, export it there.")
     plain, error, notes = _plain(adapter, rank)
     whole = {p: tensors[p] for p, e in adapter.entries.items() if e.method.info.slug == "full"}
     task = adapter.metadata.get("task_type")
     try:
         form = peft_form(adapter.state.root, plain, whole, base=model_name(adapter), task=task)
     except NotPlain as reason:
-        raise CheckpointError(
-            f"Adapter '{adapter.name}' cannot be said in PEFT's format: {reason}."
-        ) from None
+        raise CheckpointError(f"Adapter '{adapter.name}' cannot be said in PEFT's format: {reason}.") from None
     check_tensors(form.tensors, adapter.name)
     if process_rank() == 0:
         blob, _ = serialised(form.tensors)

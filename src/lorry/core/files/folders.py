@@ -40,15 +40,12 @@ def located(path: str | os.PathLike[str]) -> Path:
         if given.suffix != ".safetensors":
             raise CheckpointError(f"'{given}' is neither a folder nor a .safetensors file.")
         if given.name == TENSORS and any((given.parent / n).is_file() for n in (MANIFEST, PEFT_CONFIG)):
-            raise CheckpointError(
-                f"'{given}' belongs to the adapter in the folder '{given.parent}'; load the folder."
-            )
+            raise CheckpointError(f"'{given}' belongs to the adapter in the folder '{given.parent}'; load the folder.")
         return given
     if not given.is_dir():
         near = sorted(p.name for p in given.parent.iterdir()) if given.parent.is_dir() else []
         raise CheckpointError(
-            f"There is no adapter at '{given}'.{near_misses(given.name, near)} Hub names are not downloaded "
-            "here."
+            f"There is no adapter at '{given}'.{near_misses(given.name, near)} Hub names are not downloaded here."
         )
     tensors = inside(given, TENSORS)
     if tensors is None:
@@ -114,9 +111,7 @@ def write_folder(path: Path, files: Mapping[str, bytes], *, overwrite: bool = Tr
     path = path.expanduser()
     path = path if path.name not in ("", "..", ".") else path.resolve()
     if path.is_symlink():
-        raise CheckpointError(
-            f"'{path}' is a link; saving through it would write elsewhere. Give the folder itself."
-        )
+        raise CheckpointError(f"'{path}' is a link; saving through it would write elsewhere. Give the folder itself.")
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"'{path}' is a file; an adapter is saved as a folder.")
     if path.is_dir() and not overwrite and any(path.iterdir()):

@@ -159,12 +159,8 @@ def _own(path: Path, manifest: Manifest, file: TensorFile, loaded: Loaded | None
             "folder as PEFT's."
         )
     if manifest.tensors != len(file.places):
-        raise CheckpointError(
-            f"'{file.path}' holds {len(file.places)} tensors, its manifest names {manifest.tensors}."
-        )
-    parts = {
-        p: Part(p, m, kind=manifest.kinds[p], shape=manifest.shapes[p]) for p, m in manifest.methods.items()
-    }
+        raise CheckpointError(f"'{file.path}' holds {len(file.places)} tensors, its manifest names {manifest.tensors}.")
+    parts = {p: Part(p, m, kind=manifest.kinds[p], shape=manifest.shapes[p]) for p, m in manifest.methods.items()}
     shared = {name: f"shared.{name}" for name in manifest.shared}
     if manifest.layout == "peft":
         surplus = _assign_peft(parts, sort_peft_keys(file.places, str(path)))

@@ -21,8 +21,7 @@ from lorry.core.method import Method, method_from
 
 FORMAT = 1
 _FIELDS = frozenset(
-    "format readable_by lorry name layout method sites shared tensors dtype fingerprint metadata "
-    "digest".split()
+    "format readable_by lorry name layout method sites shared tensors dtype fingerprint metadata digest".split()
 )
 
 
@@ -79,9 +78,7 @@ class Manifest:
         try:
             return json.dumps(values, indent=1).encode()
         except (TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"The metadata of adapter '{self.name}' is not plain data: {error}."
-            ) from None
+            raise CheckpointError(f"The metadata of adapter '{self.name}' is not plain data: {error}.") from None
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -152,7 +149,5 @@ def _check_format(values: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     if not unknown:
         return ()
     if number <= FORMAT:
-        raise CheckpointError(
-            f"'{path}' has the unknown fields {unknown}, which its format {number} does not have."
-        )
+        raise CheckpointError(f"'{path}' has the unknown fields {unknown}, which its format {number} does not have.")
     return (f"fields of the newer format {number} were left aside: {', '.join(unknown)}",)

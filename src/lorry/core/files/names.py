@@ -99,9 +99,7 @@ class Resolver:
         if change != self._last:
             self._last = change
             done = f"without the prefix '{prefix}'" if longer is path else f"with the prefix '{prefix}'"
-            self.notes.append(
-                f"the file's paths were found {done}, because this model has another head or wrapper"
-            )
+            self.notes.append(f"the file's paths were found {done}, because this model has another head or wrapper")
 
     def original(self, path: str) -> str:
         """Return what the file would call the module of a site, given how its other paths were changed."""

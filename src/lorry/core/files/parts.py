@@ -172,9 +172,7 @@ def sort_peft_keys(keys: Mapping[str, Any], where: str) -> PeftKeys:
             module = module.replace(".base_layer.", ".")
         site = found.sites.setdefault((module, depth), {})
         if name in site:
-            raise CheckpointError(
-                f"'{where}' holds two tensors for {name} of '{module}': '{site[name]}' and '{key}'."
-            )
+            raise CheckpointError(f"'{where}' holds two tensors for {name} of '{module}': '{site[name]}' and '{key}'.")
         site[name] = key
     return found
 
@@ -189,9 +187,7 @@ def check_complete(keys: Mapping[str, str], path: str, wanted: Sequence[str], wh
         )
     surplus = [key for name, key in keys.items() if name not in wanted]
     if surplus:
-        raise CheckpointError(
-            f"'{where}' holds {', '.join(surplus)}, which the method at '{path}' does not have."
-        )
+        raise CheckpointError(f"'{where}' holds {', '.join(surplus)}, which the method at '{path}' does not have.")
 
 
 def unfolded_mid(down: Tensor, mid: Tensor) -> Tensor:

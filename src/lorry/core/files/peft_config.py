@@ -72,9 +72,7 @@ class PeftConfig:
         try:
             return [(re.compile(rf"(.*\.)?({k})$"), v) for k, v in (self.values.get(name) or {}).items()]
         except re.error as error:
-            raise CheckpointError(
-                f"{name} of the adapter config holds a wrong regular expression: {error}."
-            ) from None
+            raise CheckpointError(f"{name} of the adapter config holds a wrong regular expression: {error}.") from None
 
     @cached_property
     def _ranks(self) -> list[tuple[re.Pattern[str], Any]]:
@@ -104,9 +102,7 @@ class PeftConfig:
         key = (rank, alpha, parameter)
         found = self._made.get(key)
         if found is None:
-            slug = (
-                "dora" if self.values.get("use_dora") else "pissa" if self.pissa and not parameter else "lora"
-            )
+            slug = "dora" if self.values.get("use_dora") else "pissa" if self.pissa and not parameter else "lora"
             options = {"rank": rank, "alpha": alpha, "rank_stabilized": bool(self.values.get("use_rslora"))}
             dropout = 0.0 if parameter else float(self.values.get("lora_dropout") or 0.0)
             found = self._made[key] = method_from({"method": slug, "dropout": dropout, **options})
@@ -214,17 +210,14 @@ def understood(values: Mapping[str, Any], where: str) -> PeftConfig:
                 notes.append(f"the config's unknown option '{name}' is {value!r} and was left aside")
             continue
         if name in _REFUSED:
-            raise CheckpointError(
-                f"'{where}' sets {name}={value!r}: {_REFUSED[name]}, which Lorry cannot carry yet."
-            )
+            raise CheckpointError(f"'{where}' sets {name}={value!r}: {_REFUSED[name]}, which Lorry cannot carry yet.")
         raise CheckpointError(
             f"'{where}' sets the unknown option {name}={value!r}, which may change the arithmetic."
             f"{near_misses(name, _UNDERSTOOD | _NEUTRAL)} Understood are: {', '.join(sorted(_UNDERSTOOD))}."
         )
     if values.get("bias", "none") != "none":
         raise CheckpointError(
-            f"'{where}' sets bias={values['bias']!r}: trained biases of the base, which Lorry cannot carry "
-            "yet."
+            f"'{where}' sets bias={values['bias']!r}: trained biases of the base, which Lorry cannot carry yet."
         )
     start = str(values.get("init_lora_weights", True)).lower()
     if start.startswith(_CHANGED_BASE):
@@ -234,17 +227,12 @@ def understood(values: Mapping[str, Any], where: str) -> PeftConfig:
             "makes it a plain LoRA."
         )
     if start.startswith("pissa"):
-        notes.append(
-            "PiSSA saved unconverted: the principal part of each weight was computed again from this base"
-        )
+        notes.append("PiSSA saved unconverted: the principal part of each weight was computed again from this base")
         if start.startswith("pissa_niter"):
-            notes.append(
-                "it was made with a randomised SVD whose draw is not in the file; the exact one was used"
-            )
+            notes.append("it was made with a randomised SVD whose draw is not in the file; the exact one was used")
     elif not start.startswith(_HARMLESS_STARTS):
         raise CheckpointError(
-            f"'{where}' sets init_lora_weights='{start}', which is unknown and may have changed the base "
-            "weight."
+            f"'{where}' sets init_lora_weights='{start}', which is unknown and may have changed the base weight."
         )
     if values.get("use_dora") and start.startswith("pissa"):
         raise CheckpointError(

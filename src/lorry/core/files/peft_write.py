@@ -115,8 +115,7 @@ def _check(site: Site, dora: bool) -> None:
         raise NotPlain("the adapted layer is the model itself")
     if kind == "conv" and (owner.groups != 1 or max(owner.dilation) != 1 or owner.padding_mode != "zeros"):  # type: ignore[arg-type]
         raise NotPlain(
-            f"'{site.path}' is a convolution with groups, dilation or a padding mode, which PEFT's factors "
-            "leave out"
+            f"'{site.path}' is a convolution with groups, dilation or a padding mode, which PEFT's factors leave out"
         )
     if kind == "packed" and dora or kind == "experts" and dora:
         raise NotPlain(f"PEFT has no DoRA at '{site.path}' ({kind})")

@@ -95,24 +95,18 @@ def _save(
                     "format='auto', or export it with lorry.core.files.export.export_plain."
                 ) from None
             notes.append(f"saved in Lorry's format only, because {reason}")
-    flat = (
-        form.tensors if form else {f"{home}.{n}": t for home, own in tensors.items() for n, t in own.items()}
-    )
+    flat = form.tensors if form else {f"{home}.{n}": t for home, own in tensors.items() for n, t in own.items()}
     check_tensors(flat, adapter.name)
     if write:
         blob, digest = serialised(flat)
         files = {TENSORS: blob}
         if form:
             files[PEFT_CONFIG] = form.config_bytes()
-        files[MANIFEST] = _manifest(
-            adapter, len(flat), "peft" if form else "lorry", tensors, digest
-        ).to_bytes()
+        files[MANIFEST] = _manifest(adapter, len(flat), "peft" if form else "lorry", tensors, digest).to_bytes()
         write_folder(path, files, overwrite=overwrite)
     else:
         notes.append("written by the first process")
-    return Receipt(
-        "save", adapter.name, len(flat), len(flat), len(adapter.entries), "match", notes=tuple(notes)
-    )
+    return Receipt("save", adapter.name, len(flat), len(flat), len(adapter.entries), "match", notes=tuple(notes))
 
 
 def gathered(adapter: Adapter) -> tuple[dict[str, dict[str, Tensor]], bool]:
@@ -141,8 +135,7 @@ def adapter_form(adapter: Adapter, tensors: dict[str, dict[str, Tensor]], base_n
     slugs = {m.info.slug for m in low.values()}
     if not low or not slugs <= {"lora", "dora"} or len(slugs) > 1:
         raise NotPlain(
-            f"its methods are {sorted({e.method.info.slug for e in adapter.entries.values()})}, not LoRA or "
-            "DoRA alone"
+            f"its methods are {sorted({e.method.info.slug for e in adapter.entries.values()})}, not LoRA or DoRA alone"
         )
     options: Any = low  # LoRA's fields, which DoRA has too; `core` does not import `methods`
     stabilized = {m.rank_stabilized for m in options.values()}
@@ -203,10 +196,7 @@ def _manifest(
     adapter: Adapter, count: int, layout: str, tensors: dict[str, dict[str, Tensor]], digest: str
 ) -> Manifest:
     kinds = {
-        str(t.dtype).removeprefix("torch.")
-        for own in tensors.values()
-        for t in own.values()
-        if t.is_floating_point()
+        str(t.dtype).removeprefix("torch.") for own in tensors.values() for t in own.values() if t.is_floating_point()
     }
     entries = adapter.entries
     return Manifest(

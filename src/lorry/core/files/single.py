@@ -44,9 +44,7 @@ _TAILS = {
     "lora.alpha": "alpha",
     "alpha": "alpha",
 }
-_PROCESSOR = re.compile(
-    r"^(.*)\.processor\.(.+)_lora\.(down|up)\.weight$|^(.*)\.processor\.(.+)_lora\.alpha$"
-)
+_PROCESSOR = re.compile(r"^(.*)\.processor\.(.+)_lora\.(down|up)\.weight$|^(.*)\.processor\.(.+)_lora\.alpha$")
 COMPONENTS = (
     "unet",
     "transformer",
@@ -140,8 +138,7 @@ def _part(
         value = read(keys.pop("alpha"))
         if value.numel() != 1 or not float(value) > 0 or float(value) == float("inf"):
             raise CheckpointError(
-                f"'{where}': alpha of '{path}' must be one positive number, found "
-                f"{value.flatten()[:4].tolist()}."
+                f"'{where}': alpha of '{path}' must be one positive number, found {value.flatten()[:4].tolist()}."
             )
         alpha = float(value)
     elif config is not None:
@@ -200,7 +197,5 @@ def _configs(metadata: Mapping[str, str], where: str) -> dict[str, PeftConfig]:
                 component, option = "", key
             flat.setdefault(component, {})[option] = value
     except (ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"'{where}': the metadata field lora_adapter_metadata is damaged ({error})."
-        ) from None
+        raise CheckpointError(f"'{where}': the metadata field lora_adapter_metadata is damaged ({error}).") from None
     return {component: understood(options, where) for component, options in flat.items()}

@@ -77,9 +77,7 @@ class TensorFile:
                 )
             header = _header(path, file.read(length))
         self._offset, self._size = 8 + length, size - 8 - length
-        self.metadata: dict[str, str] = {
-            str(k): str(v) for k, v in (header.pop("__metadata__", None) or {}).items()
-        }
+        self.metadata: dict[str, str] = {str(k): str(v) for k, v in (header.pop("__metadata__", None) or {}).items()}
         self.places: dict[str, Place] = {}
         end = 0
         for name, entry in header.items():
@@ -103,9 +101,7 @@ class TensorFile:
         if count != self._size:
             raise CheckpointError(f"'{self.path}' became shorter while it was read. Copy or save it again.")
         if not self._size:
-            return Loaded(
-                self, {name: torch.empty(p.shape, dtype=p.dtype) for name, p in self.places.items()}, None
-            )
+            return Loaded(self, {name: torch.empty(p.shape, dtype=p.dtype) for name, p in self.places.items()}, None)
         flat = torch.frombuffer(data, dtype=torch.uint8)
         views: dict[torch.dtype, Tensor] = {}
         tensors = {}
@@ -192,17 +188,13 @@ def _place(path: Path, name: str, entry: Any) -> Place:
         shape, text = tuple(entry["shape"]), entry["dtype"]
         dtype = _DTYPES.get(text)
         if dtype is None:
-            raise CheckpointError(
-                f"'{path}': tensor '{name}' is of dtype {text}, known are {', '.join(_DTYPES)}."
-            )
+            raise CheckpointError(f"'{path}': tensor '{name}' is of dtype {text}, known are {', '.join(_DTYPES)}.")
         if start < 0 or end - start != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{end - start} bytes for shape {shape}")
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(
-            f"'{path}' is damaged: the header entry of tensor '{name}' is wrong ({error})."
-        ) from None
+        raise CheckpointError(f"'{path}' is damaged: the header entry of tensor '{name}' is wrong ({error}).") from None
     return Place(dtype, shape, start, end)
 
 

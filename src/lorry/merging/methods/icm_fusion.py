@@ -5,7 +5,7 @@ adapter.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from torch import Generator, Tensor
@@ -13,8 +13,11 @@ from torch import Generator, Tensor
 from lorry.core.adapter import mix_seed
 from lorry.core.errors import OptionError
 from lorry.merging.factors import Factors
-from lorry.merging.inputs import Pool
+from lorry.merging.inputs import Pool, SiteInput
 from lorry.merging.registry import Knob, merge_method
+
+if TYPE_CHECKING:
+    from lorry.merging.icm import Support, Training
 
 
 @merge_method(
@@ -63,29 +66,10 @@ def icm_fusion(
     """
     from lorry.merging import icm
 
-    tasks = pool.extras["tasks"]
-    if set(tasks) != set(pool.names):
-        raise OptionError(
-            f"icm-fusion needs one task for each input: inputs are {list(pool.names)}, tasks are {sorted(tasks)}."
-        )
-    tasks = {n: tasks[n] for n in pool.names}
-    model = pool.extras.get("model")
     sites = list(pool.sites())
     shares, strength = _uniform_weights(pool, sites)
-    data = icm.collect(tasks, pool.paths, {s.path: s.shape for s in sites}, model, gauge, latent)
-    support = icm.Support(data.layout, tasks, model)
-    generator = Generator().manual_seed(mix_seed(seed, "icm-fusion"))
-    vae = icm.FusionVAE(sum(data.layout.sizes), next(iter(data.conditions.values())).numel(), latent, hidden)
-    icm.initialise(vae, generator)
     how = icm.Training(epochs, rate, kl_weight, inner_steps, inner_rate, first_order, batch)
-    losses = {n: _normalised(support, data, n) for n in support.known()} if inner_steps else {}
-    if inner_steps and not first_order and model is not None:
-        raise OptionError(
-            "The second-order inner loop needs losses of the factors, not of a model: leave out model, or "
-            "first_order=True."
-        )
-    pool.facts["vae"] = icm.train_vae(vae, data, losses, how, generator, held_out)
-    fusion = _Fusion(vae, data)
+    fusion, support = _learned(pool, sites, how, (latent, hidden), gauge, held_out, seed)
     if (few_shot_steps or refine_steps) and not support.known():
         raise OptionError("Few-shot steps need a loss in each task.")
     with torch.enable_grad():
@@ -97,8 +81,36 @@ def icm_fusion(
         if alternatives and support.known():
             budget = (few_shot_steps, few_shot_rate, refine_steps, refine_rate)
             pool.facts["support_losses"] = _alternatives(fusion, shares, start, flat, support, budget)
-    for path, f in data.layout.unflatten(flat.double()).items():
+    for path, f in support.layout.unflatten(flat.double()).items():
         yield path, f.times(strength)
+
+
+def _learned(
+    pool: Pool, sites: list[SiteInput], how: Training, widths: tuple[int, int], gauge: str, held_out: int, seed: int
+) -> tuple[_Fusion, Support]:
+    """Read the checkpoints, train the VAE on them, and return it ready for fusion, with the task losses."""
+    from lorry.merging import icm
+
+    tasks, model = pool.extras["tasks"], pool.extras.get("model")
+    if set(tasks) != set(pool.names):
+        raise OptionError(
+            f"icm-fusion needs one task for each input: inputs are {list(pool.names)}, tasks are {sorted(tasks)}."
+        )
+    if how.inner_steps and not how.first_order and model is not None:
+        raise OptionError(
+            "The second-order inner loop needs losses of the factors, not of a model: leave out model, or "
+            "first_order=True."
+        )
+    tasks = {n: tasks[n] for n in pool.names}
+    latent, hidden = widths
+    data = icm.collect(tasks, pool.paths, {s.path: s.shape for s in sites}, model, gauge, latent)
+    support = icm.Support(data.layout, tasks, model)
+    generator = Generator().manual_seed(mix_seed(seed, "icm-fusion"))
+    vae = icm.FusionVAE(sum(data.layout.sizes), next(iter(data.conditions.values())).numel(), latent, hidden)
+    icm.initialise(vae, generator)
+    losses = {n: _normalised(support, data, n) for n in support.known()} if how.inner_steps else {}
+    pool.facts["vae"] = icm.train_vae(vae, data, losses, how, generator, held_out)
+    return _Fusion(vae, data), support
 
 
 def _uniform_weights(pool: Pool, sites: list[Any]) -> tuple[Tensor, float]:

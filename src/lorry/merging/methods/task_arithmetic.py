@@ -17,7 +17,7 @@ def weighted_sum(site: SiteInput) -> Factors:
 
 def reduced(site: SiteInput, rank: int | None) -> Factors:
     """Return the best approximation of ``Σ w ΔW`` at `rank` (None: the numerical rank), noting what was cut off."""
-    d = site.joint.decompose([w for _, _, w in site.present()])
+    d = site.joint.decompose([w for _, _, w in site.present()], rank)
     keep = d.s.shape[0] if rank is None else rank
     total = float(d.s.square().sum())
     if total:

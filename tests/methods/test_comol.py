@@ -80,10 +80,7 @@ def test_gauge_freedom():
     model, adapter, tensors = layer()
     off_zero(adapter, std=0.3)
     before = model(inputs()).detach()
-    p, q = (
-        torch.eye(4).double() + 0.3 * torch.randn(4, 4, generator=torch.Generator().manual_seed(s))
-        for s in (1, 2)
-    )
+    p, q = (torch.eye(4).double() + 0.3 * torch.randn(4, 4, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
     with torch.no_grad():
         tensors["B"].copy_(tensors["B"] @ p.inverse())
         tensors["cores"].copy_(p @ tensors["cores"] @ q.inverse())
@@ -134,8 +131,7 @@ def test_published_parameter_counts(model, experts, router, millions):
 def loras(model, same_space):
     """Two trained LoRAs, the second in the spaces of the first or not."""
     adapters = [
-        lorry.attach(model, {"method": "lora", "rank": 3, "alpha": 6}, name=n, seed=s)
-        for s, n in enumerate("ab")
+        lorry.attach(model, {"method": "lora", "rank": 3, "alpha": 6}, name=n, seed=s) for s, n in enumerate("ab")
     ]
     for number, adapter in enumerate(adapters):
         off_zero(adapter, seed=number, std=0.3)
@@ -153,9 +149,7 @@ def loras(model, same_space):
 def test_cores_of_existing_loras(same_space):
     model = llama()
     sources = loras(model, same_space)
-    kept = {
-        n: t.clone() for a in sources for n, t, _ in ((a.name + n, t, s) for n, t, s in a.named_tensors())
-    }
+    kept = {n: t.clone() for a in sources for n, t, _ in ((a.name + n, t, s) for n, t, s in a.named_tensors())}
     mixed = from_adapters(model, "comol", ["a", "b"], name="mix")
     for path, entry in mixed.entries.items():
         tensors = entry.tensors()

@@ -21,9 +21,7 @@ def layer(width=48, out=24, **options):
 
 
 def inputs(*shape, width=48):
-    return torch.randn(
-        *(shape or (7,)), width, generator=torch.Generator().manual_seed(2), dtype=torch.float64
-    )
+    return torch.randn(*(shape or (7,)), width, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
 
 def base(model, x):
@@ -170,9 +168,7 @@ def test_the_contrastive_loss_is_left_once_and_trains_the_embeddings():
     weight = mask.float().unsqueeze(-1)
     feature = (seen["x"] * weight).sum(1) / weight.sum(1)
     embeddings = adapter.shared.tensors()["tasks"]
-    torch.testing.assert_close(
-        loss, 0.5 * F.cross_entropy(adapter.method.similarities(feature, embeddings), tasks)
-    )
+    torch.testing.assert_close(loss, 0.5 * F.cross_entropy(adapter.method.similarities(feature, embeddings), tasks))
     optimizer = torch.optim.Adam([embeddings], lr=0.05)
     for _ in range(40):
         with lorry.context(model, task_ids=tasks, padding_mask=mask):

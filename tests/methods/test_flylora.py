@@ -189,9 +189,9 @@ def test_convolutions_and_embeddings():
     y = patches @ adapter.entries["0"].method.factors(tensors, adapter.entries["0"].site)[0].T
     order = y.argsort(-1, descending=True)[..., :2]
     z = torch.zeros_like(y).scatter(-1, order, y.gather(-1, order))
-    expected = F.conv2d(x, model[0].weight, model[0].bias) + 2 * (z @ tensors["B"].T).transpose(
-        1, 2
-    ).unflatten(2, (3, 3))
+    expected = F.conv2d(x, model[0].weight, model[0].bias) + 2 * (z @ tensors["B"].T).transpose(1, 2).unflatten(
+        2, (3, 3)
+    )
     torch.testing.assert_close(model(x), expected.flatten(1), atol=1e-5, rtol=1e-5)
     table = nn.Sequential(nn.Embedding(20, 12))
     off_zero(lorry.attach(table, FlyLoRA(rank=6, top_k=2), targets="all"))

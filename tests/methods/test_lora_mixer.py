@@ -108,9 +108,7 @@ def test_queries_keys_and_values_share_a_router_and_its_loss():
     with lorry.context(model) as context:
         model(tokens())
     assert len(context.losses) == 4
-    assert (
-        adapter.count() == sum(4 * 2 * (s.out_features + s.in_features) for s in adapter.sites) + 4 * 4 * 64
-    )
+    assert adapter.count() == sum(4 * 2 * (s.out_features + s.in_features) for s in adapter.sites) + 4 * 4 * 64
     apart = lorry.attach(llama(), LoRAMixer(rank=2, shared_router=False), targets="attention")
     assert apart.shared is None
 
@@ -152,9 +150,7 @@ def test_preserved_experts_have_the_gradient_of_the_penalty():
     model(inputs())
     lorry.auxiliary_loss(model).backward()
     for name in ("A", "B"):
-        torch.testing.assert_close(
-            tensors[name].grad, 2 * 0.5 * (tensors[name] - tensors[f"{name}0"]).detach()
-        )
+        torch.testing.assert_close(tensors[name].grad, 2 * 0.5 * (tensors[name] - tensors[f"{name}0"]).detach())
     assert not any(n.endswith("0") for n, _ in adapter.named_parameters())
 
 
@@ -196,9 +192,7 @@ def files(tmp_path):
     """Two LoRAs of different ranks and scales, as files; one in PEFT's form."""
     model = llama()
     for seed, (name, rank, alpha) in enumerate((("math", 2, 6), ("story", 4, 4))):
-        adapter = lorry.attach(
-            model, {"method": "lora", "rank": rank, "alpha": alpha}, targets="attention", name=name
-        )
+        adapter = lorry.attach(model, {"method": "lora", "rank": rank, "alpha": alpha}, targets="attention", name=name)
         off_zero(adapter, seed=seed, std=0.2).save(tmp_path / name)
     return tmp_path
 

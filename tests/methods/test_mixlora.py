@@ -46,11 +46,7 @@ def model_of(name):
         plain = {k: v for k, v in plain.items() if k not in ("head_dim", "num_key_value_heads")}
     config = getattr(transformers, f"{stem}Config")(**{**plain, "vocab_size": 50, **more})
     torch.manual_seed(0)
-    return (
-        getattr(transformers, f"{stem}ForCausalLM" if name != "gpt2" else "GPT2LMHeadModel")(config)
-        .double()
-        .eval()
-    )
+    return getattr(transformers, f"{stem}ForCausalLM" if name != "gpt2" else "GPT2LMHeadModel")(config).double().eval()
 
 
 MODELS = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "phi", "gpt_neox", "gpt2"]
@@ -97,19 +93,13 @@ def test_shared_computation_equals_the_naive_form(name):
     found = blocks(model)
     assert len(found) == 2
     adapter = attached(model)
-    assert set(adapter.entries) == set(found) and all(
-        e.site.kind.name == "block" for e in adapter.entries.values()
-    )
+    assert set(adapter.entries) == set(found) and all(e.site.kind.name == "block" for e in adapter.entries.values())
     torch.testing.assert_close(model(ids).logits.detach(), before, atol=1e-10, rtol=1e-10)
     off_zero(adapter, std=0.2)
     path, module = next(iter(found.items()))
     entry = adapter.entries[path]
-    x = torch.randn(
-        2, 5, module_width(entry), generator=torch.Generator().manual_seed(1), dtype=torch.float64
-    )
-    weights = torch.randn(
-        2, 5, module_width(entry), generator=torch.Generator().manual_seed(2), dtype=torch.float64
-    )
+    x = torch.randn(2, 5, module_width(entry), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weights = torch.randn(2, 5, module_width(entry), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     (module(x) * weights).sum().backward()
     mine = {n: t.grad.clone() for n, t in entry.tensors().items()}
     own = {n: t.detach().clone().requires_grad_() for n, t in entry.tensors().items()}
@@ -128,17 +118,13 @@ def module_width(entry):
 
 def test_one_expert_is_a_plain_lora():
     model, twin = llama(), llama()
-    adapter = off_zero(
-        lorry.attach(model, MixLoRA(experts=1, top_k=1, rank=3, alpha=6), targets="mlp"), std=0.2
-    )
+    adapter = off_zero(lorry.attach(model, MixLoRA(experts=1, top_k=1, rank=3, alpha=6), targets="mlp"), std=0.2)
     lora = lorry.attach(twin, LoRA(rank=3, alpha=6), targets="mlp")
     with torch.no_grad():
         for path, entry in adapter.entries.items():
             for name in ("gate_proj", "up_proj", "down_proj"):
                 for factor in "AB":
-                    lora.entries[f"{path}.{name}"].tensors()[factor].copy_(
-                        entry.tensors()[f"{name}.{factor}"][0]
-                    )
+                    lora.entries[f"{path}.{name}"].tensors()[factor].copy_(entry.tensors()[f"{name}.{factor}"][0])
     torch.testing.assert_close(model(tokens()).logits, twin(tokens()).logits, atol=1e-5, rtol=1e-5)
 
 
@@ -162,9 +148,7 @@ def test_all_experts_active_is_the_dense_mixture():
     path, entry = next(iter(adapter.entries.items()))
     x = torch.randn(3, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     module = model.get_submodule(path)
-    torch.testing.assert_close(
-        module(x), naive(module, entry.method, entry.tensors(), x), atol=1e-10, rtol=1e-10
-    )
+    torch.testing.assert_close(module(x), naive(module, entry.method, entry.tensors(), x), atol=1e-10, rtol=1e-10)
 
 
 def test_permutations_of_experts_and_tokens():
@@ -196,23 +180,17 @@ def test_an_expert_without_tokens_has_zero_gradient():
 
 
 def test_targets_decide_where_experts_are():
-    adapter = lorry.attach(
-        llama(), MixLoRA(rank=2, attention_rank=3), targets=["q_proj", "up_proj", "down_proj"]
-    )
+    adapter = lorry.attach(llama(), MixLoRA(rank=2, attention_rank=3), targets=["q_proj", "up_proj", "down_proj"])
     kinds = {p: type(e.method).__name__ for p, e in adapter.entries.items()}
     assert kinds == {
-        f"model.layers.{i}.{n}": m
-        for i in (0, 1)
-        for n, m in (("self_attn.q_proj", "LoRA"), ("mlp", "MixLoRA"))
+        f"model.layers.{i}.{n}": m for i in (0, 1) for n, m in (("self_attn.q_proj", "LoRA"), ("mlp", "MixLoRA"))
     }
     block = adapter.entries["model.layers.0.mlp"]
     assert set(block.method.projections) == {"up_proj", "down_proj"}
     assert set(block.home.specs) == {"router", *(f"{n}.{f}" for n in ("up_proj", "down_proj") for f in "AB")}
     assert adapter.entries["model.layers.0.self_attn.q_proj"].method == LoRA(rank=3, alpha=6.0)
     whole = lorry.attach(llama(), "mixlora", targets="all-linear")
-    by_module = lorry.attach(
-        llama(), "mixlora", targets=["re:.*(q|k|v|o)_proj", "re:model.layers.[0-9]+.mlp"]
-    )
+    by_module = lorry.attach(llama(), "mixlora", targets=["re:.*(q|k|v|o)_proj", "re:model.layers.[0-9]+.mlp"])
     assert whole.count() == by_module.count()
 
 

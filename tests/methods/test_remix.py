@@ -86,9 +86,7 @@ def test_gradients_by_route():
     first = gradients(adapter)
     used = (context.records["default", "0", "load"] > 0).repeat_interleave(3)
     assert 0 < int(used.sum()) < 18
-    assert torch.equal(first["0.A"].abs().sum(1) > 0, used) and torch.equal(
-        first["0.B"].abs().sum(0) > 0, used
-    )
+    assert torch.equal(first["0.A"].abs().sum(1) > 0, used) and torch.equal(first["0.B"].abs().sum(0) > 0, used)
     assert first["0.router"].any()
     for parameter in adapter.parameters():
         parameter.grad = None
@@ -163,9 +161,7 @@ def test_the_router_alone_finds_the_right_pair():
 
 def test_sequences_are_routed_as_wholes():
     model = llama()
-    adapter = off_zero(
-        lorry.attach(model, ReMix(granularity="sequence", top_k=2, rank=2), targets="q_proj"), std=0.3
-    )
+    adapter = off_zero(lorry.attach(model, ReMix(granularity="sequence", top_k=2, rank=2), targets="q_proj"), std=0.3)
     ids = tokens()
     with lorry.context(model, recording=True) as context:
         model.train()(ids)

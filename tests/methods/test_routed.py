@@ -69,9 +69,7 @@ def test_checkpointing_replays_routes_and_losses(slug, reentrant):
         found.append((loss.detach(), gradients(adapter)))
     torch.testing.assert_close(found[0][0], found[1][0])
     for name, gradient in found[0][1].items():
-        torch.testing.assert_close(
-            found[1][1][name], gradient, atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(found[1][1][name], gradient, atol=1e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("slug", CASES)

@@ -54,9 +54,7 @@ def test_balance_loss_is_k_if_uniform_and_the_number_of_experts_if_collapsed():
     assert routing.balance_loss(routing.balance_sums(uniform, choices, None)) == pytest.approx(k)
     one = torch.zeros(tokens, experts)
     one[:, 3] = 1
-    assert routing.balance_loss(routing.balance_sums(one, torch.full((tokens, 1), 3), None)) == pytest.approx(
-        experts
-    )
+    assert routing.balance_loss(routing.balance_sums(one, torch.full((tokens, 1), 3), None)) == pytest.approx(experts)
 
 
 def test_balance_loss_drives_only_probabilities_and_ignores_padding():
@@ -120,9 +118,7 @@ def test_log_probability_sums_to_one_and_is_plackett_luce():
     assert found[17] == pytest.approx(float(q[a] * q[b] / (1 - q[a]) * q[c] / (1 - q[a] - q[b])))
     # peaked: subtracting from 1 would give nothing
     peaked = torch.tensor([[60.0, 0.0, -1.0]])
-    assert routing.log_probability(peaked, torch.tensor([[0, 1]])) == pytest.approx(
-        -math.log1p(math.exp(-1)), rel=1e-5
-    )
+    assert routing.log_probability(peaked, torch.tensor([[0, 1]])) == pytest.approx(-math.log1p(math.exp(-1)), rel=1e-5)
 
 
 def test_draws_follow_the_log_probability():
@@ -135,9 +131,7 @@ def test_draws_follow_the_log_probability():
     drawn = routing.draw_order(logits.expand(count, 4), 2, torch.Generator().manual_seed(0))
     assert (drawn[:, 0] != drawn[:, 1]).all()
     found = torch.stack([(drawn == t).all(-1).sum() for t in every]).double()
-    assert (
-        chisquare(found.numpy(), (expected.double() / expected.double().sum() * count).numpy()).pvalue > 1e-3
-    )
+    assert chisquare(found.numpy(), (expected.double() / expected.double().sum() * count).numpy()).pvalue > 1e-3
 
 
 def test_draws_of_a_row_do_not_depend_on_padding():

@@ -96,9 +96,7 @@ def test_gates_are_those_of_the_definition(partition, bias_in_gate):
     weights = expected.repeat_interleave(partition, 1).gather(1, ranks)
     units = torch.einsum("tki,ti->tk", tensors["A"][ranks], x) * weights
     update = torch.einsum("tk,tko->to", units, tensors["B"].T[ranks]) * 16.0 / 4
-    torch.testing.assert_close(
-        model(x), F.linear(x, model[0].weight, model[0].bias) + update, atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(model(x), F.linear(x, model[0].weight, model[0].bias) + update, atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_reach_what_was_chosen_and_the_router():

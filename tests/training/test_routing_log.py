@@ -40,10 +40,7 @@ def test_log_holds_every_layer_and_step(tmp_path):
 def test_imbalance_is_within_layers():
     """Two layers collapsed onto different experts are not balanced, though their mean is."""
     log = RoutingLog(
-        [
-            {"step": 0, "adapter": "a", "site": s, "load": load}
-            for s, load in (("x", [1.0, 0.0]), ("y", [0.0, 1.0]))
-        ]
+        [{"step": 0, "adapter": "a", "site": s, "load": load} for s, load in (("x", [1.0, 0.0]), ("y", [0.0, 1.0]))]
     )
     assert log.summary()[0]["imbalance"] == pytest.approx(1)
 

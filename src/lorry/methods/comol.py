@@ -35,24 +35,18 @@ class CoMoL(Bottleneck):
 
     rank: int = option(16, "Width of the shared code.", at_least=1)
     experts: int = option(8, "Number of cores.", at_least=1)
-    alpha: float | None = option(
-        None, "Numerator of the scale alpha/rank; the rank itself if not given.", above=0
-    )
+    alpha: float | None = option(None, "Numerator of the scale alpha/rank; the rank itself if not given.", above=0)
     router_input: str = option("core", "What the router reads.", choices=("core", "full"))
     router_std: float = option(0.02, "Standard deviation of the router at the start.", at_least=0)
     router_bias: bool = option(False, "Give the router a bias.")
     start: str = option("up", "Which of B and the cores is zero at the start.", choices=("up", "core"))
     train_factors: bool = option(True, "Train A and B and not the cores and the router alone.")
-    dropout: float = option(
-        0.0, "Fraction of the update's input that is dropped in training.", at_least=0, below=1
-    )
+    dropout: float = option(0.0, "Fraction of the update's input that is dropped in training.", at_least=0, below=1)
 
     def check(self) -> None:
         """Refuse a start from which nothing could ever be trained."""
         if not self.train_factors and self.start == "up":
-            raise OptionError(
-                "CoMoL: with train_factors=False and start='up', B would stay zero; use start='core'."
-            )
+            raise OptionError("CoMoL: with train_factors=False and start='up', B would stay zero; use start='core'.")
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         """Return A ``(rank, in)``, B ``(out, rank)``, the cores ``(experts, rank, rank)`` and the router."""
@@ -62,9 +56,7 @@ class CoMoL(Bottleneck):
             "A": TensorSpec((r, site.in_features), kaiming, self.train_factors),
             "B": TensorSpec((site.out_features, r), zeros if up else kaiming, self.train_factors),
             "cores": TensorSpec((n, r, r), core),
-            "router": TensorSpec(
-                (n, r if self.router_input == "core" else site.in_features), normal(self.router_std)
-            ),
+            "router": TensorSpec((n, r if self.router_input == "core" else site.in_features), normal(self.router_std)),
         }
         return {**specs, "router_bias": TensorSpec((n,))} if self.router_bias else specs
 

@@ -159,9 +159,7 @@ class EPT(WeightDelta):
     def _gates(self, call: Call, tensors: Tensors) -> Tensor:
         """Return the gates ``(..., experts)`` of each token."""
         shape = call.x.shape[:-1]
-        logits = (
-            call.project(tensors["router"]) if self.gate != "task" else torch.zeros((), device=call.x.device)
-        )
+        logits = call.project(tensors["router"]) if self.gate != "task" else torch.zeros((), device=call.x.device)
         if self.gate != "token":
             tasks = self._embeddings(call, tensors)
             own = precise(F.linear(tasks, tensors["router" if self.gate == "task" else "task_router"]))
@@ -186,11 +184,7 @@ class EPT(WeightDelta):
     def _contrast(self, call: Call, tensors: Tensors) -> None:
         """Leave the contrastive loss of the rows' pooled inputs; the last layer as wide counts."""
         tasks = call.of_rows(call.context.task_ids)
-        if (
-            not (self.contrastive and call.training)
-            or tasks is None
-            or call.x.shape[-1] != tensors["tasks"].shape[1]
-        ):
+        if not (self.contrastive and call.training) or tasks is None or call.x.shape[-1] != tensors["tasks"].shape[1]:
             return
         real = call.of_tokens(call.context.padding_mask)
         similarity = self.similarities(pooled(call.x, real), tensors["tasks"])

@@ -46,22 +46,16 @@ class FlyLoRA(Bottleneck):
     density: float | None = option(
         None, "Share of nonzero entries in each row of A; top_k/rank if not given.", above=0, at_most=1
     )
-    alpha: float | None = option(
-        None, "Numerator of the scale alpha/rank; twice the rank if not given.", above=0
-    )
+    alpha: float | None = option(None, "Numerator of the scale alpha/rank; twice the rank if not given.", above=0)
     rate: float = option(1e-3, "Step of the balance bias; 0 turns balancing off.", at_least=0)
     select: str = option("signed", "Choose by value or by magnitude.", choices=("signed", "magnitude"))
     grad_to_input: bool = option(True, "Let the gradient flow to the layer's input through the update.")
-    dropout: float = option(
-        0.0, "Fraction of the update's input that is dropped in training.", at_least=0, below=1
-    )
+    dropout: float = option(0.0, "Fraction of the update's input that is dropped in training.", at_least=0, below=1)
 
     def check(self) -> None:
         """Refuse more active units than there are."""
         if self.top_k > self.rank:
-            raise OptionError(
-                f"FlyLoRA: top_k must be at most rank, found top_k={self.top_k} and rank={self.rank}."
-            )
+            raise OptionError(f"FlyLoRA: top_k must be at most rank, found top_k={self.top_k} and rank={self.rank}.")
 
     def nonzeros(self, site: Site) -> int:
         """Return the number of nonzero entries in each row of A."""
@@ -74,9 +68,7 @@ class FlyLoRA(Bottleneck):
         """
         shape = (self.rank, self.nonzeros(site))
         return {
-            "positions": TensorSpec(
-                shape, distinct_columns(site.in_features), trained=False, dtype=torch.int32
-            ),
+            "positions": TensorSpec(shape, distinct_columns(site.in_features), trained=False, dtype=torch.int32),
             "values": TensorSpec(shape, lambda t, g: t.normal_(0, 1 / self.rank, generator=g), trained=False),
             "B": TensorSpec((site.out_features, self.rank)),
             "bias": TensorSpec((self.rank,), trained=False, dtype=torch.float32),
@@ -111,9 +103,7 @@ class FlyLoRA(Bottleneck):
         score = precise(h.detach()) + tensors["bias"]
         mask = top_k_mask(score.abs() if self.select == "magnitude" else score, self.top_k)
         if call.training and self.rate:
-            call.record(
-                "counts", lambda: counts(mask, call.of_tokens(call.context.padding_mask)), always=True
-            )
+            call.record("counts", lambda: counts(mask, call.of_tokens(call.context.padding_mask)), always=True)
         report(call, mask)
         return h.masked_fill(~mask, 0)
 

@@ -79,8 +79,7 @@ class LoRAMixer(Bottleneck):
             )
         if self.preserve and not self.train_experts:
             raise OptionError(
-                f"LoRAMixer: preserve={self.preserve} needs train_experts=True; frozen experts stay as they "
-                f"are."
+                f"LoRAMixer: preserve={self.preserve} needs train_experts=True; frozen experts stay as they are."
             )
 
     @property

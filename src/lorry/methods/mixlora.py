@@ -85,9 +85,7 @@ class MixLoRA(Block):
             here = self.with_options(projections=names) if names and not self.projections else self
             placed.append((site, here))
         if not any(site.kind.name == "block" for site, _ in placed):
-            raise SiteError(
-                "MixLoRA needs feed-forward blocks; target 'all-linear', 'mlp' or their projections."
-            )
+            raise SiteError("MixLoRA needs feed-forward blocks; target 'all-linear', 'mlp' or their projections.")
         return placed
 
     def bases(self, site: Site) -> Sequence[Site]:
@@ -135,21 +133,15 @@ class MixLoRA(Block):
         """Start magnitudes at the norms of the base weights."""
         for name in self.projections or self._parts(site).names:
             if self.dora:
-                tensors[f"{name}.magnitude"].copy_(
-                    norms_of_sum(self._parts(site).sites[name], None, None, 0.0)
-                )
+                tensors[f"{name}.magnitude"].copy_(norms_of_sum(self._parts(site).sites[name], None, None, 0.0))
 
-    def forward(
-        self, base: Callable[..., Any], call: Call, tensors: Tensors, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def forward(self, base: Callable[..., Any], call: Call, tensors: Tensors, *args: Any, **kwargs: Any) -> Tensor:
         """Return the mixture's output."""
         parts, owner, x = self._parts(call.site), call.site.owner, call.x
         seed = call.seed() if call.training and (self.dropout or self.jitter) else None
         if seed is not None and self.jitter:
             # position by position, so that a row's noise does not depend on how far the batch is padded
-            noise = torch.empty(x.movedim(0, -2).shape).uniform_(
-                -1, 1, generator=Generator().manual_seed(seed)
-            )
+            noise = torch.empty(x.movedim(0, -2).shape).uniform_(-1, 1, generator=Generator().manual_seed(seed))
             x = x * (1 + self.jitter * noise.movedim(-2, 0)).to(x)
         gates, mask = self._route(call, x, tensors["router"])
         # pairs of token and expert, sorted by expert; what a module gives for a token is computed once
@@ -174,20 +166,14 @@ class MixLoRA(Block):
         hidden = parts.between(opened, activation)  # type: ignore[arg-type]
         closed = project(parts.output, hidden, getattr(owner, parts.output)(hidden), token)
         weighted = closed * gates.flatten(0, -2)[token, expert].to(closed.dtype).unsqueeze(-1)
-        return (
-            flat.new_zeros(flat.shape[0], closed.shape[-1])
-            .index_add(0, token, weighted)
-            .view(*x.shape[:-1], -1)
-        )
+        return flat.new_zeros(flat.shape[0], closed.shape[-1]).index_add(0, token, weighted).view(*x.shape[:-1], -1)
 
     def _parts(self, site: Site) -> FeedForward:
         parts = feed_forward(site.owner, site.path)
         assert parts is not None
         return parts
 
-    def _experts(
-        self, site: Site, tensors: Tensors, outputs: Tensor, inputs: Tensor, expert: Tensor
-    ) -> Tensor:
+    def _experts(self, site: Site, tensors: Tensors, outputs: Tensor, inputs: Tensor, expert: Tensor) -> Tensor:
         """Return the outputs of a projection for pairs sorted by expert, given the frozen layer's outputs for
         them.
         """

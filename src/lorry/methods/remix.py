@@ -42,9 +42,7 @@ class ReMix(Bottleneck):
         0.0, "Weight of the router's entropy, which is rewarded; none in the paper.", at_least=0
     )
     router_std: float = option(0.0, "Standard deviation of the router at the start.", at_least=0)
-    dropout: float = option(
-        0.0, "Fraction of the update's input that is dropped in training.", at_least=0, below=1
-    )
+    dropout: float = option(0.0, "Fraction of the update's input that is dropped in training.", at_least=0, below=1)
 
     def check(self) -> None:
         """Refuse more active experts than there are."""

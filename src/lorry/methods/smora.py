@@ -36,9 +36,7 @@ class SMoRA(Bottleneck):
     alpha: float = option(16.0, "Numerator of the scale alpha/top_k.", above=0)
     rate: float = option(1e-5, "Step of the balance bias; 0 turns balancing off.", at_least=0)
     bias_in_gate: bool = option(True, "Let the balance bias enter the gates as well as the choice.")
-    dropout: float = option(
-        0.0, "Fraction of the update's input that is dropped in training.", at_least=0, below=1
-    )
+    dropout: float = option(0.0, "Fraction of the update's input that is dropped in training.", at_least=0, below=1)
 
     def check(self) -> None:
         """Refuse experts that do not divide, and more active ranks than there are; warn where the router
@@ -89,9 +87,7 @@ class SMoRA(Bottleneck):
         value = (score.clamp_min(1e-6) if self.bias_in_gate else affinity) * mask
         gates = value * (self.top_k // self.partition) / value.sum(-1, keepdim=True)
         if call.training and self.rate:
-            call.record(
-                "counts", lambda: counts(mask, call.of_tokens(call.context.padding_mask)), always=True
-            )
+            call.record("counts", lambda: counts(mask, call.of_tokens(call.context.padding_mask)), always=True)
         report(call, gates)
         spread = gates.repeat_interleave(self.partition, -1).to(units.dtype)
         return torch.mul(units, spread)

@@ -88,3 +88,9 @@ def adapter(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory, ru
         "--option", "rank=4", "--steps", 60, "--rate", "2e-2", "--batch-size", 10, "--name", "next",
     )  # fmt: skip
     return Path(report["jobs"][0]["adapter"])
+
+
+@pytest.fixture(autouse=True)
+def no_terminal(monkeypatch):
+    """Test workers may be told the width of the terminal that started them; what is tested here goes into a pipe."""
+    monkeypatch.delenv("COLUMNS", raising=False)

@@ -201,3 +201,29 @@ def test_many_adapters_one_row_each():
         for row, composition in enumerate(batch):
             lorry.activate(model, composition)
             torch.testing.assert_close(mixed[0][row], model(ids[row : row + 1]).logits[0], atol=1e-5, rtol=1e-4)
+
+
+def test_a_whole_model_part_is_joined_from_groups_of_rows():
+    """A block that returns a model output, with layers inside that have adapters of their own."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, vocab_size=60, num_labels=3
+    )
+    model = BertForSequenceClassification(config).eval()
+    ids = torch.randint(0, 60, (4, 6))
+    base = model(ids).logits
+    lorry.attach(model, "full", targets=["bert", "classifier"], name="full")
+    lorry.attach(model, lorry.LoRA(rank=2), train_also=["classifier"], name="lora")
+    alone = {}
+    for name, adapter in lorry.adapters(model).items():
+        off_zero(adapter)
+        lorry.activate(model, name)
+        alone[name] = model(ids).logits
+    names = ["full", None, "lora", "full"]
+    with lorry.rows(model, names):
+        mixed = model(ids).logits
+    for row, name in enumerate(names):
+        wanted = (base if name is None else alone[name])[row]
+        torch.testing.assert_close(mixed[row], wanted, atol=1e-5, rtol=1e-4)

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from lorry.cli import (
     bench,
+    compare,
     convert,
     demo,
     evaluate,
@@ -136,6 +137,7 @@ def version(
 
 app.command("methods")(methods.methods)
 app.command("plan")(plan.plan)
+app.command("compare")(compare.compare)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)

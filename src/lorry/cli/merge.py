@@ -1,4 +1,4 @@
-"""``lorry merge``: adapters into a base, written as a whole model."""
+"""``lorry merge``: adapters into a base, written as a whole model; or adapters with each other, by a recipe."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RECEIPT = "lorry_merge.json"
 
 def merge(
     source: Annotated[
-        str, typer.Argument(help="'pocket' or a local Hugging Face model folder, to merge adapters into.")
+        str, typer.Argument(help="'pocket' or a local model folder, to merge adapters into; or a recipe (.yaml).")
     ],
     adapter: Annotated[
         list[str] | None,
@@ -40,7 +40,10 @@ def merge(
     from lorry.cli.bases import folder_of
 
     if source.endswith((".yaml", ".yml")):
-        raise OptionError(f"{source} is a recipe; merging adapters by recipe is not part of this version.")
+        if adapter:
+            raise OptionError(f"{source} is a recipe; it names the adapters itself, so --adapter has no place here.")
+        by_recipe(source, to, overwrite, as_json)
+        return
     references = adapter_references(adapter)
     if not references or to is None:
         raise OptionError("Merging needs at least one --adapter DIR and --out DIR.")
@@ -60,6 +63,18 @@ def merge(
     for line in report["text"]:
         out().print(line, highlight=False, markup=False, soft_wrap=True)
     out().print(f"wrote {to} ({report['parameters']:,} parameters)", highlight=False, soft_wrap=True)
+
+
+def by_recipe(source: str, to: Path | None, overwrite: bool, as_json: bool) -> None:
+    """Merge adapters with each other as a YAML file says; the result is an ordinary adapter folder."""
+    from lorry.cli.bases import load_base
+    from lorry.merging import merge_recipe
+
+    merged = merge_recipe(source, out=to, overwrite=overwrite, load_model=load_base)
+    if as_json:
+        print_json(merged.receipt.to_dict())
+    else:
+        out().print(str(merged.receipt), highlight=False, markup=False, soft_wrap=True)
 
 
 def merge_into(

@@ -443,7 +443,14 @@ def _join(outputs: list[Any], back: Tensor, dim: int) -> Any:
         return type(first)(
             _join(list(group), back, dim if i == 0 else 0) for i, group in enumerate(zip(*outputs, strict=True))
         )
-    return first
+    if isinstance(first, dict):  # model outputs are ordered dictionaries
+        return type(first)(**{key: _join([o[key] for o in outputs], back, dim) for key in first})
+    if first is None:
+        return None
+    raise AdapterError(
+        f"A module whose rows use different adapters returned a {type(first).__name__}, which cannot be put together "
+        "from groups of rows. Use one adapter for the whole batch there."
+    )
 
 
 def _blend(base: Any, result: Any, weight: float) -> Any:
@@ -451,4 +458,6 @@ def _blend(base: Any, result: Any, weight: float) -> Any:
         return base + weight * (result - base)
     if isinstance(result, tuple):
         return tuple(_blend(b, r, weight) for b, r in zip(base, result, strict=True))
+    if isinstance(result, dict):
+        return type(result)(**{key: _blend(base[key], result[key], weight) for key in result})
     return result

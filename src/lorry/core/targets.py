@@ -114,8 +114,10 @@ def _matching(
         return {p: s for p, s in catalogue.items() if s.kind.name == name}
     found: dict[str, Site] = {}
     if "block" in allowed:
+        # a method that sits on nothing but whole modules takes single layers as such, too
+        layers_too = set(allowed) == {"block"}
         for path, module in model.named_modules():
-            if path and path not in catalogue and matches(path, pattern):
+            if path and (layers_too or path not in catalogue) and matches(path, pattern):
                 found[path] = next(iter(BLOCK.sites(path, module)))
     return found or {p: s for p, s in catalogue.items() if matches(p, pattern)}
 

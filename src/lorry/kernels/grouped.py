@@ -49,29 +49,35 @@ def grouped_linear(
     y: Tensor | None,
     segments: Sequence[Segment],
     factors: Sequence[Factors],
-    plans: dict[Any, Any],
+    plan: RowPlan,
 ) -> Tensor:
     """Do what `lorry.kernels.lowrank.low_rank_linear` does, by grouped kernels."""
     flat = [t for f in factors for t in (f.a, f.b)]
-    plan = _plan(x, segments, plans)
     result: Tensor = _GroupedLinear.apply(x, weight, bias, y, plan, tuple(segments), *flat)  # type: ignore[no-untyped-call]
     return result
 
 
-def _plan(x: Tensor, segments: Sequence[Segment], plans: dict[Any, Any]) -> RowPlan:
-    """Return the layout of the batch's tokens; layers of one batch share it."""
+def batch_plan(x: Tensor, segments: Sequence[Segment], plans: dict[Any, Any]) -> RowPlan | None:
+    """Return the layout of the batch's tokens, which layers of one batch share; None if a row is in several segments.
+
+    Blocks of different segments run at the same time, so they must not add to the same rows.
+    """
     from lorry.kernels.triton_rows import plan_rows
 
     tokens = x[0].numel() // x.shape[-1]
     scales = tuple(s.scale if isinstance(s.scale, float) else id(s.scale) for s in segments)
-    key = (len(x), tokens, scales)
+    places = tuple((s.rows.start, s.rows.stop) if isinstance(s.rows, slice) else id(s.rows) for s in segments)
+    key = (len(x), tokens, scales, places)
     if key not in plans:
         every = torch.arange(len(x))
         rows = [every if s.rows is None else every[s.rows] if isinstance(s.rows, slice) else s.rows for s in segments]
+        together = torch.cat([r.cpu() for r in rows])
+        disjoint = len(together.unique()) == len(together)
+        plan = plan_rows(rows, [s.scale for s in segments], tokens, x.device) if disjoint else None
         # the segments are kept too, so that no other tensor takes the place of a scale under the same id
-        plans[key] = (plan_rows(rows, [s.scale for s in segments], tokens, x.device), tuple(segments))
-    plan: RowPlan = plans[key][0]
-    return plan
+        plans[key] = (plan, tuple(segments))
+    found: RowPlan | None = plans[key][0]
+    return found
 
 
 def _grouped(x: Tensor, plan: RowPlan, segments: Sequence[Segment], flat: Sequence[Tensor]) -> GroupedRows:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorry.kernels.dropout import keep_mask, kept_scale, masked
-from lorry.kernels.grouped import groupable, grouped_linear
+from lorry.kernels.grouped import batch_plan, groupable, grouped_linear
 from lorry.kernels.products import add_product, product
 from lorry.kernels.segments import Factors, Rows, Segment, take
 
@@ -72,7 +72,9 @@ def low_rank_linear(
         Where the layout of the batch's tokens may be kept for the next layer, on devices with grouped kernels.
     """
     if len(segments) > 1 and groupable(x, segments, factors):
-        return grouped_linear(x, weight, bias, y, segments, factors, {} if plans is None else plans)
+        plan = batch_plan(x, segments, {} if plans is None else plans)
+        if plan is not None:
+            return grouped_linear(x, weight, bias, y, segments, factors, plan)
     flat = [t for f in factors for t in (f.a, f.b, f.gain)]
     tracked = (x, y, *flat)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tracked):

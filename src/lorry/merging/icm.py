@@ -359,7 +359,7 @@ class Support:
         def call(values: Tensor) -> tuple[float, Tensor]:
             return self._on_model(function, values)
 
-        return _OnModel.apply(vector, call)  # type: ignore[no-any-return, no-untyped-call]
+        return _OnModel.apply(vector, call)  # type: ignore[no-untyped-call]
 
     def _on_model(self, function: Callable[[Any], Tensor], values: Tensor) -> tuple[float, Tensor]:
         assert self.model is not None

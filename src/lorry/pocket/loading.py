@@ -34,4 +34,6 @@ def load(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
             f"python -m lorry.pocket.train --out {PATH}"
         )
     model = AutoModelForCausalLM.from_pretrained(PATH, dtype=dtype, local_files_only=True)
+    # adapters note the name of their base; where this installation lies is nobody's business
+    model.config._name_or_path = "pocket"
     return model.eval(), AutoTokenizer.from_pretrained(PATH, local_files_only=True)

@@ -43,7 +43,7 @@ def new_model(vocabulary: int, seed: int) -> Any:
         num_key_value_heads=4,
         max_position_embeddings=256,
         tie_word_embeddings=False,
-        # lines are short: these two let a narrow model find places and letters in half the steps
+        # lines are short: a small base spreads the rotation's frequencies over the places that occur
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         initializer_range=0.06,
         pad_token_id=0,

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from lorry.cli import (
     bench,
+    claims,
     compare,
     convert,
     demo,
@@ -146,6 +147,7 @@ app.command("convert")(convert.convert)
 app.command("inspect")(inspect_adapter.inspect)
 app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)
+app.add_typer(claims.group)
 
 if __name__ == "__main__":
     app()

@@ -1,0 +1,258 @@
+"""Claims, findings and records: what is said, what came out here, and how it is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import pkgutil
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorry.core.errors import LorryError, OptionError, near_misses
+
+#: Where the records of this version lie: part of the package, so that ``lorry claims`` shows them anywhere.
+RECORDS = Path(__file__).parent / "records"
+VERSION = 1
+
+#: What can become of a claim. ``partly``: some of its statements hold, or the direction holds but not on every seed.
+#: ``reported``: the source does not say what to expect, so that there is nothing to confirm.
+VERDICTS = ("reproduced", "partly", "not reproduced", "reported")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How much to spend.
+
+    Attributes:
+        seeds: of weights, data order and draws; every contender is run with each.
+        effort: factor of steps and of the sizes of data; below 1 gives a look, not a finding.
+    """
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    effort: float = 1.0
+
+    def much(self, full: int, least: int = 1) -> int:
+        """Scale a number of steps or rows."""
+        return max(least, round(full * self.effort))
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot: values of several contenders, by seed, at one place or along an axis.
+
+    Attributes:
+        title: what is shown.
+        unit: of the values, as the label of their axis.
+        series: contender -> for each place on the axis the values of the seeds.
+        x: the places; one unnamed place if there is no axis.
+        x_name: label of that axis.
+        log_x, log_y: logarithmic axes.
+    """
+
+    title: str
+    unit: str
+    series: Mapping[str, Sequence[Sequence[float]]]
+    x: Sequence[float] = ()
+    x_name: str = ""
+    log_x: bool = False
+    log_y: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse series that do not fit the axis."""
+        for name, values in self.series.items():
+            if len(values) != max(1, len(self.x)):
+                raise ValueError(f"{self.title}: {name} has {len(values)} places, expected {max(1, len(self.x))}")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a study found.
+
+    Attributes:
+        verdict: one of `VERDICTS`.
+        summary: a sentence or two with the figures that decide.
+        panels: what to plot; their figures are the record.
+        rates: contender -> learning rate that its tuning chose.
+        notes: what a reader must know to judge: parameters, budgets, a rate at the edge of its grid.
+    """
+
+    verdict: str
+    summary: str
+    panels: Sequence[Panel]
+    rates: Mapping[str, float] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse a verdict that there is not."""
+        if self.verdict not in VERDICTS:
+            raise ValueError(f"expected a verdict of {VERDICTS}, found {self.verdict!r}")
+
+
+Study = Callable[[Setting], Finding]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A behavioural claim and its miniature.
+
+    Attributes:
+        slug: the method, or the topic.
+        key: name of the claim within its slug.
+        says: the claim, in a sentence.
+        source: paper and place.
+        trial: the miniature: model, data, budget, and what would count against the claim.
+        study: runs it.
+    """
+
+    slug: str
+    key: str
+    says: str
+    source: str
+    trial: str
+    study: Study
+
+
+@dataclass(frozen=True)
+class Record:
+    """A claim's last run, as it is written."""
+
+    slug: str
+    key: str
+    says: str
+    source: str
+    trial: str
+    finding: Finding
+    seeds: tuple[int, ...]
+    effort: float
+    seconds: float
+    machine: str
+
+    @property
+    def name(self) -> str:
+        """Slug and key."""
+        return f"{self.slug}/{self.key}"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Record:
+        """Build a record from parsed JSON."""
+        found = dict(values["finding"])
+        panels = [Panel(**panel) for panel in found.pop("panels")]
+        rest = {k: v for k, v in values.items() if k not in ("finding", "seeds")}
+        return cls(finding=Finding(panels=panels, **found), seeds=tuple(values["seeds"]), **rest)
+
+
+_REGISTRY: dict[tuple[str, str], Claim] = {}
+
+
+def claim(slug: str, key: str, *, says: str, source: str, trial: str) -> Callable[[Study], Study]:
+    """Register a study as the trial of a claim; see `Claim` for the fields."""
+
+    def add(study: Study) -> Study:
+        if (slug, key) in _REGISTRY:
+            raise ValueError(f"two claims are called {slug}/{key}")
+        _REGISTRY[slug, key] = Claim(slug, key, says, source, trial, study)
+        return study
+
+    return add
+
+
+def claims(slug: str | None = None) -> list[Claim]:
+    """All claims, or those of one slug, in the order of their files.
+
+    Raises:
+        OptionError: no claims of this slug; names the nearest.
+    """
+    from lorry.claims import studies
+
+    for module in sorted(pkgutil.iter_modules(studies.__path__), key=lambda found: found.name):
+        importlib.import_module(f"{studies.__name__}.{module.name}")
+    found = [one for one in _REGISTRY.values() if slug is None or one.slug == slug]
+    if not found:
+        raise OptionError(f"There are no claims of '{slug}'.{near_misses(str(slug), slugs())}")
+    return found
+
+
+def slugs() -> list[str]:
+    """Slugs that have claims."""
+    return list(dict.fromkeys(one.slug for one in claims()))
+
+
+def run(one: Claim, setting: Setting) -> Record:
+    """Run a claim's study."""
+    began = time.perf_counter()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny models run fastest so
+    try:
+        finding = one.study(setting)
+    finally:
+        torch.set_num_threads(threads)
+    return Record(
+        slug=one.slug,
+        key=one.key,
+        says=one.says,
+        source=one.source,
+        trial=one.trial,
+        finding=finding,
+        seeds=setting.seeds,
+        effort=setting.effort,
+        seconds=round(time.perf_counter() - began, 1),
+        machine=f"{platform.machine()} CPU, one thread, torch {torch.__version__.partition('+')[0]}",
+    )
+
+
+def write_records(records: Iterable[Record], folder: Path) -> list[Path]:
+    """Write the records of each slug into ``SLUG.json``, in place of older ones of the same claim; each file is
+    whole or not written.
+    """
+    by_slug: dict[str, dict[str, Record]] = {}
+    for record in records:
+        by_slug.setdefault(record.slug, {})[record.key] = record
+    written = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for slug, new in by_slug.items():
+        path = folder / f"{slug}.json"
+        kept = {old.key: old for old in _read(path)} if path.exists() else {}
+        listed = [_rounded(dataclasses.asdict(record)) for record in {**kept, **new}.values()]
+        part = path.with_name(f".{path.name}.part")
+        part.write_text(json.dumps({"version": VERSION, "records": listed}, indent=1) + "\n", encoding="utf-8")
+        os.replace(part, path)
+        written.append(path)
+    return written
+
+
+def read_records(folder: Path = RECORDS) -> list[Record]:
+    """Read all records of a folder, by slug.
+
+    Raises:
+        LorryError: a file is not a file of records, or of a newer version.
+    """
+    return [record for path in sorted(Path(folder).glob("*.json")) for record in _read(path)]
+
+
+def _read(path: Path) -> list[Record]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["version"] > VERSION:
+            raise LorryError(f"{path} has version {values['version']}, this Lorry reads {VERSION}; update Lorry.")
+        return [Record.from_dict(record) for record in values["records"]]
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, LorryError):
+            raise
+        raise LorryError(f"{path} is not a file of claim records: {error}. Run `lorry claims run` again.") from error
+
+
+def _rounded(value: Any) -> Any:
+    """Five digits are more than any of the figures deserves."""
+    if isinstance(value, Mapping):
+        return {k: _rounded(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(v) for v in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value

@@ -1,0 +1,148 @@
+"""The ledger as a document: a table, and for each claim its trial, its verdict and its plot."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .ledger import Panel, Record
+
+INTRODUCTION = """# What was claimed, and what came out here
+
+Every entry tries a published claim in miniature: frozen networks on scikit-learn's digits, the pocket model and its
+skills, synthetic teachers. Contenders share seeds, data order and budget, and each has its own learning rate from the
+same grid, chosen on validation data.
+
+- *Reproduced*: the claimed difference holds on every seed.
+- *Partly*: on average only, or some of several statements.
+- *Not reproduced*: neither.
+- *Reported*: the source does not say what to expect.
+
+A miniature can contradict an explanation; it cannot refute figures that were measured on other models.
+
+`lorry claims` prints the table, `lorry claims run SLUG` repeats an entry, and this page and its plots are made from
+the records by `lorry claims page`."""
+
+
+def table_rows(records: Sequence[Record]) -> list[tuple[str, str, str]]:
+    """Name, verdict and summary of each record."""
+    return [(record.name, record.finding.verdict, record.finding.summary) for record in records]
+
+
+def markdown(records: Sequence[Record], pictures: str = "claims") -> str:
+    """Write the document.
+
+    Args:
+        records: in the order in which they appear.
+        pictures: folder of the plots, relative to the document.
+    """
+    lines = [INTRODUCTION, "", "| claim | verdict | what came out |", "|---|---|---|"]
+    lines += [f"| [{n}](#{_anchor(n)}) | {verdict} | {_cell(summary)} |" for n, verdict, summary in table_rows(records)]
+    for record in records:
+        lines += ["", *_section(record, pictures)]
+    return "\n".join(lines) + "\n"
+
+
+def _section(record: Record, pictures: str) -> list[str]:
+    found = record.finding
+    seeds = f"{len(record.seeds)} seeds, {record.seconds:.0f} s on {record.machine}"
+    effort = "" if record.effort == 1 else f" **A look at {record.effort:g} of the full effort, not a finding.**"
+    lines = [
+        f"## {record.name}",
+        "",
+        f"**Claim.** {record.says} ({record.source})",
+        "",
+        f"**Trial.** {record.trial} {seeds}.{effort}",
+        "",
+        f"**{found.verdict.capitalize()}.** {found.summary}",
+        "",
+    ]
+    if found.rates:
+        lines += ["Rates chosen: " + ", ".join(f"{name} {rate:g}" for name, rate in found.rates.items()) + ".", ""]
+    lines += [f"- {note}" for note in found.notes] + ([""] if found.notes else [])
+    for panel in found.panels:
+        lines += [*_figures(panel), ""]
+    return [*lines, f"![{record.name}]({pictures}/{picture_name(record)})"]
+
+
+def _figures(panel: Panel) -> list[str]:
+    """The figures of a panel as a table: mean, and the least and greatest of the seeds."""
+    heads = [f"{panel.x_name} {place:g}" for place in panel.x] or [panel.unit]
+    lines = [f"{panel.title}:", "", f"| | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    for name, places in panel.series.items():
+        cells = [
+            f"{statistics.fmean(v):.3g} ({min(v):.3g} - {max(v):.3g})" if len(v) > 1 else f"{v[0]:.3g}" for v in places
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def picture_name(record: Record) -> str:
+    """File name of a record's plot."""
+    return f"{record.slug}-{record.key}.png"
+
+
+def draw(record: Record, folder: Path) -> Path:
+    """Draw the panels of a record side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    from matplotlib.figure import Figure
+
+    panels = record.finding.panels
+    tallest = max(len(panel.series) for panel in panels)
+    figure = Figure(figsize=(5.2 * len(panels), 2.2 + 0.28 * tallest), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        (_curves if panel.x else _dots)(axes, panel)
+        axes.set_title(panel.title, fontsize=9)
+    figure.suptitle(f"{record.name}: {record.finding.verdict}", fontsize=10)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / picture_name(record)
+    part = path.with_name(f".{path.name}")
+    # no version of the plotting library in the file: the same record gives the same bytes
+    figure.savefig(part, dpi=90, format="png", metadata={"Software": None})
+    os.replace(part, path)
+    return path
+
+
+def _dots(axes: Any, panel: Panel) -> None:
+    """One line for each contender: a dot for each seed, a bar at the mean."""
+    names = list(panel.series)
+    for place, name in enumerate(names):
+        values = panel.series[name][0]
+        axes.plot(values, [place] * len(values), "o", ms=5, alpha=0.6, color=f"C{place % 10}")
+        axes.plot([statistics.fmean(values)], [place], "|", ms=16, mew=2, color=f"C{place % 10}")
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel(panel.unit, fontsize=8)
+    axes.grid(axis="x", alpha=0.3)
+    if panel.log_y:
+        axes.set_xscale("log")
+
+
+def _curves(axes: Any, panel: Panel) -> None:
+    """One curve of means for each contender, with the range of the seeds shaded."""
+    for name, places in panel.series.items():
+        means = [statistics.fmean(values) for values in places]
+        (line,) = axes.plot(panel.x, means, marker="o", ms=3, label=name)
+        axes.fill_between(
+            panel.x, [min(v) for v in places], [max(v) for v in places], alpha=0.15, color=line.get_color()
+        )
+    axes.set_xlabel(panel.x_name, fontsize=8)
+    axes.set_ylabel(panel.unit, fontsize=8)
+    axes.set_xscale("log" if panel.log_x else "linear")
+    axes.set_yscale("log" if panel.log_y else "linear")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+
+
+def _anchor(name: str) -> str:
+    """The address that Markdown renderers give to a heading."""
+    return "".join(c for c in name.lower().replace(" ", "-") if c.isalnum() or c in "-_")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

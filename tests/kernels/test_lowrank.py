@@ -39,7 +39,8 @@ def make(layout, *, dtype=torch.float64, inner=(3,), width=6, out=4, p=0.0, bias
 
     segments, factors = [], []
     for number, (rows, scale, rank, *gain) in enumerate(layout):
-        segments.append(Segment(rows, scale, p, seed=17 + number))
+        own = isinstance(scale, torch.Tensor)
+        segments.append(Segment(rows, 1.5 if own else scale, p, 17 + number, scale if own else None))
         kind = factor_dtype or dtype
         factors.append(
             Factors(

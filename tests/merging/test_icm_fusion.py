@@ -7,6 +7,7 @@ from merging.tiny_adapters import base, distance, filled
 import lorry
 from lorry.core.errors import OptionError
 from lorry.merging import Factors, icm, merge
+from lorry.merging.output import trial_adapter
 
 
 def layout_and_vector(seed=0):
@@ -149,6 +150,33 @@ def test_fusion_of_trained_checkpoints(pocket):
     for name in ("factor average", "task arithmetic, tuned weights", "factor average, refined"):
         assert losses[name] == losses[name] and losses[name] > 0
     assert not [n for n in lorry.adapters(model) if n.startswith("merge-trial")]
+
+
+def test_another_tasks_vector_decodes_another_adapter(pocket):
+    model, tasks, final = pocket
+    sites = {path: entry.site for path, entry in final["ends"].entries.items()}
+    shapes = {path: (site.out_features, site.in_features) for path, site in sites.items()}
+    data = icm.collect(tasks, list(sites), shapes, None, "none", 8)
+    generator = torch.Generator().manual_seed(0)
+    vae = icm.FusionVAE(sum(data.layout.sizes), 8, 8, 64)
+    icm.initialise(vae, generator)
+    icm.train_vae(vae, data, {}, icm.Training(150, 1e-3, 1e-4, 0, 0.01, True, 8), generator, 0)
+
+    @torch.no_grad()
+    def loss(skill, condition):
+        own = data.conditions[skill]
+        code, _ = vae.encode(data.vectors[skill][-1:], own[None])
+        flat = vae.decode(code, condition[None])[0] * data.deviation[skill] + data.mean[skill]
+        tensors = {p: {"A": f.a.float(), "B": f.b.float()} for p, f in data.layout.unflatten(flat).items()}
+        with trial_adapter(model, tensors):
+            return float(tasks[skill].loss(model))
+
+    for skill, other in (("previous", "ends"), ("ends", "previous")):
+        own = data.conditions[skill]
+        right = loss(skill, own)
+        noise = [0.05 * torch.randn(own.shape, generator=generator) * own.square().mean().sqrt() for _ in range(3)]
+        near = max(abs(loss(skill, own + one) - right) for one in noise)
+        assert abs(loss(skill, data.conditions[other]) - right) > near
 
 
 def test_order_of_tasks_does_not_matter(pocket):

@@ -9,7 +9,8 @@ from core.tiny import gradients, llama, off_zero, tokens
 from torch import nn
 
 import lorry
-from lorry.methods.ept import EPT, nearest_tasks, pooled
+from lorry.core.tasks import nearest_tasks, pooled, similarities
+from lorry.methods.ept import EPT
 
 
 def layer(width=48, out=24, **options):
@@ -64,7 +65,7 @@ def test_the_fast_form_equals_the_dense_one(width, out, renormalize):
 )
 def test_frequency_scales(scale, factors):
     method = EPT(kernels=(2, 4, 6), tasks=4, freq_scale=scale)
-    assert [method.factor(s) for s in method.kernels] == pytest.approx(factors)
+    assert method.scales == pytest.approx(factors)
 
 
 def test_identity_and_gradients_at_the_start():
@@ -142,14 +143,13 @@ def test_rows_have_the_gate_of_their_task():
 
 
 def test_contrastive_loss():
-    method = EPT(tasks=4)
     rows, width = 6, 5
-    equal = method.similarities(torch.randn(rows, width), torch.ones(4, width))
+    equal = similarities(torch.randn(rows, width), torch.ones(4, width), 0.05)
     assert F.cross_entropy(equal, torch.arange(rows) % 4) == pytest.approx(math.log(4), rel=1e-5)
     features = torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
     embeddings = torch.randn(4, width, generator=torch.Generator().manual_seed(1))
     cosine = F.cosine_similarity(features[:, None], embeddings[None], dim=-1) / 0.05
-    torch.testing.assert_close(method.similarities(features, embeddings), cosine, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(similarities(features, embeddings, 0.05), cosine, atol=1e-5, rtol=1e-5)
 
 
 def test_the_contrastive_loss_is_left_once_and_trains_the_embeddings():
@@ -168,7 +168,7 @@ def test_the_contrastive_loss_is_left_once_and_trains_the_embeddings():
     weight = mask.float().unsqueeze(-1)
     feature = (seen["x"] * weight).sum(1) / weight.sum(1)
     embeddings = adapter.shared.tensors()["tasks"]
-    torch.testing.assert_close(loss, 0.5 * F.cross_entropy(adapter.method.similarities(feature, embeddings), tasks))
+    torch.testing.assert_close(loss, 0.5 * F.cross_entropy(similarities(feature, embeddings, 0.05), tasks))
     optimizer = torch.optim.Adam([embeddings], lr=0.05)
     for _ in range(40):
         with lorry.context(model, task_ids=tasks, padding_mask=mask):

@@ -4,7 +4,7 @@ from methods.small import batch, copies, scatter_trained, set_tensors, stack, tr
 
 import lorry
 from lorry.core.calibrate import finish_step
-from lorry.methods.matryoshka import at_rank, aurac, cut, mean_loss
+from lorry.core.nested import at_rank, aurac, cut, mean_loss
 
 SCALINGS = ("none", "rank", "sqrt")
 
@@ -177,3 +177,9 @@ def test_saved_cut_is_read_again(tmp_path):
 def test_ranks_beyond_the_stored_one(options):
     with pytest.raises(lorry.OptionError, match="rank 8"):
         lorry.Matryoshka(rank=8, **options)
+
+
+def test_other_methods_cannot_be_cut():
+    adapter = lorry.attach(stack(), "lora")
+    with pytest.raises(lorry.AdapterError, match="'lora'.*no nested ranks|no nested ranks.*matryoshka-lora"):
+        cut(adapter, 2)

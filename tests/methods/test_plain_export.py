@@ -8,7 +8,7 @@ from methods.small import batch, scatter_trained, stack
 
 import lorry
 from lorry.core.files.export import export_plain
-from lorry.methods.matryoshka import cut
+from lorry.core.nested import cut
 
 EXACT = [
     {"method": "uni-lora"},

@@ -181,3 +181,25 @@ def test_sequences_are_routed_as_wholes():
 def test_bad_options(options, rule):
     with pytest.raises(lorry.OptionError, match=rule):
         ReMix(**options)
+
+
+def test_layers_that_see_flat_tokens_add_to_the_probability_of_their_rows():
+    class Flattening(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            h = self.first(x)
+            return self.second(h.flatten(0, 1)).view_as(h)
+
+    torch.manual_seed(0)
+    model = Flattening().train()
+    off_zero(lorry.attach(model, ReMix(experts=4, top_k=2, rank=2)), std=0.4)
+    x = torch.randn(3, 5, 8)
+    with lorry.context(model, padding_mask=torch.ones(3, 5, dtype=torch.bool)) as context:
+        model(x)
+        total = log_probability(model, "default")
+        each = [context.left["default", name, "log_probability"] for name in ("first", "second")]
+    assert [len(v) for v in each] == [3, 15]
+    torch.testing.assert_close(total, each[0] + each[1].view(3, 5).sum(1))

@@ -164,3 +164,12 @@ def test_leave_one_out_is_unbiased(draws, shift):
 def test_a_single_draw_is_refused():
     with pytest.raises(lorry.OptionError, match="at least 2 draws"):
         routing.leave_one_out(torch.ones(1, 3), torch.ones(1, 3))
+
+
+def test_differences_within_rounding_train_nobody():
+    """Draws that give one loss up to rounding would otherwise make full steps of an optimizer that normalises."""
+    losses = torch.tensor([[3.0, 1.0], [3.0 + 5e-7, 1.5]])
+    chosen = torch.zeros(2, 2, requires_grad=True)
+    routing.leave_one_out(losses, chosen).backward()
+    assert torch.equal(chosen.grad[:, 0], torch.zeros(2))
+    torch.testing.assert_close(chosen.grad[:, 1], torch.tensor([-0.125, 0.125]))

@@ -157,3 +157,31 @@ def test_accelerate_trains_the_adapter_alone(tmp_path):
     now = adapter_tensors(model)
     assert all(not torch.equal(now[n], start[n]) for n in start)
     assert all(torch.equal(v, before[k]) for k, v in accelerator.unwrap_model(ready).state_dict().items())
+
+
+def test_a_method_that_needs_draws_is_refused_unless_the_loss_makes_them(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    from lorry.training.routing import policy_loss, repeated
+
+    method = {"method": "remix", "rank": 2, "experts": 4, "top_k": 2}
+    model = tiny_llama()
+    adapter = attach(model, method, name="a")
+    with pytest.raises(AdapterError, match=r"'a' \(remix\) .* 2 draws .* lorry.training.train"):
+        plain_trainer(model, tmp_path)
+
+    class Drawing(with_adapters(Trainer)):
+        def compute_loss(self, model, inputs, return_outputs=False, **more):
+            batch = repeated({"input_ids": inputs["input_ids"]}, adapter.row_draws)
+            logits, targets = model(**batch).logits[:, :-1], batch["input_ids"][:, 1:]
+            losses = torch.nn.functional.cross_entropy(logits.mT, targets, reduction="none").mean(1)
+            return policy_loss(model, "a", losses, adapter.row_draws)
+
+    data = [{"input_ids": r.input_ids.long(), "labels": r.labels.long()} for r in token_rows(16, (12, 12), 1).rows]
+    Drawing(model, TrainingArguments(**options(tmp_path, steps=3)), train_dataset=data).train()
+    assert all(p.any() for n, p in adapter.named_parameters() if n.endswith("router"))
+
+    # with every expert active nothing is drawn
+    adapter.detach()
+    attach(model, {**method, "top_k": 4}, name="a")
+    plain_trainer(model, tmp_path)

@@ -65,7 +65,7 @@ def test_repeated_rows_train_a_router():
     model = llama()
     adapter = off_zero(lorry.attach(model, "remix", targets="attention"), std=0.2)
     ids = tokens(2)
-    batch = repeated({"input_ids": ids}, adapter.method.draws)
+    batch = repeated({"input_ids": ids}, adapter.row_draws)
     assert torch.equal(batch["input_ids"], torch.cat([ids, ids]))
     model.train()
     torch.manual_seed(0)

@@ -7,12 +7,14 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+
+from lorry.core.errors import OptionError
 
 Case = Callable[[], object]
 
@@ -84,6 +86,16 @@ def llama(layers: int, hidden: int, inner: int, vocabulary: int = 512, **options
         **options,
     )
     return LlamaForCausalLM(config)
+
+
+def integers(given: Sequence[int] | str | int) -> list[int]:
+    """Return whole numbers; a text, as the command line passes it, is split at commas."""
+    if isinstance(given, int):
+        return [given]
+    try:
+        return [int(part) for part in (given.split(",") if isinstance(given, str) else given)]
+    except ValueError:
+        raise OptionError(f"Expected whole numbers with commas between, found {given!r}.") from None
 
 
 def machine(device: str) -> str:

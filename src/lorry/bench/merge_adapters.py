@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorry.bench._measure import integers
+
 #: Lorry's method and options -> PEFT's combination type, for results that are equal.
 PAIRS: dict[str, tuple[str, dict[str, Any], str]] = {
     "svd": ("svd", {}, "svd"),
@@ -134,7 +136,7 @@ def _peak_of(side: str, width: int, rank: int, seed: int, name: str, threads: in
 
 
 def run(
-    widths: Sequence[int] | str = (1024, 2048, 4096),
+    widths: Sequence[int] | str | int = (1024, 2048, 4096),
     rank: int = 16,
     types: Sequence[str] | str = ("svd", "cat", "linear"),
     repeats: int = 5,
@@ -158,13 +160,7 @@ def run(
     memory
         Measure peak memory too.
     """
-    widths = (
-        [int(w) for w in widths.split(",")]
-        if isinstance(widths, str)
-        else [widths]
-        if isinstance(widths, int)
-        else widths
-    )
+    widths = integers(widths)
     types = types.split(",") if isinstance(types, str) else types
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -195,9 +191,9 @@ def _case(name: str, width: int, rank: int, repeats: int, budget: float, seed: i
         for side, call in runs.items():
             if side == "peft" and sum(times[side]) > budget:
                 continue
-            start = time.perf_counter()
+            start = time.process_time()
             results[side] = call()
-            times[side].append(time.perf_counter() - start)
+            times[side].append(time.process_time() - start)
     ours, theirs = _delta(results["lorry"]), _delta(results["peft"])
     medians = {side: statistics.median(values) for side, values in times.items()}
     return {

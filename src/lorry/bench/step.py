@@ -8,10 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import lorry
+from lorry.bench._count import kept
 from lorry.bench._measure import interleaved, llama, machine, ratio_table, ratios, threads
+from lorry.bench._step import frozen, step
 from lorry.core.method import method_from
 
 
@@ -40,7 +42,7 @@ def run(
     def base() -> nn.Module:
         return llama(layers, hidden, inner).to(device, kind).train()
 
-    models = {"floor": _floor(base())}
+    models = {"floor": frozen(base())}
     wanted: dict[str, Any] = {"lora": {"method": "lora", "rank": rank}}
     if method is None:
         wanted["lora dropout"] = {"method": "lora", "rank": rank, "dropout": 0.05}
@@ -54,28 +56,20 @@ def run(
     if peer:
         models.update(_peers(base, rank, method is None))
     with threads(1):
-        seconds = interleaved({n: partial(_step, m, tokens) for n, m in models.items()}, rounds, device)
-        kept = {n: _kept(m, tokens) / 1e6 for n, m in models.items()}
+        seconds = interleaved({n: partial(step, m, tokens) for n, m in models.items()}, rounds, device)
+        held = {n: kept(m, partial(step, m, tokens)) / 1e6 for n, m in models.items()}
         return {
             "machine": machine(device),
             "dtype": dtype,
             "tokens": batch * length,
             "ratios": ratios(seconds, "floor"),
-            "kept_mb": kept,
+            "kept_mb": held,
         }
 
 
 def _options(method: str, rank: int) -> dict[str, Any]:
     fields = method_from(method).to_dict()
     return {"method": method, **({"rank": rank} if "rank" in fields else {})}
-
-
-def _floor(model: nn.Module) -> nn.Module:
-    """Freeze a model whose activations still pass gradients from the first layer on."""
-    model.requires_grad_(False)
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
-    return model
 
 
 def _peers(base: Any, rank: int, everything: bool) -> dict[str, nn.Module]:
@@ -90,30 +84,6 @@ def _peers(base: Any, rank: int, everything: bool) -> dict[str, nn.Module]:
         peers["peft dora"] = wrapped(use_dora=True)
         peers["peft dora dropout"] = wrapped(use_dora=True, lora_dropout=0.05)
     return peers
-
-
-def _step(model: nn.Module, tokens: Tensor) -> None:
-    model(tokens, labels=tokens).loss.backward()
-    for parameter in model.parameters():
-        parameter.grad = None
-
-
-def _kept(model: nn.Module, tokens: Tensor) -> int:
-    """Return the bytes of distinct storages that the graph saved, parameters and their casts left out."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    seen: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        model(tokens, labels=tokens).loss.backward()
-    for parameter in model.parameters():
-        parameter.grad = None
-    return sum(seen.values())
 
 
 def table(result: dict[str, Any]) -> Any:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lorry
-from lorry.bench._measure import interleaved, lines, llama, machine, threads
+from lorry.bench._crowd import Crowd, counts
+from lorry.bench._measure import interleaved, lines, machine, threads
 
 
 def run(
@@ -17,44 +20,33 @@ def run(
     rank: int = 8,
     most: int = 100,
     peer: bool = True,
+    peer_most: int = 10,
 ) -> dict[str, Any]:
-    """Measure one `lorry.activate` among 1, 10 and 100 adapters on a Llama of 168 sites."""
-    model = llama(layers, hidden, inner)
-    other: Any = None
+    """Measure one `lorry.activate` among 1, 10 and 100 adapters on a Llama of 168 sites, PEFT with up to `peer_most`.
+
+    Before PEFT's 100th adapter lie minutes of attaching the others.
+    """
+    crowd = Crowd(layers, hidden, inner, rank)
     result: dict[str, Any] = {"machine": machine("cpu"), "loaded": {}}
     with threads(1):
-        for count in (c for c in (1, 10, 100) if c <= most):
-            for number in range(len(lorry.adapters(model)), count):
-                lorry.attach(model, {"method": "lora", "rank": rank}, name=f"a{number}", activate=False).train(False)
-            first, last = "a0", f"a{count - 1}"
-
-            def switch(first: str = first, last: str = last) -> None:
-                lorry.activate(model, first)
-                lorry.activate(model, last)
-
-            row = {"lorry_ms": statistics.median(interleaved({"s": switch}, rounds, repeat=50)["s"]) / 2 * 1e3}
-            if peer:
-                other = _filled(other, count, layers, hidden, inner, rank)
-
-                def set_adapter(peer: Any = other, first: str = first, last: str = last) -> None:
-                    peer.set_adapter(first)
-                    peer.set_adapter(last)
-
-                row["peft_ms"] = statistics.median(interleaved({"s": set_adapter}, 3, warm_up=1)["s"]) / 2 * 1e3
+        for count in counts(most):
+            crowd.fill(count)
+            row = {"lorry_ms": _milliseconds(partial(lorry.activate, crowd.model), count, rounds, 50)}
+            if peer and count <= peer_most:
+                row["peft_ms"] = _milliseconds(crowd.peer(count).set_adapter, count, 3, 1)
                 row["ratio"] = row["peft_ms"] / row["lorry_ms"]
             result["loaded"][count] = row
     return result
 
 
-def _filled(other: Any, count: int, layers: int, hidden: int, inner: int, rank: int) -> Any:
-    from peft import LoraConfig, get_peft_model
+def _milliseconds(switch: Callable[[str], object], count: int, rounds: int, repeat: int) -> float:
+    """Return the time of one switch, from going to the first adapter and to the last."""
 
-    config = LoraConfig(r=rank, target_modules="all-linear")
-    if other is None:
-        other = get_peft_model(llama(layers, hidden, inner), config, adapter_name="a0")
-    for number in range(len(other.peft_config), count):
-        other.add_adapter(f"a{number}", config)
-    return other
+    def both() -> None:
+        switch("a0")
+        switch(f"a{count - 1}")
+
+    return statistics.median(interleaved({"both": both}, rounds, warm_up=1, repeat=repeat)["both"]) / 2 * 1e3
 
 
 def table(result: dict[str, Any]) -> Any:

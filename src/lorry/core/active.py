@@ -99,7 +99,7 @@ class Active:
 
     def __getstate__(self) -> dict[str, object]:
         """Return what a copy of the model takes along: the composition, without what was worked out for it."""
-        return {**self.__dict__, "_spread": {}, "_terms": {}, "_groups": {}, "stacks": {}, "packed": None}
+        return {**self.__dict__, "_spread": {}, "_terms": {}, "_groups": {}, "stacks": {}, "plans": {}, "packed": None}
 
     def terms(self, site: Site, batch: int, device: torch.device) -> tuple[tuple[Entry, Part], ...]:
         """Return the adapters that act at `site`, each with its rows of a batch of `batch` entries.
@@ -112,18 +112,21 @@ class Active:
         if self.rows is None:
             key = (site.path, 0, device)
         else:
-            factor, rest = divmod(batch, self.rows)
-            if rest or not factor:
-                raise AdapterError(
-                    f"lorry.rows was given {self.rows} rows, but '{site.path}' sees a batch of {batch}. Give one "
-                    "composition "
-                    "for each row of the batch."
-                )
-            key = (site.path, factor, device)
+            key = (site.path, self._factor(batch, f"'{site.path}'"), device)
         found = self._terms.get(key)
         if found is None:
             found = self._terms[key] = self._resolve(site, key[1], device)
         return found
+
+    def _factor(self, batch: int, what: str) -> int:
+        """Return how many entries of a module's batch there are for each row."""
+        factor, rest = divmod(batch, self.rows or batch)
+        if rest or not factor:
+            raise AdapterError(
+                f"lorry.rows was given {self.rows} rows, but {what} sees a batch of {batch}. Give one composition for "
+                "each row of the batch."
+            )
+        return factor
 
     def _resolve(self, site: Site, factor: int, device: torch.device) -> tuple[tuple[Entry, Part], ...]:
         parts = self.parts
@@ -146,13 +149,7 @@ class Active:
         all rows.
         """
         rows = self.rows or batch
-        factor, rest = divmod(batch, rows)
-        if rest or not factor:
-            raise AdapterError(
-                f"lorry.rows was given {rows} rows, but a module whose weights are exchanged sees a batch of "
-                f"{batch}. Give one "
-                "composition for each row of the batch."
-            )
+        factor = self._factor(batch, "a module whose weights are exchanged")
         if factor not in self._groups:
             members: dict[tuple[tuple[int, float], ...], list[int]] = {}
             weights: list[list[tuple[int, float]]] = [[] for _ in range(rows)]

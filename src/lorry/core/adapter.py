@@ -67,6 +67,11 @@ class Adapter:
         """The sites in the order of the model."""
         return [e.site for e in self.entries.values()]
 
+    @property
+    def row_draws(self) -> int:
+        """How many copies of each row a training step needs; see `Method.row_draws`."""
+        return max((e.method.row_draws for e in self.entries.values()), default=1)
+
     def homes(self) -> Iterator[tuple[str, TensorHome]]:
         """Yield every home of tensors with the prefix of its names in a checkpoint."""
         if self.shared is not None:

@@ -254,7 +254,11 @@ def log_probability(model: nn.Module, adapter: str) -> Tensor | None:
     """
     left = state_of(model).context.left
     found = [v for (owner, _, name), v in left.items() if owner == adapter and name == "log_probability"]
-    return torch.stack(found).sum(0) if found else None
+    if not found:
+        return None
+    # layers that see the tokens flattened left one entry for each token, row after row
+    rows = min(len(v) for v in found)
+    return torch.stack([v.unflatten(0, (rows, -1)).sum(1) for v in found]).sum(0)
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:

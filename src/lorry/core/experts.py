@@ -15,7 +15,7 @@ from lorry.core.api import check_name, install
 from lorry.core.entry import Entry
 from lorry.core.errors import AdapterError, some
 from lorry.core.families import Bottleneck
-from lorry.core.method import Method, method_from
+from lorry.core.method import Method, Tensors, method_from
 from lorry.core.receipt import Receipt
 from lorry.core.sites import Site
 from lorry.core.state import open_state
@@ -71,6 +71,15 @@ def from_adapters(
     if not activate and before is not None:
         adapter.state.active = before
     return adapter
+
+
+def side_by_side(tensors: Tensors, experts: Sequence[tuple[Tensor, Tensor, float]]) -> None:
+    """Copy the factors of experts into A ``(Σ ranks, in)`` and B ``(out, Σ ranks)`` in place, and their scales into
+    ``scales``.
+    """
+    tensors["A"].copy_(torch.cat([a for a, _, _ in experts]))
+    tensors["B"].copy_(torch.cat([b for _, b, _ in experts], 1))
+    tensors["scales"].copy_(torch.tensor([scale for _, _, scale in experts]))
 
 
 def _mixture(

@@ -88,7 +88,7 @@ class Bottleneck(Method):
             update = kind.dense(site, x, (b @ a).mul(scale).to(dtype))
         else:
             h = self.mid(kind.down(site, x, a.to(dtype)), call, tensors)
-            update = kind.up(site, h * scale, b.to(dtype))
+            update = kind.up(site, h if scale == 1.0 else h * scale, b.to(dtype))
         gain = self.gain(a, b, tensors, site)
         return update if gain is None else _with_gain(call, update, gain.to(dtype))
 

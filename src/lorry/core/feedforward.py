@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorry.core.errors import SiteError
 from lorry.core.kinds import BLOCK, KINDS
 from lorry.core.sites import Site
 
@@ -91,6 +92,26 @@ def feed_forward(module: nn.Module, path: str = "") -> FeedForward | None:
             activation = next((a for n in _ACTIVATIONS if callable(a := getattr(module, n, None))), None)
             return FeedForward(inputs, output, form, activation, sites)
     return None
+
+
+def parts_of(site: Site, names: Sequence[str] = (), activation: bool = False) -> FeedForward:
+    """Return the parts of the feed-forward block that `site` is.
+
+    Raises
+    ------
+    SiteError
+        It is none, it lacks projections of these names, or the activation that is asked for was not found.
+    """
+    parts = feed_forward(site.owner, site.path)
+    if parts is None or (activation and parts.activation is None):
+        raise SiteError(
+            f"'{site.path}' ({type(site.owner).__name__}) is no feed-forward block that Lorry knows: it needs "
+            "projections such as gate_proj, up_proj, down_proj or fc1, fc2, nothing trained besides, and an activation."
+        )
+    missing = sorted(set(names) - set(parts.names))
+    if missing:
+        raise SiteError(f"'{site.path}' has the projections {list(parts.names)}, not {missing}.")
+    return parts
 
 
 def with_blocks(sites: Sequence[Site], root: nn.Module) -> list[tuple[Site, tuple[str, ...] | None]]:

@@ -18,12 +18,13 @@ from lorry.core.active import Active, Part
 from lorry.core.call import Call, recomputing
 from lorry.core.entry import Entry
 from lorry.core.errors import AdapterError
-from lorry.core.families import Block, Bottleneck
+from lorry.core.families import Block, Bottleneck, WeightDelta
 from lorry.core.packed import PACKED, packed_forward
 from lorry.core.sites import Site
 from lorry.kernels.gathered import Stacked, add_stacked, stack, worth_stacking
 from lorry.kernels.lowrank import low_rank_linear
 from lorry.kernels.segments import Factors, Segment, take
+from lorry.kernels.sparse import changed_linear
 
 if TYPE_CHECKING:
     from lorry.core.state import ModelState
@@ -98,6 +99,10 @@ class Link:
                 fused = self._low_rank(base, active, terms, x, args, kwargs)
                 if fused is not None:
                     return fused
+            if self.plain_linear and not args and not kwargs and _whole(terms) and _fusable(site.owner, x):
+                summed = self._summed(terms[0][0], x)
+                if summed is not None:
+                    return summed
         output = base(x, *args, **kwargs)
         updates = [(part, self._update(entry, part, x, output)) for entry, part in terms]
         return _add_updates(output, updates)
@@ -124,11 +129,11 @@ class Link:
             if not method.plain and (not alone or type(method).gain is Bottleneck.gain):
                 return None
             scale = method.scale(site)
-            weight = part.weight * scale if part.weights is None else part.weights * scale
             p = method.dropout if owner.training else 0.0
             a, b = method.factors(tensors, site)
             gain = None if method.plain else method.gain(a, b, tensors, site)
-            segments.append(Segment(part.rows, weight, p, self._seed(part) if p else 0))
+            seed = self._seed(part) if p else 0
+            segments.append(Segment(part.rows, part.weight * scale, p, seed, part.weights))
             factors.append(Factors(a, b, gain))
             frozen = frozen and not entry.home.registered
         if frozen and active.rows is not None and not torch.is_grad_enabled() and worth_stacking(x, segments, factors):
@@ -139,6 +144,21 @@ class Link:
             bias = cast(Tensor | None, owner.bias)
             return low_rank_linear(x, cast(Tensor, owner.weight), bias, None, segments, factors, active.plans)
         return low_rank_linear(x, None, None, base(x, *args, **kwargs), segments, factors, active.plans)
+
+    def _summed(self, entry: Entry, x: Tensor) -> Tensor | None:
+        """Run one weight update of all rows as a product with ``W + ΔW``, or return None where the update is applied
+        in a cheaper way of its own, or where the sum would round it away.
+        """
+        method, tensors, owner = cast(WeightDelta, entry.method), entry.tensors(), entry.site.owner
+        weight, bias = cast(Tensor, owner.weight), cast(Tensor | None, owner.bias)
+        if weight.dtype not in (torch.float32, torch.float64):
+            return None
+        sparse = method.sparse(tensors, entry.site)
+        if sparse is not None:
+            return changed_linear(x, weight, bias, sparse[1], sparse[0])
+        if type(method).bypass is not WeightDelta.bypass:
+            return None
+        return nn.functional.linear(x, weight + method.delta(tensors, entry.site).to(weight.dtype), bias)
 
     def _stacked(
         self, base: Base, stacked: Stacked, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -320,6 +340,21 @@ def exchanged(pairs: list[tuple[nn.Module, str, Tensor]]) -> Iterator[None]:
                 attributes.pop(name, None)
             else:
                 attributes[name] = value
+
+
+def _whole(terms: tuple[tuple[Entry, Part], ...]) -> bool:
+    """Whether one update of the weight, as it is, acts on all rows alike."""
+    (entry, part), *others = terms
+    method = entry.method
+    return (
+        not others
+        and isinstance(method, WeightDelta)
+        and type(method).apply is WeightDelta.apply
+        and part.rows is None
+        and part.weights is None
+        and part.weight == 1.0
+        and not (method.dropout and entry.site.owner.training)
+    )
 
 
 def _fusable(owner: nn.Module, x: Tensor) -> bool:

@@ -186,9 +186,11 @@ class Method(ABC):
         return [site]
 
     @property
-    def draws(self) -> int:
-        """How many copies of each row a training step needs, each with routes of its own; see
-        `lorry.core.routing.leave_one_out`.
+    def row_draws(self) -> int:
+        """How many copies of each row a training step needs, each with routes of its own.
+
+        Above 1, the training engine repeats the rows and adds the policy term of `lorry.core.routing.leave_one_out`,
+        with the log-probability that the method leaves as ``log_probability`` (`Call.leave`), one for each row.
         """
         return 1
 

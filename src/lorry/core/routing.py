@@ -6,6 +6,8 @@ Scores, gates and probabilities have the experts in the last dimension; the dime
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +15,10 @@ from torch import Generator, Tensor
 
 from lorry.core.call import Call
 from lorry.core.errors import OptionError
+from lorry.core.sites import Site
+
+_QKV = re.compile(r"(q|k|v|query|key|value)(_proj|_lin|_layer)?$")
+_CROSS = re.compile(r"cross|encoder_attn|encdec|attn2", re.IGNORECASE)
 
 
 def check_top_k(method: object, top_k: int, experts: int) -> None:
@@ -54,6 +60,24 @@ class _Logits(torch.autograd.Function):
         return to_x.to(x.dtype), to_router.to(router.dtype)
 
 
+def input_router(site: Site) -> str:
+    """Return the name of the router at `site` where sites of one input share theirs: the queries, keys and values of a
+    self-attention.
+    """
+    parent = site.path.rpartition(".")[0]
+    inputs = _QKV.match(site.name)
+    if inputs is None or (_CROSS.search(parent) and inputs.group(1)[0] == "q"):
+        return f"{site.path}.router"
+    return f"{parent}.qkv.router"
+
+
+def over_ranks(gates: Tensor, ranks: Sequence[int]) -> Tensor:
+    """Repeat each expert's value for its rank units: ``(..., experts)`` becomes ``(..., Σ ranks)``."""
+    if len(set(ranks)) == 1:
+        return gates.repeat_interleave(ranks[0], -1)
+    return gates.repeat_interleave(torch.tensor(ranks, device=gates.device), -1)
+
+
 def top_k_mask(scores: Tensor, k: int) -> Tensor:
     """Return True at the k highest scores of each token; of equal scores those of the first experts, on every
     device.
@@ -80,6 +104,24 @@ def top_p_mask(probabilities: Tensor, p: float) -> Tensor:
     values, order = probabilities.sort(dim=-1, descending=True, stable=True)
     keep = values.cumsum(-1) - values <= p
     return torch.zeros_like(keep).scatter(-1, order, keep)
+
+
+def choose(probabilities: Tensor, k: int, p: float | None = None) -> tuple[Tensor, Tensor]:
+    """Return the k most probable experts of each token, best first, and True at those that are chosen: all k, or with
+    `p` only up to that total probability (the others of the order become -1).
+    """
+    held = probabilities.detach()
+    order = ranked(held, k)
+    if p is None:
+        return order, torch.zeros_like(held, dtype=torch.bool).scatter(-1, order, True)
+    mask = top_p_mask(held, p)
+    return order.masked_fill(~mask.gather(-1, order), -1), mask
+
+
+def z_loss(logits: Tensor, real: Tensor | None) -> Tensor:
+    """Return the mean squared logsumexp of the logits, which keeps them small."""
+    z = logits.logsumexp(-1).square()
+    return (z if real is None else z[real]).mean()
 
 
 def within_capacity(mask: Tensor, capacity: int) -> Tensor:
@@ -180,7 +222,8 @@ def leave_one_out(losses: Tensor, log_probabilities: Tensor) -> Tensor:
     """Return a loss whose gradient trains both what is differentiable and the policy that drew the routes.
 
     ``mean_m L_m + 1/(M-1) Σ_m (L_m - L̄) log Q_m`` with the advantages held constant: REINFORCE with a
-    leave-one-out baseline.
+    leave-one-out baseline. Differences within rounding count as none: where all draws give the same loss (experts
+    whose update is still zero), an optimizer that normalises gradients would make full steps of noise.
 
     Parameters
     ----------
@@ -197,7 +240,9 @@ def leave_one_out(losses: Tensor, log_probabilities: Tensor) -> Tensor:
     draws = len(losses)
     if draws < 2:
         raise OptionError(f"Leave-one-out needs at least 2 draws of each row, found {draws}.")
-    advantage = (losses - losses.mean(0)).detach()
+    held = losses.detach()
+    advantage = held - held.mean(0)
+    advantage = advantage * (advantage.abs() > 8 * torch.finfo(held.dtype).eps * held.abs().amax(0))
     return losses.mean() + (advantage * log_probabilities).sum(0).mean() / (draws - 1)
 
 
@@ -211,6 +256,8 @@ def report(call: Call, gates: Tensor, probabilities: Tensor | None = None) -> No
     if not call.context.recording:
         return
     real = call.of_tokens(call.context.padding_mask)
+    if real is not None and real.shape != gates.shape[:-1]:
+        real = None  # whole sequences are routed, or each row by its task
     call.record("load", lambda: _flat((gates != 0).float(), real).mean(0))
     call.record("mass", lambda: _flat(gates.float(), real).mean(0))
     call.record("effective", lambda: effective_experts(gates.float(), real))

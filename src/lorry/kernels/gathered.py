@@ -80,10 +80,11 @@ def stack(x: Tensor, segments: Sequence[Segment], factors: Sequence[Factors], dt
     for segment, f in zip(segments, factors, strict=True):
         rows = every if segment.rows is None else every[segment.rows]
         a, b = f.a.to(dtype), f.b.to(dtype)
-        if isinstance(segment.scale, float):
-            grouped.setdefault((len(a), len(rows)), []).append((rows, a, b * segment.scale))
+        factor = segment.factor(dtype)
+        if isinstance(factor, float):
+            grouped.setdefault((len(a), len(rows)), []).append((rows, a, b * factor))
             continue
-        for row, scale in zip(rows.split(1), segment.scale.to(dtype), strict=True):
+        for row, scale in zip(rows.split(1), factor, strict=True):
             grouped.setdefault((len(a), 1), []).append((row, a, b * scale))
     groups = []
     for parts in grouped.values():

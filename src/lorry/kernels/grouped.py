@@ -1,6 +1,4 @@
-"""The fused operation for batches of several adapters on a GPU: a frozen linear layer, and grouped kernels for all
-segments.
-"""
+"""Grouped kernels for batches of several adapters on a GPU: whether they carry a batch, and how its tokens lie."""
 
 from __future__ import annotations
 
@@ -11,9 +9,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lorry.kernels.dropout import kept_scale, windows
 from lorry.kernels.segments import Factors, Segment
@@ -42,21 +38,6 @@ def groupable(x: Tensor, segments: Sequence[Segment], factors: Sequence[Factors]
     )
 
 
-def grouped_linear(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    y: Tensor | None,
-    segments: Sequence[Segment],
-    factors: Sequence[Factors],
-    plan: RowPlan,
-) -> Tensor:
-    """Do what `lorry.kernels.lowrank.low_rank_linear` does, by grouped kernels."""
-    flat = [t for f in factors for t in (f.a, f.b)]
-    result: Tensor = _GroupedLinear.apply(x, weight, bias, y, plan, tuple(segments), *flat)  # type: ignore[no-untyped-call]
-    return result
-
-
 def batch_plan(x: Tensor, segments: Sequence[Segment], plans: dict[Any, Any]) -> RowPlan | None:
     """Return the layout of the batch's tokens, which layers of one batch share; None if a row is in several segments.
 
@@ -65,62 +46,28 @@ def batch_plan(x: Tensor, segments: Sequence[Segment], plans: dict[Any, Any]) ->
     from lorry.kernels.triton_rows import plan_rows
 
     tokens = x[0].numel() // x.shape[-1]
-    scales = tuple(s.scale if isinstance(s.scale, float) else id(s.scale) for s in segments)
+    # weights and indices of rows belong to the composition of the batch, so every layer has the same tensors
     places = tuple((s.rows.start, s.rows.stop) if isinstance(s.rows, slice) else id(s.rows) for s in segments)
-    key = (len(x), tokens, scales, places)
+    key = (len(x), tokens, x.device, places, tuple((s.scale, id(s.weights)) for s in segments))
     if key not in plans:
         every = torch.arange(len(x))
         rows = [every if s.rows is None else every[s.rows] if isinstance(s.rows, slice) else s.rows for s in segments]
         together = torch.cat([r.cpu() for r in rows])
         disjoint = len(together.unique()) == len(together)
-        plan = plan_rows(rows, [s.scale for s in segments], tokens, x.device) if disjoint else None
-        # the segments are kept too, so that no other tensor takes the place of a scale under the same id
+        plan = plan_rows(rows, [s.factor(torch.float32) for s in segments], tokens, x.device) if disjoint else None
+        # the segments are kept too, so that no other tensor takes the place of one of theirs under the same id
         plans[key] = (plan, tuple(segments))
     found: RowPlan | None = plans[key][0]
     return found
 
 
-def _grouped(x: Tensor, plan: RowPlan, segments: Sequence[Segment], flat: Sequence[Tensor]) -> GroupedRows:
+def grouped_rows(x: Tensor, plan: RowPlan, segments: Sequence[Segment], flat: Sequence[Tensor | None]) -> GroupedRows:
+    """Return the products of all segments at one layer, given A, B and None (no gain) of each in a row."""
     from lorry.kernels.triton_rows import GroupedRows, Windows
 
-    a, b = [t.detach().contiguous() for t in flat[::2]], [t.detach().contiguous() for t in flat[1::2]]
+    a, b = ([t.detach().contiguous() for t in flat[i::3] if t is not None] for i in (0, 1))
     p = segments[0].p
     if p == 0:
         return GroupedRows(plan, a, b)
     pool, offsets = windows(x.shape, p, [(s.rows, s.seed) for s in segments], x.device)
     return GroupedRows(plan, a, b, Windows(pool, offsets, kept_scale(p)))
-
-
-class _GroupedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        y: Tensor | None,
-        plan: RowPlan,
-        segments: tuple[Segment, ...],
-        *flat: Tensor,
-    ) -> Tensor:
-        out = F.linear(x, weight, bias) if y is None else y.clone()  # type: ignore[arg-type]
-        rows = x.to(out.dtype).reshape(-1, x.shape[-1])
-        h = _grouped(x, plan, segments, flat).forward(out.view(-1, out.shape[-1]), rows)
-        ctx.plan, ctx.segments, ctx.has_base = plan, segments, y is not None
-        ctx.save_for_backward(x, weight, h, *flat)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, weight, h, *flat = ctx.saved_tensors
-        grad = grad.contiguous()
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = torch.zeros_like(x) if ctx.has_base else (grad @ weight).contiguous()
-        rows = x.to(grad.dtype).reshape(-1, x.shape[-1])
-        into = None if dx is None else dx.view(-1, x.shape[-1])
-        da, db = _grouped(x, ctx.plan, ctx.segments, flat).backward(into, grad.view(-1, grad.shape[-1]), rows, h)
-        grads = [t for pair in zip(da, db, strict=True) for t in pair]
-        passed = grad if ctx.has_base and ctx.needs_input_grad[3] else None
-        return (dx, None, None, passed, None, None, *grads)

@@ -8,7 +8,7 @@ dropout is drawn again from its seed. The definition is `reference`; everything 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorry.kernels.dropout import keep_mask, kept_scale, masked
-from lorry.kernels.grouped import batch_plan, groupable, grouped_linear
+from lorry.kernels.grouped import batch_plan, groupable, grouped_rows
 from lorry.kernels.products import add_product, product
 from lorry.kernels.segments import Factors, Rows, Segment, take
+
+if TYPE_CHECKING:
+    from lorry.kernels.triton_rows import RowPlan
 
 
 def reference(
@@ -35,8 +38,8 @@ def reference(
     for segment, f in zip(segments, factors, strict=True):
         part = take(x, segment.rows).to(out.dtype)
         h = F.linear(masked(part, segment.p, segment.seed) if segment.p > 0 else part, f.a.to(out.dtype))
-        scale = segment.scale
-        spread = scale if isinstance(scale, float) else scale.to(h.dtype).view(-1, *[1] * (h.ndim - 1))
+        scale = segment.factor(h.dtype)
+        spread = scale if isinstance(scale, float) else scale.view(-1, *[1] * (h.ndim - 1))
         update = F.linear(h * spread, f.b.to(out.dtype))
         if f.gain is not None:
             update = update * f.gain + (f.gain - 1) * take(out, segment.rows)
@@ -71,16 +74,14 @@ def low_rank_linear(
     plans
         Where the layout of the batch's tokens may be kept for the next layer, on devices with grouped kernels.
     """
-    if len(segments) > 1 and groupable(x, segments, factors):
-        plan = batch_plan(x, segments, {} if plans is None else plans)
-        if plan is not None:
-            return grouped_linear(x, weight, bias, y, segments, factors, plan)
+    grouped = len(segments) > 1 and groupable(x, segments, factors)
+    plan = batch_plan(x, segments, {} if plans is None else plans) if grouped else None
     flat = [t for f in factors for t in (f.a, f.b, f.gain)]
     tracked = (x, y, *flat)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tracked):
-        result: Tensor = _LowRankLinear.apply(x, weight, bias, y, tuple(segments), *flat)  # type: ignore[no-untyped-call]
+        result: Tensor = _LowRankLinear.apply(x, weight, bias, y, tuple(segments), plan, *flat)  # type: ignore[no-untyped-call]
         return result
-    return _forward(x, weight, bias, y, segments, flat)[0]
+    return _forward(x, weight, bias, y, segments, plan, flat)[0]
 
 
 def _forward(
@@ -89,14 +90,18 @@ def _forward(
     bias: Tensor | None,
     y: Tensor | None,
     segments: Sequence[Segment],
+    plan: RowPlan | None,
     flat: Sequence[Tensor | None],
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
-    """Return the output, the rank units ``(rank, tokens)`` of each segment, and the output before gains if there are
-    any.
+    """Return the output, the rank units ``(rank, tokens)`` of each segment (or those of all, as the grouped kernels
+    have them), and the output before gains if there are any.
     """
     gains = flat[2::3]
     gained = any(g is not None for g in gains)
     out = F.linear(x, weight, None if gained else bias) if y is None else y.clone()  # type: ignore[arg-type]
+    if plan is not None:
+        rows = x.to(out.dtype).reshape(-1, x.shape[-1])
+        return out, [grouped_rows(x, plan, segments, flat).forward(out.view(-1, out.shape[-1]), rows)], None
     kept = []
     for segment, a, b in zip(segments, flat[::3], flat[1::3], strict=True):
         assert a is not None and b is not None
@@ -139,10 +144,11 @@ class _LowRankLinear(torch.autograd.Function):
         bias: Tensor | None,
         y: Tensor | None,
         segments: tuple[Segment, ...],
+        plan: RowPlan | None,
         *flat: Tensor | None,
     ) -> Tensor:
-        out, kept, before = _forward(x, weight, bias, y, segments, flat)
-        ctx.segments, ctx.has_base = segments, y is not None
+        out, kept, before = _forward(x, weight, bias, y, segments, plan, flat)
+        ctx.segments, ctx.plan, ctx.has_base = segments, plan, y is not None
         ctx.save_for_backward(x, weight, before, *flat, *kept)
         return out
 
@@ -158,12 +164,18 @@ class _LowRankLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = torch.zeros_like(x) if ctx.has_base else product(grad, weight)
         grads: list[Tensor | None] = []
-        for index, segment in enumerate(ctx.segments):
-            needed = ctx.needs_input_grad[5 + 3 * index : 7 + 3 * index]
-            a, b = flat[3 * index], flat[3 * index + 1]
-            grads += [*_segment_backward(needed, segment, x, grad, dx, a, b, kept[index]), gain_grads[index]]
+        if ctx.plan is not None:
+            rows, dy = x.to(grad.dtype).reshape(-1, x.shape[-1]), grad.view(-1, grad.shape[-1])
+            into = None if dx is None else dx.view(-1, x.shape[-1])
+            das, dbs = grouped_rows(x, ctx.plan, ctx.segments, flat).backward(into, dy, rows, kept[0])
+            grads = [t for da, db in zip(das, dbs, strict=True) for t in (da, db, None)]
+        else:
+            for index, segment in enumerate(ctx.segments):
+                needed = ctx.needs_input_grad[6 + 3 * index : 8 + 3 * index]
+                a, b = flat[3 * index], flat[3 * index + 1]
+                grads += [*_segment_backward(needed, segment, x, grad, dx, a, b, kept[index]), gain_grads[index]]
         passed = grad if ctx.has_base and ctx.needs_input_grad[3] else None
-        return (dx, None, None, passed, None, *grads)
+        return (dx, None, None, passed, None, None, *grads)
 
 
 def _through_gains(
@@ -190,10 +202,9 @@ def _through_gains(
 
 def _flat_scale(segment: Segment, tokens: int, like: Tensor) -> Tensor | float:
     """Return the segment's scale, spread over tokens if each row has its own, with the factor of dropout."""
-    factor = kept_scale(segment.p)
-    if isinstance(segment.scale, float):
-        return segment.scale * factor
-    return segment.scale.to(like.dtype).repeat_interleave(tokens // len(segment.scale)) * factor
+    scale = segment.factor(like.dtype)
+    spread = scale if isinstance(scale, float) else scale.repeat_interleave(tokens // len(scale))
+    return spread * kept_scale(segment.p)
 
 
 def _add_update(out: Tensor, segment: Segment, h: Tensor, b: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 Rows = slice | Tensor | None
@@ -18,15 +19,22 @@ class Segment:
     rows
         None for all rows, a slice, or indices into the first dimension of x.
     scale
-        Factor of the update; one for each row of the segment if it is a tensor ``(rows,)``.
+        Factor of the update.
     p, seed
         Dropout of the update's input, and the seed of its mask.
+    weights
+        A further factor for each row of the segment ``(rows,)``, the same tensor at every layer; None for 1.
     """
 
     rows: Rows
-    scale: float | Tensor
+    scale: float
     p: float = 0.0
     seed: int = 0
+    weights: Tensor | None = None
+
+    def factor(self, dtype: torch.dtype) -> float | Tensor:
+        """Return scale and weights together: a number, or one for each row."""
+        return self.scale if self.weights is None else (self.weights * self.scale).to(dtype)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""A linear layer whose weight is zero but for a few fixed positions, forward and backward, without a dense gradient.
+"""A linear layer whose weight differs from a frozen one at a few fixed positions, or is zero elsewhere, forward and
+backward, without a dense gradient.
 
 Positions are flat indices into ``(rows, columns)``, ascending and unique. `reference` is the definition.
 """
@@ -34,6 +35,16 @@ def sparse_linear(x: Tensor, values: Tensor, index: Tensor, shape: tuple[int, in
     return result
 
 
+def changed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, index: Tensor) -> Tensor:
+    """Return ``x (W + S)ᵀ + bias`` for a frozen W ``(out, in)`` and S with `values` at the positions `index`.
+
+    The sum is built for one product at a time and not kept: that passes over the weight once, which is a fraction of
+    the product that a separate ``x Sᵀ`` would cost on anything but a handful of tokens.
+    """
+    result: Tensor = _ChangedLinear.apply(x, weight, bias, values, index)  # type: ignore[no-untyped-call]
+    return result
+
+
 def scatter(values: Tensor, index: Tensor, size: int) -> Tensor:
     """Return a vector of `size` zeros with `values` at `index`."""
     return values.new_zeros(size).index_copy(0, index.long(), values)
@@ -54,14 +65,41 @@ class _SparseLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = _times(grad, _matrix(values.to(grad.dtype), index, ctx.shape), transposed=False)
         if ctx.needs_input_grad[1]:
-            left, right = grad.reshape(-1, ctx.shape[0]).t(), x.reshape(-1, ctx.shape[1])
-            if _compressed(grad):
-                pattern = _matrix(torch.zeros_like(values, dtype=grad.dtype), index, ctx.shape)
-                dv = torch.sparse.sampled_addmm(pattern, left, right, beta=0.0).values()
-            else:
-                dv = (left @ right).flatten().index_select(0, index)
-            dv = dv.to(values.dtype)
+            dv = _at_positions(grad, x, index, ctx.shape).to(values.dtype)
         return dx, dv, None, None
+
+
+class _ChangedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, values, index)
+        return F.linear(x, _changed(weight, values, index), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
+        x, weight, values, index = ctx.saved_tensors
+        dx = grad @ _changed(weight, values, index) if ctx.needs_input_grad[0] else None
+        dv = None
+        if ctx.needs_input_grad[3]:
+            dv = _at_positions(grad, x, index, (weight.shape[0], weight.shape[1])).to(values.dtype)
+        return dx, None, None, dv, None
+
+
+def _changed(weight: Tensor, values: Tensor, index: Tensor) -> Tensor:
+    """Return ``W + S``."""
+    return weight.flatten().index_add(0, index, values.to(weight.dtype)).view_as(weight)
+
+
+def _at_positions(grad: Tensor, x: Tensor, index: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return the entries of ``gradᵀ x`` at `index`."""
+    left, right = grad.reshape(-1, shape[0]).t(), x.reshape(-1, shape[1])
+    if not _compressed(grad):
+        return (left @ right).flatten().index_select(0, index)
+    pattern = _matrix(torch.zeros_like(index, dtype=grad.dtype), index, shape)
+    # rows of both sides contiguous: each entry is a product of one of either
+    result: Tensor = torch.sparse.sampled_addmm(pattern, left.contiguous(), right, beta=0.0).values()
+    return result
 
 
 def _compressed(like: Tensor) -> bool:

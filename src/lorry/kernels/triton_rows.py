@@ -67,6 +67,25 @@ def plan_rows(rows: Sequence[Tensor], scales: Sequence[float | Tensor], tokens: 
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _block(  # type: ignore[no-untyped-def]
+    factors, ranks, token, start, block_segment, block_start, rank_step, width_step,
+    TOKENS: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """Return where this program's block of tokens lies, which of its positions are real, and their segment's factor."""
+    block = tl.program_id(0)
+    segment = tl.load(block_segment + block)
+    rows = tl.load(block_start + block) + tl.arange(0, TOKENS)
+    live = rows < tl.load(start + segment + 1)
+    at = tl.load(token + rows, mask=live, other=0)
+    rank = tl.load(ranks + segment)
+    factor = tl.load(factors + segment).to(tl.pointer_type(KIND))
+    # a factor is stored with its own rank as stride where rank is the last dimension
+    step_r = tl.where(rank_step == 0, 1, rank_step)
+    step_k = tl.where(width_step == 0, rank, width_step)
+    return rows, live, at, rank, factor, step_r, step_k
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _shrink(  # type: ignore[no-untyped-def]
     x, h, factors, ranks, token, start, block_segment, block_start, scale, pool, window, keep,
     width, x_stride, h_stride, rank_step, width_step,
@@ -74,18 +93,10 @@ def _shrink(  # type: ignore[no-untyped-def]
     DROP: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """``h[t, r] = Σ_k drop(x[token t, k]) · factor[r, k]`` for one block of tokens of one segment."""
-    block = tl.program_id(0)
-    segment = tl.load(block_segment + block)
-    first = tl.load(block_start + block)
-    rows = first + tl.arange(0, TOKENS)
-    live = rows < tl.load(start + segment + 1)
-    at = tl.load(token + rows, mask=live, other=0)
-    rank = tl.load(ranks + segment)
+    rows, live, at, rank, factor, step_r, step_k = _block(
+        factors, ranks, token, start, block_segment, block_start, rank_step, width_step, TOKENS, KIND
+    )
     r = tl.arange(0, RANK)
-    factor = tl.load(factors + segment).to(tl.pointer_type(KIND))
-    # a factor is stored with its own rank as stride where rank is the last dimension
-    step_r = tl.where(rank_step == 0, 1, rank_step)
-    step_k = tl.where(width_step == 0, rank, width_step)
     total = tl.zeros((TOKENS, RANK), dtype=tl.float32)
     shift = tl.load(window + rows, mask=live, other=0) if DROP else at
     for k0 in range(0, width, INNER):
@@ -113,19 +124,12 @@ def _expand(  # type: ignore[no-untyped-def]
     DROP: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """``y[token t, n] += Σ_r h[t, r] · factor[n, r]`` for one block of tokens and one of columns."""
-    block = tl.program_id(0)
-    segment = tl.load(block_segment + block)
-    first = tl.load(block_start + block)
-    rows = first + tl.arange(0, TOKENS)
-    live = rows < tl.load(start + segment + 1)
-    at = tl.load(token + rows, mask=live, other=0)
-    rank = tl.load(ranks + segment)
+    rows, live, at, rank, factor, step_r, step_n = _block(
+        factors, ranks, token, start, block_segment, block_start, rank_step, width_step, TOKENS, KIND
+    )
     r = tl.arange(0, RANK)
     n = tl.program_id(1) * OUTER + tl.arange(0, OUTER)
     inside = n < width
-    factor = tl.load(factors + segment).to(tl.pointer_type(KIND))
-    step_r = tl.where(rank_step == 0, 1, rank_step)
-    step_n = tl.where(width_step == 0, rank, width_step)
     units = tl.load(h + rows[:, None] * h_stride + r[None, :], mask=live[:, None] & (r[None, :] < rank), other=0.0)
     if SCALED:
         units = units * tl.load(scale + rows, mask=live, other=0.0)[:, None]

@@ -218,7 +218,7 @@ class _Work:
                 self.notes.append(
                     f"'{name}' has no update at {len(missing)} of {len(self.shapes)} sites; it counts as 0 there"
                 )
-        self._hashes = {n: hashlib.blake2b(digest_size=8) for n in self.sources}
+        self._hashes = {n: hashlib.sha256() for n in self.sources}
         self._ranks: dict[str, set[int]] = {n: set() for n in self.sources}
         self._hashed: set[str] = set()
         self._facts: dict[str, dict[str, Any]] = {}
@@ -246,9 +246,9 @@ class _Work:
                 continue
             a, b = source.read(path)
             if path not in self._hashed:
-                self._hashes[name].update(
-                    path.encode() + a.contiguous().numpy().tobytes() + b.contiguous().numpy().tobytes()
-                )
+                self._hashes[name].update(path.encode())
+                for tensor in (a, b):
+                    self._hashes[name].update(tensor.contiguous().numpy().data)
             self._ranks[name].add(a.shape[-2])
             found[name] = (a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:]))
         self._hashed.add(path)
@@ -279,7 +279,7 @@ class _Work:
             origin=source.origin,
             method=source.method,
             weight=self.weights.given[name],
-            digest=self._hashes[name].hexdigest(),
+            digest=self._hashes[name].hexdigest()[:16],
             base=source.base,
             base_digest=source.fingerprint.digest if source.fingerprint is not None else "",
             sites=len(source.sites),

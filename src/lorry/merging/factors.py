@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from torch import Tensor
 NUMERICAL_ZERO = 1e-13
 #: Dense matrices whose smaller side is at most this are decomposed exactly, larger ones by a seeded subspace iteration.
 EXACT_SIDE = 768
+#: Where all diagonal entries of R are above this fraction of the largest, a factor has full rank beyond doubt.
+_FULL = 1e-6
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,14 @@ class Factors:
         ``(rank, in)``, float64.
     b
         ``(out, rank)``, float64.
+    inside
+        ``(k, rank)`` and ``(rank, k)``, if the factors were made in the bases of a `Joint`: then
+        ``b = qb @ inside[0]`` and ``a = inside[1] @ qa.T``, and whatever is measured is measured there.
     """
 
     a: Tensor
     b: Tensor
+    inside: tuple[Tensor, Tensor] | None = field(default=None, compare=False, repr=False)
 
     @property
     def rank(self) -> int:
@@ -86,11 +92,15 @@ def stack(parts: Sequence[Factors], weights: Sequence[float] | None = None) -> F
 
 @dataclass(frozen=True)
 class Decomposition:
-    """``B A = U diag(S) Vᵀ`` with U ``(out, k)``, S ``(k,)`` descending, Vᵀ ``(k, in)``; k may be 0."""
+    """``B A = U diag(S) Vᵀ`` with U ``(out, k)``, S ``(k,)`` descending, Vᵀ ``(k, in)``; k may be 0.
+
+    ``inside`` holds U and Vᵀ in the bases of the `Joint` that they were found in, if any.
+    """
 
     u: Tensor
     s: Tensor
     vt: Tensor
+    inside: tuple[Tensor, Tensor] | None = None
 
     def truncated(self, rank: int) -> Factors:
         """Return the best approximation of at most `rank` in the Frobenius norm, √S on each side."""
@@ -98,7 +108,10 @@ class Decomposition:
         if self.s.shape[0] == 0:
             return zero((self.u.shape[0], self.vt.shape[1]))
         root = self.s[:k].sqrt()
-        return Factors(root.unsqueeze(1) * self.vt[:k], self.u[:, :k] * root)
+        small = None
+        if self.inside is not None:
+            small = (self.inside[0][:, :k] * root, root.unsqueeze(1) * self.inside[1][:k])
+        return Factors(root.unsqueeze(1) * self.vt[:k], self.u[:, :k] * root, small)
 
 
 def _core(f: Factors) -> Tensor:
@@ -160,12 +173,14 @@ class Joint:
         sizes = [float(b.norm() * a.norm()) * abs(w) for b, a, w in zip(self.rb, self.ra, weights, strict=True)]
         k = _significant(s, sum(sizes))
         n = k if rank is None else min(rank, k)
-        return Decomposition(self.qb @ u[:, :n], s[:k], vt[:n] @ self.qa.mT)
+        return Decomposition(self.qb @ u[:, :n], s[:k], vt[:n] @ self.qa.mT, (u[:, :n], vt[:n]))
 
     def distance(self, f: Factors, weights: Sequence[float]) -> float:
         """Return ``‖B A - Σ w ΔW‖`` without cancellation: what lies in the bases is compared there, the rest is
-        added.
+        added. Factors that were made in the bases lie in them altogether.
         """
+        if f.inside is not None:
+            return float((f.inside[0] @ f.inside[1] - self.core(weights)).norm())
         cb, ca = self.qb.mT @ f.b, f.a @ self.qa
         inside = cb @ ca - self.core(weights)
         beside = Factors(f.a - ca @ self.qa.mT, cb)
@@ -237,6 +252,20 @@ def rounding_norm(f: Factors, g: Factors) -> float:
     """Return ``‖B₁A₁ - B₂A₂‖`` for factors that are nearly equal one by one, as ``dB A₁ + B₂ dA``."""
     a = torch.cat([f.a, f.a - g.a])
     return gram_norm(Factors(a, torch.cat([f.b - g.b, g.b], dim=1)))
+
+
+def spans(parts: Sequence[Factors]) -> list[tuple[Tensor, Tensor]]:
+    """Return `bases` of several updates of few dimensions; one QR of each factor is enough where all have full rank."""
+    found = []
+    for part in parts:
+        rank = part.rank
+        if rank > min(part.shape):
+            found.append(bases(part))
+            continue
+        (qb, rb), (qa, ra) = torch.linalg.qr(part.b), torch.linalg.qr(part.a.mT)
+        sizes = torch.stack([rb.diagonal(), ra.diagonal()]).abs()
+        found.append((qb, qa) if bool((sizes.amin(1) > _FULL * sizes.amax(1)).all()) else bases(part))
+    return found
 
 
 def bases(f: Factors) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lorry.merging.factors import Factors, bases, cosines, gram, gram_norm, overlap, rounding_norm
+from lorry.merging.factors import Factors, cosines, gram, gram_norm, overlap, rounding_norm, spans
 from lorry.merging.inputs import SiteInput
 
 
@@ -17,14 +17,14 @@ def pair_facts(site: SiteInput) -> tuple[dict[str, float], dict[str, float], dic
         return {}, {}, {}
     parts = site.joint.parts()
     cosine = cosines(gram(parts))
-    spans = [bases(f) for f in parts]
+    found_spans = spans(parts)
     found: tuple[dict[str, float], dict[str, float], dict[str, float]] = ({}, {}, {})
     for i in range(len(rows)):
         for j in range(i + 1, len(rows)):
             pair = f"{rows[i][0]}|{rows[j][0]}"
             found[0][pair] = float(cosine[i, j])
-            found[1][pair] = overlap(spans[i][1], spans[j][1])
-            found[2][pair] = overlap(spans[i][0], spans[j][0])
+            found[1][pair] = overlap(found_spans[i][1], found_spans[j][1])
+            found[2][pair] = overlap(found_spans[i][0], found_spans[j][0])
     return found
 
 
@@ -35,7 +35,9 @@ def squared_errors(site: SiteInput, result: Factors, stored: Factors) -> dict[st
     weights = [w for _, _, w in site.present()]
     exact = float(site.joint.core(weights).norm())
     return {
-        "norm": gram_norm(result) ** 2,
+        "norm": float((result.inside[0] @ result.inside[1]).square().sum())
+        if result.inside
+        else gram_norm(result) ** 2,
         "exact": exact**2,
         "error": site.joint.distance(result, weights) ** 2,
         "rounding": rounding_norm(result, stored) ** 2,

@@ -10,18 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorry.core import kronecker
 from lorry.core.call import Call
-from lorry.core.errors import AdapterError, OptionError
-from lorry.core.families import WeightDelta
-from lorry.core.method import Layout, MergeClass, Tensors, TensorSpec, normal, register
+from lorry.core.errors import OptionError
+from lorry.core.families import Bottleneck
+from lorry.core.method import Layout, Tensors, TensorSpec, normal, register
 from lorry.core.options import option
 from lorry.core.routing import precise, report, top_k_mask
 from lorry.core.sites import Site
+from lorry.core.tasks import leave_contrast, task_rows
 
 
-@register("ept", paper="arXiv 2603.12577", kinds=("linear",), merge="never")
+@register("ept", paper="arXiv 2603.12577", kinds=("linear",))
 @dataclass(frozen=True)
-class EPT(WeightDelta):
+class EPT(Bottleneck):
     """``ΔW x = Σ_{e in top k} G(x)_e c_e (Z_e ⊗ K_e) x``, with ``Z_e = B[:out/s] A[:, :in/s]`` for a kernel
     K_e of size s.
 
@@ -53,15 +55,13 @@ class EPT(WeightDelta):
         """Refuse kernels below 1, more active experts than there are, and a task that does not exist."""
         if not self.kernels or min(self.kernels) < 1 or self.top_k > len(self.kernels):
             raise OptionError(
-                f"EPT: kernels must be sizes of at least 1 and top_k at most their number, found "
-                f"kernels={self.kernels} and "
-                f"top_k={self.top_k}."
+                "EPT: kernels must be sizes of at least 1 and top_k at most their number, found "
+                f"kernels={self.kernels} and top_k={self.top_k}."
             )
         if self.serve_task is not None and (self.serve_task >= self.tasks or self.gate == "token"):
             raise OptionError(
-                f"EPT: serve_task must be below tasks and needs a gate that reads the task, found "
-                f"serve_task={self.serve_task}, "
-                f"tasks={self.tasks}, gate={self.gate!r}."
+                "EPT: serve_task must be below tasks and needs a gate that reads the task, found "
+                f"serve_task={self.serve_task}, tasks={self.tasks}, gate={self.gate!r}."
             )
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
@@ -97,59 +97,51 @@ class EPT(WeightDelta):
         return self.gate == "task" and self.serve_task is not None
 
     @property
-    def merging(self) -> MergeClass:
-        """How the method merges with these options."""
-        return "exact" if self.constant else "never"
+    def scales(self) -> list[float]:
+        """Factor of each expert."""
+        whole = {"s/T": self.tasks, "s/s_max": max(self.kernels), "none": None}[self.freq_scale]
+        return [1.0 if whole is None else size / whole for size in self.kernels]
 
-    def factor(self, size: int) -> float:
-        """Return the factor of an expert with this kernel size."""
-        return {"s/T": size / self.tasks, "s/s_max": size / max(self.kernels), "none": 1.0}[self.freq_scale]
+    @property
+    def plain(self) -> bool:
+        """Whether the update is one matrix and there is no loss to leave."""
+        return self.constant and not self.contrastive
 
-    def apply(self, call: Call, tensors: Tensors) -> Tensor:
-        """Return the update of the layer's output."""
-        dtype = call.output.dtype
-        x = call.dropout(self.dropout).to(dtype)
+    @property
+    def by_size(self) -> dict[int, list[int]]:
+        """The experts of each kernel size, ascending."""
+        return {size: [e for e, s in enumerate(self.kernels) if s == size] for size in sorted(set(self.kernels))}
+
+    def factors(self, tensors: Tensors, site: Site) -> tuple[Tensor, Tensor]:
+        """Return ``A_s ⊗ I`` and ``B_s ⊗ I`` of all sizes, with a constant gate ``B_s ⊗ K̄_s``, K̄ being the mixed
+        kernel.
+        """
+        mixed = None
+        if self.constant:
+            logits = precise(F.linear(tensors["tasks"][self.serve_task], tensors["router"]))
+            weights = (self._weigh(logits) * logits.new_tensor(self.scales)).unbind()
+            weighed = [weight * tensors[f"kernel_{e}"] for e, weight in enumerate(weights)]
+            mixed = [torch.stack([weighed[e] for e in chosen]).sum(0) for chosen in self.by_size.values()]
+        return kronecker.factors(tensors["A"], tensors["B"], site, list(self.by_size), mixed)
+
+    def mid(self, h: Tensor, call: Call, tensors: Tensors) -> Tensor:
+        """Send the units of each size through the chosen kernels."""
+        if self.contrastive and call.training:
+            leave_contrast(call, tensors["tasks"], self.contrastive, self.contrastive_temperature)
+        if self.constant:
+            return h
         gates = self._gates(call, tensors)
-        self._contrast(call, tensors)
-        updates = []
-        for size in sorted(set(self.kernels)):
-            left, right = (f.to(dtype) for f in self._seed(tensors, call.site, size))
-            missing = right.shape[1] * size - x.shape[-1]
-            units = (F.pad(x, (0, missing)) if missing else x).unflatten(-1, (-1, size))
-            # (..., columns, s) under A, then under this size's kernels mixed, then under B: (..., rows, s)
-            units = right @ units
-            chosen = [e for e, s in enumerate(self.kernels) if s == size]
-            stack = torch.cat([tensors[f"kernel_{e}"] for e in chosen]).to(dtype)
-            weights = (gates[..., chosen] * self.factor(size)).to(dtype)
-            mixed = F.linear(units, stack).unflatten(-1, (len(chosen), size))
-            units = (mixed * weights[..., None, :, None]).sum(-2)
-            updates.append((left @ units).flatten(-2)[..., : call.site.out_features])
-        return torch.stack(updates).sum(0)
-
-    def delta(self, tensors: Tensors, site: Site) -> Tensor:
-        """Return the update of the weight ``(out, in)`` for the task that is served."""
-        if not self.constant:
-            raise AdapterError(
-                f"EPT has no weight update at '{site.path}': its gates depend on the token. With "
-                "gate='task' and adapter.configure(serve_task=...) it is one matrix for a task."
-            )
-        weights = self._weigh(precise(F.linear(tensors["tasks"][self.serve_task], tensors["router"])))
-        experts = [
-            w * self.factor(size) * self.expert(tensors, site, e)
-            for e, (size, w) in enumerate(zip(self.kernels, weights, strict=True))
-        ]
-        return torch.stack(experts).sum(0)
+        weights = (gates * gates.new_tensor(self.scales)).to(h.dtype).unbind(-1)
+        parts = h.split([self.rank * size for size in self.by_size], -1)
+        mixed = []
+        for units, chosen in zip(parts, self.by_size.values(), strict=True):
+            own = torch.stack([weights[e] for e in chosen], -1)
+            mixed.append(kronecker.through_kernels(units, own, [tensors[f"kernel_{e}"] for e in chosen]))
+        return torch.cat(mixed, -1)
 
     def expert(self, tensors: Tensors, site: Site, e: int) -> Tensor:
         """Return the weight of one expert, ``(out, in)``."""
-        left, right = self._seed(tensors, site, self.kernels[e])
-        whole = torch.kron((left @ right).contiguous(), tensors[f"kernel_{e}"])
-        return whole[: site.out_features, : site.in_features]
-
-    def _seed(self, tensors: Tensors, site: Site, size: int) -> tuple[Tensor, Tensor]:
-        """Return the rows of B and the columns of A that experts of this kernel size use."""
-        rows, columns = math.ceil(site.out_features / size), math.ceil(site.in_features / size)
-        return tensors["B"][:rows], tensors["A"][:, :columns]
+        return kronecker.product(tensors["A"], tensors["B"], tensors[f"kernel_{e}"], site)
 
     def _weigh(self, logits: Tensor) -> Tensor:
         p = (logits / self.temperature).softmax(-1)
@@ -161,52 +153,10 @@ class EPT(WeightDelta):
         shape = call.x.shape[:-1]
         logits = call.project(tensors["router"]) if self.gate != "task" else torch.zeros((), device=call.x.device)
         if self.gate != "token":
-            tasks = self._embeddings(call, tensors)
+            served = None if self.serve_task is None else tensors["tasks"][self.serve_task].unsqueeze(0)
+            tasks = task_rows(call, tensors["tasks"]) if served is None else served
             own = precise(F.linear(tasks, tensors["router" if self.gate == "task" else "task_router"]))
             logits = logits + own.reshape(len(own), *[1] * (len(shape) - 1), -1)
         gates = self._weigh(logits.expand(*shape, -1))
         report(call, gates, gates)
         return gates
-
-    def _embeddings(self, call: Call, tensors: Tensors) -> Tensor:
-        """Return the task embedding of each row (one row for all if a task is served)."""
-        if self.serve_task is not None:
-            return tensors["tasks"][self.serve_task].unsqueeze(0)
-        tasks = call.of_rows(call.context.task_ids)
-        if tasks is None:
-            raise AdapterError(
-                f"The gate of adapter '{call.adapter}' reads the task: give task_ids in lorry.context, or "
-                f"set serve_task. "
-                "lorry.methods.ept.nearest_tasks guesses tasks from features."
-            )
-        return tensors["tasks"][tasks.long()]
-
-    def _contrast(self, call: Call, tensors: Tensors) -> None:
-        """Leave the contrastive loss of the rows' pooled inputs; the last layer as wide counts."""
-        tasks = call.of_rows(call.context.task_ids)
-        if not (self.contrastive and call.training) or tasks is None or call.x.shape[-1] != tensors["tasks"].shape[1]:
-            return
-        real = call.of_tokens(call.context.padding_mask)
-        similarity = self.similarities(pooled(call.x, real), tensors["tasks"])
-        call.add_loss("contrastive", self.contrastive * F.cross_entropy(similarity, tasks.long()), at="tasks")
-
-    def similarities(self, features: Tensor, tasks: Tensor) -> Tensor:
-        """Return cosine similarities over the temperature, ``(rows, tasks)``."""
-        unit = F.normalize(features, dim=-1) @ F.normalize(tasks.to(features.dtype), dim=-1).mT
-        return unit / self.contrastive_temperature
-
-
-def pooled(x: Tensor, real: Tensor | None) -> Tensor:
-    """Return the mean over the real tokens of each row, ``(rows, width)`` in float32."""
-    if x.ndim == 2:
-        return x.float()
-    if real is None:
-        return x.flatten(1, -2).mean(1, dtype=torch.float32)
-    weight = real.to(x.dtype)
-    total = torch.einsum("bl,bld->bd", weight, x).float()
-    return total / weight.float().sum(1, keepdim=True).clamp_min(1)
-
-
-def nearest_tasks(features: Tensor, tasks: Tensor) -> Tensor:
-    """Return the task whose embedding is most similar to each row of `features` ``(rows, width)``."""
-    return (F.normalize(features, dim=-1) @ F.normalize(tasks, dim=-1).mT).argmax(-1)

@@ -4,38 +4,25 @@ attention.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from lorry.core.call import Call
-from lorry.core.errors import AdapterError, OptionError
+from lorry.core.errors import OptionError
+from lorry.core.experts import side_by_side
 from lorry.core.families import Bottleneck
 from lorry.core.method import Layout, Tensors, TensorSpec, constant, kaiming, normal, register
 from lorry.core.options import option
-from lorry.core.routing import check_top_k, entropy, report, top_k_mask
+from lorry.core.routing import check_top_k, entropy, input_router, over_ranks, report, top_k_mask
 from lorry.core.sites import Site
+from lorry.core.tasks import one_hot_tasks
 
-_QKV = re.compile(r"(q|k|v|query|key|value)(_proj|_lin|_layer)?$")
-_CROSS = re.compile(r"cross|encoder_attn|encdec|attn2", re.IGNORECASE)
 _MODES = ("soft", "sparse", "hard")
 _SIGNS = ("specialise", "paper_formula")
-
-
-def router_name(site: Site) -> str:
-    """Return the name of the router at `site`: queries, keys and values of a self-attention have one input
-    and share one.
-    """
-    parent = site.path.rpartition(".")[0]
-    inputs = _QKV.match(site.name)
-    if inputs is None or (_CROSS.search(parent) and inputs.group(1)[0] == "q"):
-        return f"{site.path}.router"
-    return f"{parent}.qkv.router"
 
 
 @register("lora-mixer", paper="arXiv 2507.00029", kinds=("linear", "conv", "embedding"))
@@ -108,7 +95,7 @@ class LoRAMixer(Bottleneck):
         """Return the tensors of all sites, with the routers that several of them share taken out."""
         layout = super().layout(sites)
         if self.shared_router:
-            layout.shared.update({router_name(s): layout.sites[s.path].pop("router") for s in sites})
+            layout.shared.update({input_router(s): layout.sites[s.path].pop("router") for s in sites})
         return layout
 
     def setup(self, tensors: dict[str, Tensor], site: Site, generator: Generator) -> None:
@@ -126,16 +113,14 @@ class LoRAMixer(Bottleneck):
 
     def adopt(self, tensors: Tensors, site: Site, experts: Sequence[tuple[Tensor, Tensor, float]]) -> float:
         """Copy the experts as they are."""
-        tensors["A"].copy_(torch.cat([a for a, _, _ in experts]))
-        tensors["B"].copy_(torch.cat([b for _, b, _ in experts], 1))
-        tensors["scales"].copy_(torch.tensor([scale for _, _, scale in experts]))
+        side_by_side(tensors, experts)
         self.setup(dict(tensors), site, Generator())
         return 0.0
 
     def factors(self, tensors: Tensors, site: Site) -> tuple[Tensor, Tensor]:
         """Return A, and B with each expert's scale."""
         b = tensors["B"]
-        return tensors["A"], b * self._spread(tensors["scales"]).to(b.dtype)
+        return tensors["A"], b * over_ranks(tensors["scales"], self.sizes).to(b.dtype)
 
     @property
     def constant(self) -> bool:
@@ -156,19 +141,19 @@ class LoRAMixer(Bottleneck):
         if self.constant:
             return h
         if mode == "hard":
-            gates = self._labelled(h, call)
+            gates = one_hot_tasks(call, self.experts, h.ndim)
             report(call, gates.expand(*h.shape[:-1], -1))
-            return h * self._spread(gates).to(h.dtype)
-        router = tensors[router_name(call.site)] if self.shared_router else tensors["router"]
+            return h * over_ranks(gates, self.sizes).to(h.dtype)
+        router = tensors[input_router(call.site)] if self.shared_router else tensors["router"]
         p = call.project(router).softmax(-1)
         gates = p if mode == "soft" else p * top_k_mask(p.detach(), self.top_k)
         if mode == "sparse" and self.renormalize_topk:
             gates = gates / gates.sum(-1, keepdim=True)
         if call.training and (self.load_balance or self.entropy):
-            place = router_name(call.site) if self.shared_router else None
+            place = input_router(call.site) if self.shared_router else None
             call.add_loss("routing", self.loss(p, call.of_tokens(call.context.padding_mask)), place)
         report(call, gates, p)
-        return h * self._spread(gates).to(h.dtype)
+        return h * over_ranks(gates, self.sizes).to(h.dtype)
 
     def loss(self, p: Tensor, real: Tensor | None) -> Tensor:
         """Return the routing loss of probabilities ``(..., experts)``; loads are constants."""
@@ -178,18 +163,3 @@ class LoRAMixer(Bottleneck):
         load = (kept > 0).float().mean(0) if self.load == "top1" else kept.sum(0) / kept.sum()
         sign = 1 if self.entropy_sign == "specialise" else -1
         return self.load_balance * (flat.mean(0) * load).sum() + sign * self.entropy * entropy(flat)
-
-    def _labelled(self, h: Tensor, call: Call) -> Tensor:
-        """Return one-hot gates ``(rows, 1, ..., experts)`` by the task of each row."""
-        tasks = call.of_rows(call.context.task_ids)
-        if tasks is None or int(tasks.max()) >= self.experts or int(tasks.min()) < 0:
-            found = "none" if tasks is None else sorted(set(tasks.tolist()))
-            raise AdapterError(
-                f"Hard routing of adapter '{call.adapter}' needs task_ids below {self.experts} "
-                f"(lorry.context), found {found}."
-            )
-        return F.one_hot(tasks.long(), self.experts).reshape(len(tasks), *[1] * (h.ndim - 2), self.experts)
-
-    def _spread(self, gates: Tensor) -> Tensor:
-        """Repeat each expert's value for its ranks."""
-        return gates.repeat_interleave(torch.tensor(self.sizes, device=gates.device), -1)

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lorry.core.adapter import Adapter
 from lorry.core.errors import OptionError
-from lorry.core.families import Bottleneck, check_rank
+from lorry.core.families import check_rank
 from lorry.core.method import Layout, Places, Tensors, TensorSpec, constant, kaiming, preset, register
+from lorry.core.nested import Nested
 from lorry.core.options import option
 from lorry.core.sites import Site
 
 
 @register("matryoshka-lora", paper="arXiv 2605.07850")
 @dataclass(frozen=True)
-class Matryoshka(Bottleneck):
+class Matryoshka(Nested):
     """``ΔW = B diag(P) A`` with ``P_i`` the sum of the scales s_r of the trained ranks r > i: all
     sub-adapters' outputs at once.
 
-    ``mode="dylora"`` (arXiv 2210.07558) draws one r for the whole model at each step instead, ``P_i = s_r [i
-    < r]``; ``mode="lora"`` trains the full rank only. After training `cut` fixes a rank; what is used, merged
-    and exported then is ``B_r A_r`` with the official scale s_r (``cut_scale="rank"``), which differs from
-    the function trained even at the full rank, or with the first r of P.
+    ``mode="dylora"`` (arXiv 2210.07558) draws one r for the whole model at each step instead, ``P_i = s_r [i < r]``;
+    ``mode="lora"`` trains the full rank only. After training `lorry.core.nested.cut` fixes a rank; what is used, merged
+    and exported then is ``B_r A_r`` with the official scale s_r (``cut_scale="rank"``), which differs from the function
+    trained even at the full rank, or with the first r of P.
     """
 
     rank: int = option(16, "Rank R that is stored.", at_least=1)
@@ -112,47 +111,3 @@ class Matryoshka(Bottleneck):
 
 
 preset("dylora", of="matryoshka-lora", paper="arXiv 2210.07558", mode="dylora")
-
-
-def cut(adapter: Adapter, rank: int | None, cut_scale: str | None = None) -> Adapter:
-    """Let the adapter use its first `rank` units from now on (all as trained for None), scaled by `cut_scale`
-    if given.
-
-    Raises:
-        OptionError: the rank exceeds the stored one.
-    """
-    return adapter.configure(at=rank, **({} if cut_scale is None else {"cut_scale": cut_scale}))
-
-
-@contextmanager
-def at_rank(adapter: Adapter, rank: int | None, cut_scale: str | None = None) -> Iterator[None]:
-    """Use the first `rank` units while the context lasts."""
-    method = adapter.method
-    assert isinstance(method, Matryoshka)
-    cut(adapter, rank, cut_scale)
-    try:
-        yield
-    finally:
-        cut(adapter, method.at, method.cut_scale)
-
-
-def mean_loss(adapter: Adapter, loss: Callable[[], Tensor]) -> Tensor:
-    """Return the mean of a loss over the trained ranks: nested training proper, at a pass for each rank."""
-    assert isinstance(adapter.method, Matryoshka)
-    values = []
-    for rank in adapter.method.trained_ranks:
-        with at_rank(adapter, rank):
-            values.append(loss())
-    return torch.stack(values).mean()
-
-
-def aurac(ranks: Sequence[int], accuracies: Sequence[float], axis: str = "log2") -> float:
-    """Return the area under accuracy over rank (trapezoids) by the length of the axis, "log2" or "linear"."""
-    if len(ranks) != len(accuracies) or not ranks or list(ranks) != sorted(set(ranks)) or ranks[0] < 1:
-        raise OptionError(
-            f"aurac needs ascending ranks from 1 with one accuracy each, found {list(ranks)} and {len(accuracies)}."
-        )
-    x = [math.log2(r) if axis == "log2" else float(r) for r in ranks]
-    pairs = zip(x, x[1:], accuracies, accuracies[1:], strict=False)
-    area = sum((right - left) * (a + b) / 2 for left, right, a, b in pairs)
-    return area / (x[-1] - x[0]) if len(x) > 1 else float(accuracies[0])

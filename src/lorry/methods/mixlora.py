@@ -7,27 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from lorry.core.call import Call
 from lorry.core.errors import SiteError
-from lorry.core.families import Block, norms_of_sum
-from lorry.core.feedforward import ACTIVATIONS, FeedForward, feed_forward, with_blocks
-from lorry.core.method import Method, Tensors, TensorSpec, kaiming, normal, ones, preset, register
+from lorry.core.families import Block
+from lorry.core.feedforward import ACTIVATIONS, parts_of, with_blocks
+from lorry.core.method import Method, Tensors, TensorSpec, normal, preset, register
+from lorry.core.mixtures import ExpertUpdates, expert_specs, jittered, mixed_feed_forward, start_magnitudes
 from lorry.core.options import option
-from lorry.core.routing import (
-    balance_loss,
-    balance_sums,
-    check_top_k,
-    ranked,
-    report,
-    router_logits,
-    top_p_mask,
-    within_capacity,
-)
+from lorry.core.routing import balance_loss, balance_sums, check_top_k, choose, report, router_logits, within_capacity
+from lorry.core.routing import z_loss as z_loss_of
 from lorry.core.sites import Site
-from lorry.kernels.dropout import keep_mask
 from lorry.methods.dora import DoRA
 from lorry.methods.lora import LoRA
 
@@ -90,7 +81,7 @@ class MixLoRA(Block):
 
     def bases(self, site: Site) -> Sequence[Site]:
         """Return the projections of the block."""
-        return list(self._parts(site).sites.values())
+        return list(parts_of(site).sites.values())
 
     def for_site(self, site: Site) -> Method:
         """Return the method itself at a block, a LoRA elsewhere."""
@@ -103,123 +94,49 @@ class MixLoRA(Block):
 
     def check_site(self, site: Site) -> None:
         """Refuse modules that are no feed-forward blocks, and projections they do not have."""
-        parts = feed_forward(site.owner, site.path)
-        if parts is None or (self.activation == "own" and parts.activation is None):
-            raise SiteError(
-                f"'{site.path}' ({type(site.owner).__name__}) is no feed-forward block that MixLoRA knows: "
-                "it needs projections such as gate_proj, up_proj, down_proj or fc1, fc2, nothing trained "
-                "besides, and an activation."
-            )
-        missing = sorted(set(self.projections) - set(parts.names))
-        if missing:
-            raise SiteError(f"'{site.path}' has the projections {list(parts.names)}, not {missing}.")
+        parts_of(site, self.projections, activation=self.activation == "own")
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
-        """Return the router ``(experts, width)`` and A, B (and a magnitude) of all experts at each
-        projection.
-        """
-        parts = self._parts(site)
-        width = parts.sites[parts.inputs[0]].in_features
-        specs = {"router": TensorSpec((self.experts, width), normal(self.router_std))}
-        for name in self.projections or parts.names:
-            out, inner = parts.sites[name].shape
-            specs[f"{name}.A"] = TensorSpec((self.experts, self.rank, inner), kaiming)
-            specs[f"{name}.B"] = TensorSpec((self.experts, out, self.rank))
-            if self.dora:
-                specs[f"{name}.magnitude"] = TensorSpec((self.experts, out), ones)
-        return specs
+        """Return the router ``(experts, width)`` and A, B (and a magnitude) of all experts at each projection."""
+        parts = parts_of(site)
+        router = TensorSpec((self.experts, parts.sites[parts.inputs[0]].in_features), normal(self.router_std))
+        specs = expert_specs(parts, self.projections or parts.names, self.experts, self.rank, self.dora)
+        return {"router": router, **specs}
 
     def setup(self, tensors: dict[str, Tensor], site: Site, generator: Generator) -> None:
         """Start magnitudes at the norms of the base weights."""
-        for name in self.projections or self._parts(site).names:
-            if self.dora:
-                tensors[f"{name}.magnitude"].copy_(norms_of_sum(self._parts(site).sites[name], None, None, 0.0))
+        start_magnitudes(parts_of(site), tensors)
 
     def forward(self, base: Callable[..., Any], call: Call, tensors: Tensors, *args: Any, **kwargs: Any) -> Tensor:
         """Return the mixture's output."""
-        parts, owner, x = self._parts(call.site), call.site.owner, call.x
+        parts, x = parts_of(call.site), call.x
         seed = call.seed() if call.training and (self.dropout or self.jitter) else None
         if seed is not None and self.jitter:
-            # position by position, so that a row's noise does not depend on how far the batch is padded
-            noise = torch.empty(x.movedim(0, -2).shape).uniform_(-1, 1, generator=Generator().manual_seed(seed))
-            x = x * (1 + self.jitter * noise.movedim(-2, 0)).to(x)
+            x = jittered(x, self.jitter, seed)
         gates, mask = self._route(call, x, tensors["router"])
-        # pairs of token and expert, sorted by expert; what a module gives for a token is computed once
-        expert, token = mask.flatten(0, -2).t().nonzero(as_tuple=True)
-        flat = x.flatten(0, -2)
-
-        def project(name: str, inputs: Tensor, outputs: Tensor, own: Tensor | None) -> Tensor:
-            if f"{name}.A" not in tensors:
-                return outputs
-            if seed is not None and self.dropout:
-                keep = keep_mask(
-                    (*x.shape[:-1], inputs.shape[-1]), self.dropout, seed + parts.names.index(name), x.device
-                )
-                keep = keep.flatten(0, -2)
-                inputs = inputs * (keep if own is None else keep[own]) / (1 - self.dropout)
-            return self._experts(
-                parts.sites[name], tensors, outputs, inputs if own is not None else inputs[token], expert
-            )
-
-        opened = [project(n, flat, getattr(owner, n)(x).flatten(0, -2)[token], None) for n in parts.inputs]
         activation = parts.activation if self.activation == "own" else ACTIVATIONS[self.activation]
-        hidden = parts.between(opened, activation)  # type: ignore[arg-type]
-        closed = project(parts.output, hidden, getattr(owner, parts.output)(hidden), token)
-        weighted = closed * gates.flatten(0, -2)[token, expert].to(closed.dtype).unsqueeze(-1)
-        return flat.new_zeros(flat.shape[0], closed.shape[-1]).index_add(0, token, weighted).view(*x.shape[:-1], -1)
-
-    def _parts(self, site: Site) -> FeedForward:
-        parts = feed_forward(site.owner, site.path)
-        assert parts is not None
-        return parts
-
-    def _experts(self, site: Site, tensors: Tensors, outputs: Tensor, inputs: Tensor, expert: Tensor) -> Tensor:
-        """Return the outputs of a projection for pairs sorted by expert, given the frozen layer's outputs for
-        them.
-        """
-        a, b = tensors[f"{site.name}.A"], tensors[f"{site.name}.B"]
-        sizes = torch.bincount(expert, minlength=self.experts + 1).tolist()
-        updates = []
-        for e, (rows, old) in enumerate(zip(inputs.split(sizes), outputs.split(sizes), strict=True)):
-            if e < self.experts:
-                h = F.linear(rows, a[e].to(rows.dtype)) * self.scaling
-                old = old + F.linear(h, b[e].to(rows.dtype))
-            updates.append(old)
-        result = torch.cat(updates)
-        if f"{site.name}.magnitude" not in tensors:
-            return result
-        magnitude = tensors[f"{site.name}.magnitude"]
-        with torch.no_grad():
-            norms = norms_of_sum(site, a, b, self.scaling)
-        gain = F.pad(magnitude / norms.to(magnitude.dtype), (0, 0, 0, 1), value=1.0)[expert].to(result.dtype)
-        bias = site.kind.bias(site)
-        return result * gain if bias is None else (result - bias) * gain + bias
+        assert activation is not None
+        updates = ExpertUpdates(tensors, self.scaling, self.dropout, seed)
+        return mixed_feed_forward(parts, x, gates, mask, activation, updates)
 
     def _route(self, call: Call, x: Tensor, router: Tensor) -> tuple[Tensor, Tensor]:
-        """Return gates and choices ``(..., experts + 1)``; the last is the frozen block, for tokens that no
-        expert takes.
-        """
+        """Return gates and choices ``(..., experts)``."""
         logits = router_logits(x, router)
         p = logits.softmax(-1)
         real = call.of_tokens(call.context.padding_mask)
-        order = ranked(p.detach(), {"top_k": self.top_k, "switch": 1, "top_p": self.experts}[self.routing])
-        mask = torch.zeros_like(p, dtype=torch.bool).scatter(-1, order, True)
-        if self.routing == "top_p":
-            mask = top_p_mask(p.detach(), self.top_p)
-            order = order.masked_fill(~mask.gather(-1, order), -1)
+        most = {"top_k": self.top_k, "switch": 1, "top_p": self.experts}[self.routing]
+        order, mask = choose(p, most, self.top_p if self.routing == "top_p" else None)
         gates = p * mask
         if self.routing == "top_k":
             gates = gates / gates.sum(-1, keepdim=True)
         if call.training and self.load_balance:
             call.leave("balance", balance_sums(p, order, real))
         if call.training and self.z_loss:
-            z = logits.logsumexp(-1).square()
-            call.add_loss("z", self.z_loss * (z if real is None else z[real]).mean())
+            call.add_loss("z", self.z_loss * z_loss_of(logits, real))
         report(call, gates, p)
         if self.routing == "switch" and x.ndim == 3:
             mask = within_capacity(mask if real is None else mask & real.unsqueeze(-1), self.capacity)
-        none = ~mask.any(-1, keepdim=True)
-        return torch.cat([gates, none.to(gates)], -1), torch.cat([mask, none], -1)
+        return gates, mask
 
     def joint_loss(self, left: Mapping[str, Mapping[str, Tensor]]) -> Tensor | None:
         """Return the balance loss, pooled over the layers."""

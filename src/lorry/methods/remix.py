@@ -22,9 +22,9 @@ class ReMix(Bottleneck):
     """``ΔW x = ω Σ_{j in J} B_j A_j x`` with k experts drawn without replacement from ``softmax(P x)`` in
     training, the best k later.
 
-    Selection has no gradient, so P learns from the log-probability of what was drawn:
-    `lorry.core.api.log_probability` gives it for each row, `lorry.core.routing.leave_one_out` makes a loss of
-    M draws of the same rows (`draws`, repeated along the batch). The router sees x without a gradient.
+    Selection has no gradient, so P learns from the log-probability of what was drawn, by comparing the losses of
+    several draws of the same row. The training engine does so by itself (`row_draws`); in a loop of one's own,
+    `lorry.training.routing.repeated` and `policy_loss` do. The router sees x without a gradient.
     Sources leave open whether tokens or sequences are routed; both are here. All experts active (``top_k =
     experts``) is one LoRA of rank experts · rank and merges exactly.
     """
@@ -68,6 +68,11 @@ class ReMix(Bottleneck):
     def constant(self) -> bool:
         """Whether every expert is active for every token."""
         return self.top_k == self.experts
+
+    @property
+    def row_draws(self) -> int:
+        """Return the draws of each row; one where nothing is drawn."""
+        return 1 if self.constant else self.draws
 
     def mid(self, h: Tensor, call: Call, tensors: Tensors) -> Tensor:
         """Keep the units of the selected experts."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from lorry.core.errors import LorryError
 
-class DataError(ValueError):
+
+class DataError(LorryError):
     """Training data that cannot be used; the message says what was expected, what was found and what to
     do.
     """

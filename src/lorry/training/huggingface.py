@@ -8,6 +8,7 @@ place of the base, and resuming, or loading the best model, restores them.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,17 @@ def with_adapters(trainer_class: type[Any]) -> type[Any]:
         trainer_class: ``transformers.Trainer``, ``trl.SFTTrainer`` or a subclass of them.
 
     Raises:
-        AdapterError: at the construction of the trainer, if no adapter of the model is in training.
+        AdapterError: at the construction of the trainer, if no adapter of the model is in training, or one learns
+            from several draws of each row and ``compute_loss`` is not overridden.
         CheckpointError: at resuming, if the checkpoint holds other adapters than the model.
     """
 
     class WithAdapters(trainer_class):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            trained_adapters(self.model)
+            trained = trained_adapters(self.model)
+            if type(self).compute_loss is trainer_class.compute_loss:
+                _refuse_draws(trained)
 
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
             folder = Path(output_dir if output_dir is not None else self.args.output_dir)
@@ -75,6 +79,18 @@ def trained_adapters(model: nn.Module) -> dict[str, Adapter]:
             "No adapter of this model is in training; attach one with lorry.attach, or call adapter.train()."
         )
     return found
+
+
+def _refuse_draws(trained: Mapping[str, Adapter]) -> None:
+    """Refuse adapters whose routers a Trainer would leave untrained without a word."""
+    for name, adapter in trained.items():
+        if adapter.row_draws > 1:
+            raise AdapterError(
+                f"Adapter '{name}' ({adapter.method.info.slug}) learns its routes from {adapter.row_draws} draws of "
+                "each row, but a Trainer passes each row once, so they would stay untrained. Train it with "
+                "lorry.training.train (or `lorry train`), or subclass this class and override compute_loss with "
+                "lorry.training.routing's repeated and policy_loss."
+            )
 
 
 def save_adapters(model: nn.Module, folder: Path) -> None:

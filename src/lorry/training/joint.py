@@ -16,6 +16,7 @@ from lorry.core.state import state_of, unwrapped
 
 from .batches import block_mask, collate
 from .objectives import Objective, Tally
+from .routing import policy_loss
 from .rows import Encoded
 
 
@@ -31,6 +32,8 @@ class Share:
         seed: of its dropout in this pass.
         weight: factor of the summed loss (one over the predictions of the optimizer step).
         auxiliary: factor of the layers' auxiliary losses.
+        draws: how often each row goes through the pass, each time with routes of its own; the loss is the mean
+            over them, and above 1 the difference between them trains what drew the routes.
         loss: filled in by the pass: the summed loss of its rows.
         penalty: filled in: the auxiliary loss, unweighted.
         records: filled in: what its layers recorded, by (site path, name).
@@ -44,6 +47,7 @@ class Share:
     seed: int = 0
     weight: float = 1.0
     auxiliary: float = 1.0
+    draws: int = 1
     loss: float = 0.0
     penalty: float = 0.0
     records: dict[tuple[str, str], Tensor] = field(default_factory=dict)
@@ -53,6 +57,11 @@ class Share:
     def length(self) -> int:
         """Tokens of its longest row."""
         return max(len(row) for row in self.rows)
+
+    @property
+    def passed(self) -> list[Encoded]:
+        """The rows as they go through the base: all of them once for each draw, draw after draw."""
+        return [*self.rows] * self.draws
 
 
 def grouped(shares: Sequence[Share], max_pad_ratio: float | None, max_tokens: int | None) -> list[list[Share]]:
@@ -74,9 +83,9 @@ def grouped(shares: Sequence[Share], max_pad_ratio: float | None, max_tokens: in
 
 
 def _fits(group: Sequence[Share], ratio: float | None, most: int | None) -> bool:
-    padded = max(s.length for s in group) * sum(len(s.rows) for s in group)
+    padded = max(s.length for s in group) * sum(len(s.passed) for s in group)
     # each job pads its own rows anyway; that is not the company's fault
-    alone = sum(s.length * len(s.rows) for s in group)
+    alone = sum(s.length * len(s.passed) for s in group)
     return (ratio is None or padded <= ratio * alone) and (most is None or padded <= most)
 
 
@@ -146,24 +155,24 @@ def train_pass(base: Base, shares: Sequence[Share], seed: int) -> None:
 
 def _train_pass(base: Base, shares: Sequence[Share], seed: int) -> None:
     model = base.model
-    names = [share.name for share in shares for _ in share.rows]
+    names = [share.name for share in shares for _ in share.passed]
     if base.base_dropout:
         torch.manual_seed(seed % 2**63)
     seeds = {share.name: share.seed for share in shares}
     with context(model) as facts, rows(model, names, seeds=seeds):
-        logits, labels, _ = base.logits([row for share in shares for row in share.rows])
-        sizes = [len(share.rows) for share in shares]
+        logits, labels, _ = base.logits([row for share in shares for row in share.passed])
+        sizes = [len(share.passed) for share in shares]
         weighted, known = [], []
         # split, not slices: its backward writes the gradient once instead of once for each job
         for share, own, targets in zip(shares, logits.split(sizes), labels.split(sizes), strict=True):
             try:
-                total, _ = share.objective.loss(own[..., : share.classes] if share.classes else own, targets)
+                total, shown = _loss(model, share, own[..., : share.classes] if share.classes else own, targets)
             except ValueError as error:
                 share.error = str(error)
                 continue
             penalty = auxiliary_loss(model, share.name)
             value = total * share.weight
-            known.append((share, total.detach().double(), None if penalty is None else penalty.detach().double()))
+            known.append((share, shown.double(), None if penalty is None else penalty.detach().double()))
             weighted.append(value if penalty is None else value + penalty * share.auxiliary)
         losses = _finite(known, weighted)
         if losses:
@@ -172,6 +181,20 @@ def _train_pass(base: Base, shares: Sequence[Share], seed: int) -> None:
             for share in shares:
                 if share.name == adapter:
                     share.records[path, name] = record
+
+
+def _loss(model: nn.Module, share: Share, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the summed loss of a share's rows, averaged over draws: as it is trained on, and as it is reported.
+
+    They differ where rows were drawn several times: what trains the policy is not a loss of the data.
+    """
+    if share.draws == 1:
+        total, _ = share.objective.loss(logits, labels)
+        return total, total.detach()
+    pairs = zip(logits.split(1), labels.split(1), strict=True)
+    losses = torch.stack([share.objective.loss(row, target)[0] for row, target in pairs])
+    trained = policy_loss(model, share.name, losses, share.draws) * len(share.rows)
+    return trained, losses.detach().sum() / share.draws
 
 
 def _finite(known: list[tuple[Share, Tensor, Tensor | None]], weighted: list[Tensor]) -> list[Tensor]:

@@ -154,7 +154,7 @@ def _means(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def repeated(batch: Mapping[str, Tensor], draws: int) -> dict[str, Tensor]:
-    """The rows of a batch once for each draw, draw after draw, for methods with ``method.draws`` above 1."""
+    """The rows of a batch once for each draw, draw after draw, for methods with ``method.row_draws`` above 1."""
     return {name: value.repeat(draws, *[1] * (value.ndim - 1)) for name, value in batch.items()}
 
 

@@ -122,14 +122,15 @@ class Run:
 
     def share(self) -> Share:
         """The next micro-batch; opens a step where none is under way."""
-        assert self.prepared is not None and self.cursor is not None
+        assert self.prepared is not None and self.adapter is not None
         p = self.progress
         if not p.pending:
             self._open_step()
         rows = self.prepared.train.take(p.pending[0])
         seed = mix_seed(self.job.seed, "step", p.step, p.micro)
         weight, auxiliary = 1.0 / p.labels, 1.0 / p.size
-        return Share(self.name, self.prepared.objective, rows, self.prepared.classes, seed, weight, auxiliary)
+        made, draws = self.prepared, self.adapter.row_draws
+        return Share(self.name, made.objective, rows, made.classes, seed, weight, auxiliary, draws)
 
     def _open_step(self) -> None:
         """Draw the micro-batches of a step; the last step of the last epoch may have fewer."""

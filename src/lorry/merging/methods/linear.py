@@ -65,4 +65,6 @@ def linear(
     rows = [(f, w, share) for (_, f, w), share in zip(site.present(), site.shares(), strict=True)]
     if len(set(site.ranks())) > 1:
         site.facts["padded_ranks"] = site.ranks()
-    return combined(rows, form)
+    whole = combined(rows, form)
+    small = combined([(s, w, share) for s, (_, w, share) in zip(site.joint.parts(), rows, strict=True)], form)
+    return Factors(whole.a, whole.b, (small.b, small.a))

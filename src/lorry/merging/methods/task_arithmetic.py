@@ -34,7 +34,9 @@ def task_arithmetic(site: SiteInput) -> Factors:
 @merge_method("cat", space="delta", source="PEFT's add_weighted_adapter, type cat", exact=True)
 def cat(site: SiteInput) -> Factors:
     """Weighted sum of the updates, exact, by stacking the factors; the rank is the sum of the ranks."""
-    return weighted_sum(site)
+    whole = weighted_sum(site)
+    small = stack(site.joint.parts(), [w for _, _, w in site.present()])
+    return Factors(whole.a, whole.b, (small.b, small.a))
 
 
 @merge_method("svd", space="delta", source="PEFT's add_weighted_adapter, type svd; Eckart and Young 1936")

@@ -1,0 +1,150 @@
+"""Each bench at a tiny size: its structure, and facts that do not depend on time."""
+
+import io
+import json
+from functools import partial
+
+import pytest
+import torch
+
+import lorry
+from lorry.bench import fleet, load, merge, merge_adapters, methods, rows, step, switch, switch_merged
+from lorry.bench._count import flops, kept, peak, training_memory
+from lorry.bench._measure import integers, interleaved, llama, ratios
+from lorry.bench._step import frozen
+from lorry.bench._step import step as one_step
+from lorry.cli.output import plain
+
+TINY = {"layers": 1, "hidden": 64, "inner": 96}
+
+
+def shown(module, result):
+    """Render the table, and check that the result is plain data."""
+    from rich.console import Console
+
+    json.dumps(plain(result))
+    console = Console(width=250, record=True, file=io.StringIO())
+    console.print(module.table(result))
+    return console.export_text()
+
+
+def test_rounds_and_ratios():
+    seen = []
+    cases = {"a": lambda: seen.append("a"), "b": lambda: seen.append("b")}
+    seconds = interleaved(cases, 3, warm_up=1, repeat=2)
+    assert seen == ["a", "b"] + ["a", "a", "b", "b"] * 3
+    assert {n: len(v) for n, v in seconds.items()} == {"a": 3, "b": 3}
+    found = ratios({"a": [1.0, 2.0, 9.0], "b": [1.0, 1.0, 3.0]}, "b")["a"]
+    assert found == {"ratio": 2.0, "least": 1.0, "most": 3.0}
+    assert integers("128,256") == [128, 256] and integers(7) == [7] and integers([1, 2]) == [1, 2]
+    with pytest.raises(lorry.OptionError, match="'wide'"):
+        integers("wide")
+
+
+def test_switching_in_the_weights_restores_every_byte_and_adding_does_not():
+    result = switch_merged.run(rounds=1, widths="64", layers=2, density=0.05, rank=4)
+    found = result["widths"][64]
+    for dtype in ("float32", "bfloat16"):
+        assert found["changed"][dtype]["scatter"] == 0
+        assert found["changed"][dtype]["lorry merge, unmerge"] == 0
+        assert 0 < found["changed"][dtype]["add, subtract"] < 1
+        assert 0 < found["changed"][dtype]["peft merge, unmerge"] < 1
+    entries = 2 * round(0.05 * 64 * 64)
+    assert found["bytes"]["scatter"] == entries * (8 + 4 + 4)
+    assert found["bytes"]["fuse"] == 2 * (2 * 64 * 64 + 2 * 4 * 64) * 4
+    assert found["bytes"]["scatter"] < found["bytes"]["scatter, whole cache lines"]
+    assert "add, subtract" in shown(switch_merged, result)
+
+
+def test_flops_of_lora_are_those_of_its_products():
+    tokens = torch.randint(0, 512, (1, 16), generator=torch.Generator().manual_seed(0))
+    base, model = (frozen(llama(1, 64, 96)) for _ in range(2))
+    lorry.attach(model, {"method": "lora", "rank": 4})
+    floor, whole = (flops(partial(one_step, m, tokens)) for m in (base, model))
+    sites = lorry.adapters(model)["default"].entries.values()
+    # down and up, forward, and backward for input and factor each
+    assert whole - floor == sum(3 * 2 * 16 * 4 * (e.site.in_features + e.site.out_features) for e in sites)
+    products = 4 * 64 * 64 + 3 * 64 * 96 + 512 * 64
+    assert floor > 2 * 2 * 16 * products
+
+
+def test_flops_of_sparse_products_count_stored_entries():
+    tokens = torch.randint(0, 512, (1, 16), generator=torch.Generator().manual_seed(0))
+    base, model = (frozen(llama(1, 64, 96)) for _ in range(2))
+    adapter = lorry.attach(model, {"method": "shira", "rank": 2})
+    floor, whole = (flops(partial(one_step, m, tokens)) for m in (base, model))
+    assert whole - floor == 3 * 2 * 16 * sum(p.numel() for p in adapter.parameters())
+
+
+def test_memory_is_counted():
+    weight = torch.zeros(256, 256)
+
+    def four():
+        first = weight + 1
+        second = first + 1
+        del first
+        return (second + 1).view(-1)
+
+    assert peak(four) == 2 * weight.nbytes
+    layer = torch.nn.Linear(256, 256, bias=False)
+    x = torch.zeros(8, 256, requires_grad=True)
+    assert kept(layer, lambda: layer(x.exp()).sum().backward()) == 2 * x.nbytes - x.nbytes
+    found = training_memory(layer, lambda: layer(x.exp()).sum().backward())
+    assert found["trained"] == 256 * 256
+    assert found["parameters"] == found["gradients"] == weight.nbytes
+    assert found["optimizer"] == 2 * weight.nbytes + 4
+    assert found["peak"] >= found["parameters"] + found["gradients"] + found["optimizer"]
+
+
+def test_methods_side_by_side():
+    result = methods.run("shira,mos,vera", rounds=1, batch=1, length=16, rank=2, **TINY)
+    found = result["methods"]
+    assert list(found) == ["lora", "shira", "mos", "vera"]
+    assert found["lora"]["time_to_lora"] == found["lora"]["flops_to_lora"] == found["lora"]["over"] == 1
+    assert found["shira"]["memory"]["trained"] == found["lora"]["memory"]["trained"]
+    assert found["vera"]["memory"]["trained"] < found["lora"]["memory"]["trained"]
+    assert all(f["flops"] > 1 for f in found.values())
+    assert "vera" in shown(methods, result)
+    assert "allow rank 2" in methods.run("mos", rounds=1, batch=1, length=4, rank=8, **TINY)["left_out"]["mos"]
+    with pytest.raises(lorry.OptionError, match="Did you mean"):
+        methods.run("shirra", rounds=1, **TINY)
+
+
+def test_step_with_one_method():
+    result = step.run("dora", rounds=1, batch=1, length=16, rank=2, **TINY)
+    assert set(result["ratios"]) == {"floor", "lora", "dora", "peft lora"} == set(result["kept_mb"])
+    assert result["kept_mb"]["floor"] <= result["kept_mb"]["lora"] < result["kept_mb"]["dora"]
+    assert "dora" in shown(step, result)
+
+
+def test_rows_beside_peft():
+    result = rows.run(rounds=1, batch=4, steps=2, prefill=4, rank=2, **TINY)
+    for phase in ("decode", "prefill"):
+        assert set(result[phase]) == {"base", "1 adapters", "peft 1 adapters", "4 adapters", "peft 4 adapters"}
+    assert "decode" in shown(rows, result)
+
+
+@pytest.mark.parametrize("module", [load, switch], ids=["load", "switch"])
+def test_many_adapters(module):
+    result = module.run(rounds=1, rank=2, most=10, peer_most=1, **TINY)
+    assert list(result["loaded"]) == [1, 10]
+    assert any("peft" in key for key in result["loaded"][1])
+    assert not any("peft" in key for key in result["loaded"][10])
+    assert "10" in shown(module, result)
+
+
+def test_fleet_over_widths():
+    result = fleet.run(rounds=1, jobs=2, length=4, layers=1, widths=[64, 128], rank=2)
+    assert list(result["widths"]) == [64, 128]
+    assert result["widths"][64]["lorry, one joint step"]["ratio"] == 1
+    assert "job after job" in shown(fleet, result)
+
+
+def test_merging_into_the_base_and_of_adapters():
+    result = merge.run(rounds=1, rank=2, **TINY)
+    assert {"addmm", "lorry merge", "lorry unmerge", "peft merge"} <= set(result["ratios"])
+    assert "addmm" in shown(merge, result)
+    result = merge_adapters.run(widths="64", rank=2, repeats=1, memory=False)
+    assert [c["type"] for c in result["cases"]] == ["svd", "cat", "linear"]
+    assert all(c["difference"] < 1e-5 for c in result["cases"])
+    assert "svd" in shown(merge_adapters, result)

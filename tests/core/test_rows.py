@@ -227,3 +227,20 @@ def test_a_whole_model_part_is_joined_from_groups_of_rows():
     for row, name in enumerate(names):
         wanted = (base if name is None else alone[name])[row]
         torch.testing.assert_close(mixed[row], wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["uni-lora", "mos", "vera", "dylora"])
+def test_whole_modules_beside_a_method_whose_sites_share_tensors(method, tmp_path):
+    model = llama()
+    adapter = lorry.attach(model, method, targets="all-linear", train_also=["norm"], name="one", seed=0)
+    before = model(tokens()).logits
+    before.sum().backward()
+    whole = {name: p for name, p in adapter.named_parameters() if name.startswith("model.norm")}
+    assert whole and all(p.grad is not None for p in whole.values())
+    adapter.save(tmp_path / "one")
+    fresh = llama()
+    fresh.load_state_dict({k: v for k, v in model.state_dict().items() if "lorry_" not in k}, strict=False)
+    lorry.load(fresh, tmp_path / "one", name="one")
+    lorry.activate(fresh, "one")
+    with torch.no_grad():
+        assert torch.equal(fresh.eval()(tokens()).logits, model.eval()(tokens()).logits)

@@ -285,7 +285,7 @@ def build(
         adapter.shared = TensorHome(layout.shared, fill("shared", layout.shared, next(iter(sites.values())).device))
     for site, at_site in chosen:
         own = fill(site.path, layout.sites[site.path], site.device)
-        entry = Entry(adapter, site, at_site, TensorHome(layout.sites[site.path], own))
+        entry = Entry(adapter, site, at_site, TensorHome(layout.sites[site.path], own), site.path in layout.sharing)
         adapter.entries[site.path] = entry
         if values is None and type(at_site).setup is not Method.setup:
             at_site.setup(own, site, torch.Generator().manual_seed(mix_seed(seed, site.path, "setup")))
@@ -307,6 +307,7 @@ def joint_layout(chosen: Sequence[tuple[Site, Method]]) -> Layout:
             )
         joint.sites.update(layout.sites)
         joint.shared.update(layout.shared)
+        joint.sharing.update(layout.sites if layout.shared else ())
     return joint
 
 

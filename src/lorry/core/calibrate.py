@@ -141,7 +141,7 @@ def _exchange(adapter: Adapter, path: str, method: Method | None, seed: int) -> 
     dtype = next(t.dtype for n, t in old.home.tensors().items() if old.home.specs[n].dtype is None)
     specs = method.layout([old.site]).sites[path]
     tensors = {k: fresh(s, mix_seed(seed, f"{path}.{k}"), dtype).to(old.site.device) for k, s in specs.items()}
-    adapter.entries[path] = Entry(adapter, old.site, method, TensorHome(specs, tensors))
+    adapter.entries[path] = Entry(adapter, old.site, method, TensorHome(specs, tensors), old.sharing)
 
 
 class _Gradients:

@@ -82,19 +82,19 @@ class TensorHome:
 class Entry:
     """One adapter at one site: the method there, and its tensors together with the shared ones."""
 
-    __slots__ = ("adapter", "home", "method", "site")
+    __slots__ = ("adapter", "home", "method", "sharing", "site")
 
-    def __init__(self, adapter: Adapter, site: Site, method: Method, home: TensorHome) -> None:
+    def __init__(self, adapter: Adapter, site: Site, method: Method, home: TensorHome, sharing: bool) -> None:
         self.adapter = adapter
         self.site = site
         self.method = method
         self.home = home
+        self.sharing = sharing
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """Return the tensors that the method's functions read: the site's own and the shared ones."""
-        own = self.home.tensors()
-        shared = self.adapter.shared
-        return own if shared is None else {**shared.tensors(), **own}
+        """Return the tensors that the method's functions read: the site's own, and the shared ones if it shares."""
+        own, shared = self.home.tensors(), self.adapter.shared
+        return {**shared.tensors(), **own} if self.sharing and shared is not None else own
 
     def move(self, device: torch.device) -> None:
         """Follow the model to another device."""

@@ -103,10 +103,14 @@ class Observed:
 
 @dataclass(frozen=True)
 class Layout:
-    """All tensors of an adapter: those of each site by path, and those that its sites share."""
+    """All tensors of an adapter: those of each site by path, and those that sites share.
+
+    Where an adapter has sites of several methods, `sharing` are the paths of those whose method shares.
+    """
 
     sites: dict[str, dict[str, TensorSpec]]
     shared: dict[str, TensorSpec] = field(default_factory=dict)
+    sharing: set[str] = field(default_factory=set)
 
     def specs(self) -> Iterator[TensorSpec]:
         """Yield every spec once."""

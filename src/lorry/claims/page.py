@@ -48,7 +48,7 @@ def markdown(records: Sequence[Record], pictures: str = "claims") -> str:
 
 def _section(record: Record, pictures: str) -> list[str]:
     found = record.finding
-    seeds = f"{len(record.seeds)} seeds, {record.seconds:.0f} s on {record.machine}"
+    seeds = f"{len(record.seeds)} seeds, {record.machine}"
     effort = "" if record.effort == 1 else f" **A look at {record.effort:g} of the full effort, not a finding.**"
     lines = [
         f"## {record.name}",

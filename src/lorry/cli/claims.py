@@ -42,6 +42,9 @@ def run(
         float, typer.Option(help="Factor of steps and data; below 1 gives a look, not a finding.", min=0.001)
     ] = 1.0,
     records: Annotated[Path, typer.Option("--records", help="Folder to write the record to.")] = Path("claims"),
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of public data sets, for studies on real text.", exists=True)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run the trials of a method's claims, and write the record."""
@@ -58,7 +61,7 @@ def run(
     found = []
     for one in chosen:
         note(f"{one.slug}/{one.key}: {one.says}")
-        record = ledger.run(one, ledger.Setting(tuple(range(seeds)), effort))
+        record = ledger.run(one, ledger.Setting(tuple(range(seeds)), effort, data))
         found.append(record)
         for path in ledger.write_records([record], records):
             note(f"{record.finding.verdict} after {record.seconds:.0f} s; wrote {path}")

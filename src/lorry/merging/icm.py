@@ -306,7 +306,7 @@ def train_vae(
                 value = meta_loss(vae, pick, v, noise, losses.get(name), how)  # type: ignore[arg-type]
                 value.backward()
                 optimizer.step()
-                total += float(value)
+                total += float(value.detach())
             history.append(total / len(data.vectors))
     return {
         "loss_first": history[0] if history else None,

@@ -7,7 +7,6 @@ test words before, and after each number of steps of 32 rows with rank 8 on all 
 from __future__ import annotations
 
 import argparse
-import time
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -51,15 +50,13 @@ def main() -> None:
     torch.set_num_threads(1)
     chosen = [pocket.skill(name) for name in given.skills]
     chosen = chosen or [*pocket.skills("held-out"), *pocket.skills("two-part")]
-    print("| skill | example | base |", " | ".join(f"{mark} steps" for mark in given.steps), "| seconds |")
-    print("|---|---|---:|" + "---:|" * (len(given.steps) + 1))
+    print("| skill | example | base |", " | ".join(f"{mark} steps" for mark in given.steps), "|")
+    print("|---|---|---:|" + "---:|" * len(given.steps))
     for skill in chosen:
-        start = time.perf_counter()
         scores = trial(skill, given.steps, given.rate, given.seed)
         word = pocket.examples(skill, "train", 1, seed=7)[0]
         cells = " | ".join(f"{score:.1%}" for score in scores)
-        seconds = time.perf_counter() - start
-        print(f"| {skill.name} | `{word.prompt}{word.answer}` | {cells} | {seconds:.0f} |", flush=True)
+        print(f"| {skill.name} | `{word.prompt}{word.answer}` | {cells} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from lorry.training.report import read_metrics
 #: The skills of the demo: held out from the pocket model's training, learned by one adapter each.
 SKILLS = ("previous", "even", "unrotate", "star")
 #: The two adapters whose mixture and merge are shown.
-MERGED = ("previous", "star")
+MERGED = ("even", "star")
 RANK, ALPHA, STEPS, BATCH, RATE = 8, 16.0, 100, 32, 5e-3
 TRAIN_ROWS, TEST_ROWS = 3200, 200
 

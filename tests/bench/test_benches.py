@@ -73,7 +73,8 @@ def test_flops_of_sparse_products_count_stored_entries():
     base, model = (frozen(llama(1, 64, 96)) for _ in range(2))
     adapter = lorry.attach(model, {"method": "shira", "rank": 2})
     floor, whole = (flops(partial(one_step, m, tokens)) for m in (base, model))
-    assert whole - floor == 3 * 2 * 16 * sum(p.numel() for p in adapter.parameters())
+    # forward and the gradient of the input go through W + S; what is left are the gradients of the entries
+    assert whole - floor == 2 * 16 * sum(p.numel() for p in adapter.parameters())
 
 
 def test_memory_is_counted():

@@ -7,7 +7,7 @@ from lorry.claims.ledger import VERDICTS, Setting, claims, read_records, run
 from lorry.claims.studies import smora
 from lorry.claims.verdicts import compare, together
 
-LOOK = Setting(seeds=(0,), effort=0.01)
+LOOK = Setting(seeds=(0,), effort=0.004)
 TRIALS = {one.key: one for one in claims("smora")}
 
 

@@ -448,3 +448,11 @@ def test_values_keep_their_bytes_through_freezing_and_training():
     values = {n: t.detach().clone() for n, t, _ in one.named_tensors()}
     one.train(False).train().train(False)
     assert all(same_bytes(t, values[n]) for n, t, _ in one.named_tensors())
+
+
+def test_walking_deltas_leaves_the_gradient_mode_alone():
+    model = llama()
+    one, two = (lorry.attach(model, lorry.LoRA(rank=2), targets="mlp", name=name) for name in ("one", "two"))
+    for _ in zip(one.deltas(), two.deltas(), strict=True):
+        assert torch.is_grad_enabled()
+    assert torch.is_grad_enabled()

@@ -172,7 +172,9 @@ class Adapter:
         """Yield each site with its weight update ``(*lead, out, in)``; raises if the method has none."""
         for entry in self.entries.values():
             with torch.no_grad():
-                yield entry.site, entry.delta()
+                delta = entry.delta()
+            # outside: the mode would stay with the caller, and wrong for good where two walks go side by side
+            yield entry.site, delta
 
     def joint_losses(self, left: Mapping[tuple[str, str, str], Tensor]) -> list[Tensor]:
         """Return the losses that its methods make of what the sites left in a pass together; see

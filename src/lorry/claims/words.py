@@ -1,9 +1,9 @@
-"""Pocket skills: adapters of all contenders, rates and seeds trained together on the pocket model."""
+"""Pocket skills: adapters trained together on the pocket model, for as long as a study needs them."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,11 +12,6 @@ from lorry import pocket
 from lorry.core.adapter import Adapter
 from lorry.training import Fleet, Job
 
-from .ledger import Setting
-from .verdicts import Trial, chosen
-
-#: Jobs that share a pass over the base.
-TOGETHER = 8
 ROWS = 32
 
 
@@ -69,53 +64,3 @@ def trained(jobs: Sequence[Job], model: Any = None) -> Iterator[tuple[Any, Any, 
         finally:
             for adapter in result.adapters.values():
                 adapter.detach()
-
-
-def score(model: Any, tokenizer: Any, skill: str, count: int, validation: bool = False) -> float:
-    """Exact match on test words with whatever is active; validation words are another draw, none of them test words."""
-    lines = pocket.examples(skill, "test", 2 * count, seed=1)
-    return pocket.exact_match(model, tokenizer, lines[count:] if validation else lines[:count])
-
-
-def tune(
-    contenders: Mapping[str, Any],
-    skills: str | Sequence[str],
-    rates: Sequence[float],
-    setting: Setting,
-    steps: int,
-    words: int = 100,
-) -> Trial:
-    """Train every contender at every rate with every seed on skills, and keep each one's best rate.
-
-    Args:
-        contenders: name -> method, or mapping with its options.
-        skills: one, or several that each contender has to learn together in one job.
-        rates: the same grid for all.
-        setting: seeds and effort.
-        steps: of each job, at full effort.
-        words: test words of each skill, and as many for the choice of the rate.
-
-    Returns:
-        Metrics ``validation`` and ``test``, means over the skills.
-    """
-    wanted = [skills] if isinstance(skills, str) else list(skills)
-    grid = [(name, rate, seed) for seed in setting.seeds for rate in rates for name in contenders]
-    results: dict[str, dict[float, list[dict[str, float]]]] = {name: {r: [] for r in rates} for name in contenders}
-    model, _ = pocket.load()
-    for start in range(0, len(grid), TOGETHER):
-        part = grid[start : start + TOGETHER]
-        jobs = [
-            job(f"job{i}", contenders[name], wanted, setting.much(steps, 2), rate, seed)
-            for i, (name, rate, seed) in enumerate(part)
-        ]
-        with trained(jobs, model) as (base, tokenizer, adapters):
-            for i, (name, rate, _) in enumerate(part):
-                lorry.activate(base, adapters[f"job{i}"].name)
-                count = setting.much(words, 8)
-                row = {
-                    metric: sum(score(base, tokenizer, one, count, validation) for one in wanted) / len(wanted)
-                    for metric, validation in (("validation", True), ("test", False))
-                }
-                lorry.activate(base, None)
-                results[name][rate].append(row)
-    return chosen(results)

@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorry.kernels.even import shares_evenly
 from lorry.kernels.lowrank import low_rank_linear, reference
 from lorry.kernels.segments import Factors, Segment
 
-ROWS = 5
+ROWS = 6
 LAYOUTS = {
     "one adapter, all rows": [(None, 0.5, 3)],
     "two adapters, all rows, unequal ranks": [(None, 0.5, 3), (None, -1.5, 1)],
@@ -18,10 +19,21 @@ LAYOUTS = {
     "indices": [(torch.tensor([4, 0, 2]), 0.7, 2), (torch.tensor([1, 3]), 1.0, 3)],
     "weights for each row of a slice": [(slice(1, 4), torch.tensor([1.0, -0.5, 0.25]), 2)],
     "weights for each row of indices": [(torch.tensor([3, 0]), torch.tensor([1.0, 0.5]), 2)],
-    "weights for all rows": [(None, torch.tensor([1.0, 0.5, 0.0, -1.0, 2.0]), 3)],
+    "weights for all rows": [(None, torch.tensor([1.0, 0.5, 0.0, -1.0, 2.0, 1.0]), 3)],
     "rows without an adapter": [(slice(1, 2), 1.0, 2)],
     "no adapter": [],
 }
+#: Segments that share the batch evenly, which are multiplied together.
+EVEN = {
+    "even slices, one scale": [(slice(0, 3), 0.5, 2), (slice(3, 6), 0.5, 2)],
+    "even slices, two scales": [(slice(0, 3), 0.5, 2), (slice(3, 6), 2.0, 2)],
+    "even slices, weights for each row": [
+        (slice(0, 2), torch.tensor([1.0, -0.5]), 3),
+        (slice(2, 4), 2.0, 3),
+        (slice(4, 6), torch.tensor([0.0, 3.0]), 3),
+    ],
+}
+LAYOUTS |= EVEN
 #: Segments whose rows, base and update together, are scaled by output channel.
 GAINS = {
     "a gain on all rows": [(None, 0.5, 3, "gain")],
@@ -208,6 +220,12 @@ def test_one_node_for_all_segments():
     out = low_rank_linear(x, weight, bias, None, segments, factors)
     parents = {type(f).__name__ for f, _ in out.grad_fn.next_functions if f is not None}
     assert parents == {"AccumulateGrad"}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_only_segments_that_share_the_batch_evenly_are_multiplied_together(layout):
+    x, weight, bias, segments, factors = make(layout)
+    assert shares_evenly(x, segments, factors) == (layout in EVEN.values())
 
 
 def test_a_second_derivative_is_refused_and_not_wrong():

@@ -42,7 +42,7 @@ def _cases(jobs: int, length: int, shape: tuple[int, int, int], rank: int) -> di
         lorry.attach(model, {"method": "lora", "rank": rank}, name=n, seed=i).parameters() for i, n in enumerate(names)
     ]
     peer, theirs = _peft(llama(*shape), names, rank)
-    optimizers = {side: [torch.optim.AdamW(p, lr=1e-4) for p in all_] for side, all_ in (("l", own), ("p", theirs))}
+    optimizers = {side: [torch.optim.AdamW(p, lr=1e-4, fused=True) for p in all_] for side, all_ in (("l", own), ("p", theirs))}
 
     def together() -> None:
         with lorry.rows(model, names):

@@ -96,9 +96,10 @@ def _merged(entry: Entry, storage: Storage, check: bool) -> tuple[nn.Parameter, 
     site = entry.site
     base = storage.read(site)
     exact = torch.promote_types(base.dtype, torch.float32)
-    total = _sum(entry, base, exact)
-    # a sum passes over the weights once and allocates nothing; only where it overflows is each one looked at
-    if check and not torch.isfinite(total.sum()) and not torch.isfinite(total).all():
+    factors = _factors(entry, exact)
+    total = _sum(entry, base, exact, factors)
+    # thin factors bound their product: only where the bound is no comfort is every weight looked at
+    if check and not (factors and _bounded(*factors)) and not torch.isfinite(total).all():
         raise AdapterError(
             f"The update of adapter '{entry.adapter.name}' at '{site.path}' is not finite; nothing was merged."
         )
@@ -108,17 +109,37 @@ def _merged(entry: Entry, storage: Storage, check: bool) -> tuple[nn.Parameter, 
     stored = parameter.detach() if storage.lossless else _decoded(entry, storage, parameter)
     difference = stored.to(exact) - total
     update = total - base.to(exact)
-    return parameter, (float(difference.abs().max()), float(difference.square().sum()), float(update.square().sum()))
+    worst = float(difference.abs().max())
+    if not worst < torch.inf:
+        raise AdapterError(
+            f"'{site.path}' with adapter '{entry.adapter.name}' leaves the range of {parameter.dtype}; nothing was "
+            "merged. Load the base in bfloat16 or float32, or serve the adapter unmerged."
+        )
+    return parameter, (worst, float(difference.square().sum()), float(update.square().sum()))
 
 
-def _sum(entry: Entry, base: Tensor, exact: torch.dtype) -> Tensor:
-    """Return ``W + ΔW`` in its native layout; one addmm where the update is a product of two thin factors."""
+def _factors(entry: Entry, exact: torch.dtype) -> tuple[Tensor, Tensor, float] | None:
+    """Return A (rank, in), B (out, rank) and the scale where the update is nothing but their product."""
     site, method = entry.site, entry.method
-    if isinstance(method, Bottleneck) and method.plain and not site.lead:
-        a, b = (f.detach().to(exact) for f in method.factors(entry.tensors(), site))
-        total = torch.addmm(site.kind.to_matrix(site, base).to(exact), b, a, alpha=method.scale(site))
-        return site.kind.to_weight(site, total).contiguous()
-    return base.to(exact) + site.kind.to_weight(site, entry.delta().to(exact))
+    if not isinstance(method, Bottleneck) or not method.plain or site.lead:
+        return None
+    a, b = (f.detach().to(exact) for f in method.factors(entry.tensors(), site))
+    return a, b, method.scale(site)
+
+
+def _bounded(a: Tensor, b: Tensor, scale: float) -> bool:
+    """Tell whether the largest entries of the factors rule an overflow of ``scale · B A`` out."""
+    largest = a.abs().max() * b.abs().max() * (a.shape[0] * abs(scale))
+    return bool(largest < torch.finfo(a.dtype).max / 2)  # false for NaN
+
+
+def _sum(entry: Entry, base: Tensor, exact: torch.dtype, factors: tuple[Tensor, Tensor, float] | None) -> Tensor:
+    """Return ``W + ΔW`` in its native layout; one addmm where the update is a product of two thin factors."""
+    kind, site = entry.site.kind, entry.site
+    if factors is None:
+        return base.to(exact) + kind.to_weight(site, entry.delta().to(exact))
+    a, b, scale = factors
+    return kind.to_weight(site, torch.addmm(kind.to_matrix(site, base).to(exact), b, a, alpha=scale)).contiguous()
 
 
 def _decoded(entry: Entry, storage: Storage, parameter: nn.Parameter) -> Tensor:

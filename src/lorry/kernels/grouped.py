@@ -61,7 +61,7 @@ def batch_plan(x: Tensor, segments: Sequence[Segment], plans: dict[Any, Any]) ->
     return found
 
 
-def grouped_rows(x: Tensor, plan: RowPlan, segments: Sequence[Segment], flat: Sequence[Tensor | None]) -> GroupedRows:
+def grouped_rows(plan: RowPlan, x: Tensor, segments: Sequence[Segment], flat: Sequence[Tensor | None]) -> GroupedRows:
     """Return the products of all segments at one layer, given A, B and None (no gain) of each in a row."""
     from lorry.kernels.triton_rows import GroupedRows, Windows
 

@@ -8,7 +8,7 @@ dropout is drawn again from its seed. The definition is `reference`; everything 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorry.kernels.dropout import keep_mask, kept_scale, masked
-from lorry.kernels.grouped import batch_plan, groupable, grouped_rows
 from lorry.kernels.products import add_product, product
 from lorry.kernels.segments import Factors, Rows, Segment, take
-
-if TYPE_CHECKING:
-    from lorry.kernels.triton_rows import RowPlan
+from lorry.kernels.together import Together, together
 
 
 def reference(
@@ -74,14 +71,13 @@ def low_rank_linear(
     plans
         Where the layout of the batch's tokens may be kept for the next layer, on devices with grouped kernels.
     """
-    grouped = len(segments) > 1 and groupable(x, segments, factors)
-    plan = batch_plan(x, segments, {} if plans is None else plans) if grouped else None
+    make = together(x, segments, factors, {} if plans is None else plans)
     flat = [t for f in factors for t in (f.a, f.b, f.gain)]
     tracked = (x, y, *flat)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tracked):
-        result: Tensor = _LowRankLinear.apply(x, weight, bias, y, tuple(segments), plan, *flat)  # type: ignore[no-untyped-call]
+        result: Tensor = _LowRankLinear.apply(x, weight, bias, y, tuple(segments), make, *flat)  # type: ignore[no-untyped-call]
         return result
-    return _forward(x, weight, bias, y, segments, plan, flat)[0]
+    return _forward(x, weight, bias, y, segments, make, flat)[0]
 
 
 def _forward(
@@ -90,18 +86,18 @@ def _forward(
     bias: Tensor | None,
     y: Tensor | None,
     segments: Sequence[Segment],
-    plan: RowPlan | None,
+    make: Together | None,
     flat: Sequence[Tensor | None],
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
-    """Return the output, the rank units ``(rank, tokens)`` of each segment (or those of all, as the grouped kernels
-    have them), and the output before gains if there are any.
+    """Return the output, the rank units ``(rank, tokens)`` of each segment (or those of all, where they are
+    multiplied together), and the output before gains if there are any.
     """
     gains = flat[2::3]
     gained = any(g is not None for g in gains)
     out = F.linear(x, weight, None if gained else bias) if y is None else y.clone()  # type: ignore[arg-type]
-    if plan is not None:
-        rows = x.to(out.dtype).reshape(-1, x.shape[-1])
-        return out, [grouped_rows(x, plan, segments, flat).forward(out.view(-1, out.shape[-1]), rows)], None
+    if make is not None:
+        tokens = x.to(out.dtype).reshape(-1, x.shape[-1])
+        return out, [make(x, segments, flat).forward(out.view(-1, out.shape[-1]), tokens)], None
     kept = []
     for segment, a, b in zip(segments, flat[::3], flat[1::3], strict=True):
         assert a is not None and b is not None
@@ -144,11 +140,11 @@ class _LowRankLinear(torch.autograd.Function):
         bias: Tensor | None,
         y: Tensor | None,
         segments: tuple[Segment, ...],
-        plan: RowPlan | None,
+        make: Together | None,
         *flat: Tensor | None,
     ) -> Tensor:
-        out, kept, before = _forward(x, weight, bias, y, segments, plan, flat)
-        ctx.segments, ctx.plan, ctx.has_base = segments, plan, y is not None
+        out, kept, before = _forward(x, weight, bias, y, segments, make, flat)
+        ctx.segments, ctx.make, ctx.has_base = segments, make, y is not None
         ctx.save_for_backward(x, weight, before, *flat, *kept)
         return out
 
@@ -164,10 +160,10 @@ class _LowRankLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = torch.zeros_like(x) if ctx.has_base else product(grad, weight)
         grads: list[Tensor | None] = []
-        if ctx.plan is not None:
-            rows, dy = x.to(grad.dtype).reshape(-1, x.shape[-1]), grad.view(-1, grad.shape[-1])
+        if ctx.make is not None:
+            tokens, dy = x.to(grad.dtype).reshape(-1, x.shape[-1]), grad.view(-1, grad.shape[-1])
             into = None if dx is None else dx.view(-1, x.shape[-1])
-            das, dbs = grouped_rows(x, ctx.plan, ctx.segments, flat).backward(into, dy, rows, kept[0])
+            das, dbs = ctx.make(x, ctx.segments, flat).backward(into, dy, tokens, kept[0])
             grads = [t for da, db in zip(das, dbs, strict=True) for t in (da, db, None)]
         else:
             for index, segment in enumerate(ctx.segments):

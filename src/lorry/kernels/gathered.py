@@ -76,20 +76,21 @@ def add_stacked(out: Tensor, x: Tensor, stacked: Stacked) -> Tensor:
 def stack(x: Tensor, segments: Sequence[Segment], factors: Sequence[Factors], dtype: torch.dtype) -> Stacked:
     """Stack the factors of segments of one rank and one number of rows; rows with weights of their own count singly."""
     every = torch.arange(len(x), device=x.device)
-    grouped: dict[tuple[int, int], list[tuple[Tensor, Tensor, Tensor]]] = {}
+    grouped: dict[tuple[int, int], list[tuple[Tensor, Factors, float]]] = {}
     for segment, f in zip(segments, factors, strict=True):
         rows = every if segment.rows is None else every[segment.rows]
-        a, b = f.a.to(dtype), f.b.to(dtype)
-        factor = segment.factor(dtype)
+        factor = segment.factor(torch.float64)
         if isinstance(factor, float):
-            grouped.setdefault((len(a), len(rows)), []).append((rows, a, b * factor))
+            grouped.setdefault((len(f.a), len(rows)), []).append((rows, f, factor))
             continue
-        for row, scale in zip(rows.split(1), factor, strict=True):
-            grouped.setdefault((len(a), 1), []).append((row, a, b * scale))
+        for row, scale in zip(rows.split(1), factor.tolist(), strict=True):
+            grouped.setdefault((len(f.a), 1), []).append((row, f, scale))
     groups = []
     for parts in grouped.values():
         rows = torch.cat([r for r, _, _ in parts])
         whole = len(rows) == len(x) and torch.equal(rows, every)
-        a, b = torch.stack([a for _, a, _ in parts]), torch.stack([b for _, _, b in parts])
-        groups.append((None if whole else rows, a, b.mT.contiguous()))
+        scales = torch.tensor([scale for _, _, scale in parts], dtype=torch.float64)
+        a = torch.stack([f.a for _, f, _ in parts]).to(dtype)
+        b = torch.stack([f.b.t() for _, f, _ in parts]) * scales.to(x.device, dtype).view(-1, 1, 1)
+        groups.append((None if whole else rows, a, b.to(dtype)))
     return Stacked(tuple(groups), len(x), len(segments))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,9 @@ def _cases(jobs: int, length: int, shape: tuple[int, int, int], rank: int) -> di
         lorry.attach(model, {"method": "lora", "rank": rank}, name=n, seed=i).parameters() for i, n in enumerate(names)
     ]
     peer, theirs = _peft(llama(*shape), names, rank)
-    optimizers = {side: [torch.optim.AdamW(p, lr=1e-4, fused=True) for p in all_] for side, all_ in (("l", own), ("p", theirs))}
+    # fused, as Lorry's engine and the Hugging Face Trainer have it
+    adam = partial(torch.optim.AdamW, lr=1e-4, fused=True)
+    optimizers = {side: [adam(p) for p in all_] for side, all_ in (("l", own), ("p", theirs))}
 
     def together() -> None:
         with lorry.rows(model, names):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lorry.core.errors import SiteError
 from lorry.core.sites import Site
+from lorry.kernels.thin import thin_linear
 
 
 class Kind(ABC):
@@ -39,7 +40,7 @@ class Kind(ABC):
 
     def up(self, site: Site, h: Tensor, b: Tensor) -> Tensor:
         """Return the update of the layer's output for ``h`` ``(..., rank)`` and `b` ``(out, rank)``."""
-        return F.linear(h, b)
+        return thin_linear(h, b)
 
     def dense(self, site: Site, x: Tensor, matrix: Tensor) -> Tensor:
         """Return what the layer would give for input `x` with `matrix` as weight and no bias."""
@@ -74,7 +75,7 @@ class LinearKind(Kind):
 
     def down(self, site: Site, x: Tensor, a: Tensor) -> Tensor:
         """Return ``x Aᵀ``."""
-        return F.linear(x, a)
+        return thin_linear(x, a)
 
     def dense(self, site: Site, x: Tensor, matrix: Tensor) -> Tensor:
         """Return ``x Wᵀ``."""
@@ -141,7 +142,7 @@ class ConvKind(Kind):
         groups = int(site.owner.groups)  # type: ignore[arg-type]
         if groups > 1:
             return torch.einsum("...gr,gor->...go", h, b.unflatten(0, (groups, -1))).flatten(-2).movedim(-1, 1)
-        return F.linear(h, b).movedim(-1, 1)
+        return thin_linear(h, b).movedim(-1, 1)
 
     def dense(self, site: Site, x: Tensor, matrix: Tensor) -> Tensor:
         """Convolve with the matrix as kernel."""
@@ -187,7 +188,7 @@ class EmbeddingKind(Kind):
     def up(self, site: Site, h: Tensor, b: Tensor) -> Tensor:
         """Return ``h Bᵀ``, scaled as the module scales its own rows."""
         factor = self._factor(site)
-        delta = F.linear(h, b)
+        delta = thin_linear(h, b)
         return delta if isinstance(factor, float) and factor == 1.0 else delta * factor
 
     def dense(self, site: Site, x: Tensor, matrix: Tensor) -> Tensor:

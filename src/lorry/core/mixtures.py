@@ -16,6 +16,7 @@ from lorry.core.feedforward import FeedForward
 from lorry.core.method import Tensors, TensorSpec, kaiming, ones
 from lorry.core.sites import Site
 from lorry.kernels.dropout import keep_mask
+from lorry.kernels.thin import thin_linear
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ class ExpertUpdates:
         parts = []
         for e, (rows, old) in enumerate(zip(inputs.split(pairs.sizes), outputs.split(pairs.sizes), strict=True)):
             if e < len(a):
-                h = F.linear(rows, a[e].to(rows.dtype)) * self.scale
-                old = old + F.linear(h, b[e].to(rows.dtype))
+                h = thin_linear(rows, a[e].to(rows.dtype)) * self.scale
+                old = old + thin_linear(h, b[e].to(rows.dtype))
             parts.append(old)
         result = torch.cat(parts)
         magnitude = self.tensors.get(f"{site.name}.magnitude")

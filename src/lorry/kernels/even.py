@@ -87,7 +87,9 @@ def _scales(segments: Sequence[Segment], x: Tensor) -> float | Tensor:
     kept = [kept_scale(s.p) for s in segments]
     if all(s.weights is None for s in segments):
         numbers = [s.scale * k for s, k in zip(segments, kept, strict=True)]
-        return numbers[0] if len(set(numbers)) == 1 else torch.tensor(numbers, dtype=torch.float64).to(x.device).view(-1, 1, 1)
+        if len(set(numbers)) == 1:
+            return numbers[0]
+        return torch.tensor(numbers, dtype=torch.float64).to(x.device).view(-1, 1, 1)
     rows, tokens = len(x) // len(segments), x[0].numel() // x.shape[-1]
     factors = [torch.as_tensor(s.factor(torch.float64), dtype=torch.float64, device=x.device) for s in segments]
     each = torch.stack([f.expand(rows) * k for f, k in zip(factors, kept, strict=True)])

@@ -23,7 +23,7 @@ EXPERTS, TOP_K, RANK = 8, 2, 2
 #: The least rank at which a LoRA has as many trained values as the mixture with its routers.
 MATCHED = 18
 #: Steps for all tasks together and for one alone.
-STEPS, STEPS_ONE, RATES = 400, 200, (5e-3, 1.5e-2, 5e-2, 1.5e-1)
+STEPS, STEPS_ONE, RATES = 1600, 200, (5e-3, 1.5e-2, 5e-2, 1.5e-1)
 #: In the trials of the balance loss: experts, steps, rate, and the lead of two experts in the routers.
 FEW, BALANCE_STEPS, BALANCE_RATE, LEAD = 4, 200, 1e-2, 4.0
 WEIGHTS = (0.0, 0.001, 0.01, 0.1)
@@ -150,7 +150,7 @@ def contest(setting: Setting, tags: Sequence[int], steps: int) -> Trial:
     "of the values each: LoRA 71.8, DoRA 75.3, MixLoRA 77.6, MixDoRA 78.2).",
     source="arXiv 2404.15159, abstract and the authors' readme",
     trial=NETWORK + "These six tasks are learned together by MixLoRA with eight experts of rank 2, two active, and by "
-    "a LoRA on the same projections of rank 18, which has a few more values than the mixture; 400 steps of 64 rows. "
+    "a LoRA on the same projections of rank 18, which has a few more values than the mixture; 1,600 steps of 64 rows. "
     "One task alone, 200 steps, is the control. Against the claim: the LoRA's loss on the mixture is no higher; or one "
     "task alone is not learned alike, to two points of accuracy.",
 )
@@ -173,7 +173,8 @@ def conflict(setting: Setting) -> Finding:
         Panel("One task alone", "test accuracy", single.of()),
     ]
     values = ", ".join(f"{name} {mixed.mean(name, 'values'):,.0f}" for name in CONTENDERS)
-    notes = [f"Trained values: {values}.", *(f"Six tasks: {n}" for n in mixed.notes)]
+    first = "A first trial had 400 steps, too few for either: 0.657 and 77.8% for MixLoRA, 0.490 and 85.1% for LoRA."
+    notes = [f"Trained values: {values}.", first, *(f"Six tasks: {n}" for n in mixed.notes)]
     rates = {f"{name}, {what}": rate for what, t in (("six", mixed), ("one", single)) for name, rate in t.rates.items()}
     return Finding(verdict, summary, panels, rates, [*notes, *(f"One task: {n}" for n in single.notes)])
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lorry.core.adapter import Adapter, fresh, mix_seed
 from lorry.core.entry import Entry, TensorHome
 from lorry.core.errors import AdapterError, SiteError
-from lorry.core.layers import exchanged
+from lorry.core.exchange import exchanged
 from lorry.core.method import Method, Observed
 from lorry.core.receipt import Receipt
 from lorry.core.sites import Site

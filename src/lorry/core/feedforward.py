@@ -6,11 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorry.core.errors import SiteError
+from lorry.core.exchange import exchanged
 from lorry.core.kinds import BLOCK, KINDS
 from lorry.core.sites import Site
 
@@ -27,7 +29,10 @@ _FORMS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("c_fc",), "c_proj", "plain"),  # GPT-2, StarCoder
     (("lin1",), "lin2", "plain"),  # DistilBERT
 )
-_ACTIVATIONS = ("act_fn", "activation_fn", "activation", "act")
+#: Blocks that a larger module spreads over two of its children, each with one projection: BERT, RoBERTa, ViT.
+_HALVES: tuple[tuple[str, str], ...] = (("intermediate", "output"),)
+_SPREAD = "dense"
+_ACTIVATIONS = ("act_fn", "activation_fn", "activation", "act", "intermediate_act_fn")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -52,6 +57,9 @@ class FeedForward:
         The module's own activation; None if it was not found.
     sites
         Each projection by name as a site.
+    opening
+        Where the block is spread over parts of a larger module: the one that goes from its input to the output
+        projection's. None if the block is a module of its own.
     """
 
     inputs: tuple[str, ...]
@@ -59,6 +67,13 @@ class FeedForward:
     form: str
     activation: Callable[[Tensor], Tensor] | None
     sites: dict[str, Site]
+    opening: nn.Module | None = None
+
+    def activate(self, name: str = "own") -> Callable[[Tensor], Tensor]:
+        """Return the activation of this name, or the module's own."""
+        found = self.activation if name == "own" else ACTIVATIONS[name]
+        assert found is not None  # `parts_of` was asked for it
+        return found
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -72,6 +87,37 @@ class FeedForward:
         gate, up = parts if self.form == "gated" else parts[0].chunk(2, dim=-1)
         return activation(gate) * up
 
+    def run(self, name: str, x: Tensor) -> Tensor:
+        """Return the output of a projection, with whatever else is active there."""
+        result = self.sites[name].owner(x)
+        assert isinstance(result, Tensor)
+        return result
+
+    def replaced(self, base: Callable[..., Any], instead: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Return the module's output with ``instead(x)`` in the place of the block's, x being the block's input.
+
+        Of a larger module the rest (attention, norms, residual) runs as it is: its opening part gives the result, and
+        the output projection lets that pass.
+        """
+        if self.opening is None:
+            return instead(args[0] if args else next(iter(kwargs.values())))
+        closing = self.sites[self.output].owner
+        project, passing = closing.forward, False
+
+        def whole(x: Tensor) -> Tensor:
+            nonlocal passing
+            result = instead(x)  # which projects by the module that is to pass its result on
+            passing = True
+            return result
+
+        def onwards(x: Tensor) -> Tensor:
+            nonlocal passing
+            passed, passing = passing, False
+            return x if passed else project(x)
+
+        with exchanged([(self.opening, "forward", whole), (closing, "forward", onwards)]):
+            return base(*args, **kwargs)
+
 
 def feed_forward(module: nn.Module, path: str = "") -> FeedForward | None:
     """Return the parts of a feed-forward block, or None if the module is none, or has trained parts besides
@@ -81,17 +127,35 @@ def feed_forward(module: nn.Module, path: str = "") -> FeedForward | None:
     none.
     """
     for inputs, output, form in _FORMS:
-        names = (*inputs, output)
-        children = [getattr(module, name, None) for name in names]
-        if not all(isinstance(child, nn.Module) for child in children):
-            continue
-        sites = {name: s for name, child in zip(names, children, strict=True) for s in _linear(f"{path}.{name}", child)}
-        own = {id(p) for child in children for p in child.parameters()}  # type: ignore[union-attr]
+        sites = _sites({name: f"{path}.{name}" for name in (*inputs, output)}, module, path)
         every = {id(p) for n, p in module.named_parameters() if "lorry_" not in n}
-        if len(sites) == len(names) and every <= own:
-            activation = next((a for n in _ACTIVATIONS if callable(a := getattr(module, n, None))), None)
-            return FeedForward(inputs, output, form, activation, sites)
+        if sites and every <= {id(p) for s in sites.values() for p in s.owner.parameters()}:
+            return FeedForward(inputs, output, form, _activation(module), sites)
+    for first, last in _HALVES:
+        sites = _sites({name: f"{path}.{name}.{_SPREAD}" for name in (first, last)}, module, path)
+        if sites:
+            opening = module.get_submodule(first)
+            return FeedForward((first,), last, "plain", _activation(opening), sites, opening)
     return None
+
+
+def _activation(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    return next((a for n in _ACTIVATIONS if callable(a := getattr(module, n, None))), None)
+
+
+def _sites(paths: dict[str, str], module: nn.Module, path: str) -> dict[str, Site]:
+    """Return the linear layers at `paths`, by name; none if one is missing."""
+    found = {}
+    for name, full in paths.items():
+        try:
+            child = module.get_submodule(full[len(path) + 1 :])
+        except AttributeError:
+            return {}
+        sites = next((sites for kind in KINDS if (sites := list(kind.sites(full, child)))), [])
+        if len(sites) != 1 or sites[0].kind.name != "linear":
+            return {}
+        found[name] = sites[0]
+    return found
 
 
 def parts_of(site: Site, names: Sequence[str] = (), activation: bool = False) -> FeedForward:
@@ -122,23 +186,27 @@ def with_blocks(sites: Sequence[Site], root: nn.Module) -> list[tuple[Site, tupl
     """
     placed: dict[str, tuple[Site, tuple[str, ...] | None]] = {}
     for site in sites:
-        whole = site.kind.name == "block"
-        path = site.path if whole else site.path.rpartition(".")[0]
-        block = site.owner if whole else root.get_submodule(path)
-        parts = feed_forward(block, path)
-        if not whole and (parts is None or site.name not in parts.names):
+        path, names = (site.path, _names(site.owner, site.path)) if site.kind.name == "block" else _block_of(site, root)
+        if site.kind.name != "block" and not names:
             placed[site.path] = (site, None)
             continue
-        names = () if parts is None else parts.names if whole else (site.name,)
-        found = placed.get(path) or (next(iter(BLOCK.sites(path, block))), ())
+        found = placed.get(path) or (next(iter(BLOCK.sites(path, root.get_submodule(path)))), ())
         placed[path] = (found[0], (*(found[1] or ()), *names))
     return list(placed.values())
 
 
-def _linear(path: str, module: nn.Module | None) -> list[Site]:
-    assert module is not None
-    for kind in KINDS:
-        sites = list(kind.sites(path, module))
-        if sites:
-            return sites if kind.name == "linear" else []
-    return []
+def _names(block: nn.Module, path: str) -> tuple[str, ...]:
+    parts = feed_forward(block, path)
+    return () if parts is None else parts.names
+
+
+def _block_of(projection: Site, root: nn.Module) -> tuple[str, tuple[str, ...]]:
+    """Return path and name at the feed-forward block that a layer is a projection of; no name if there is none."""
+    path = projection.path
+    for _ in range(2):  # the block is one level up, or two where it is spread
+        path = path.rpartition(".")[0]
+        parts = feed_forward(root.get_submodule(path), path)
+        names = [n for n, s in parts.sites.items() if s.path == projection.path] if parts else []
+        if parts and names:
+            return path, (names[0],)
+    return "", ()

@@ -7,8 +7,7 @@ tensors out.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -18,6 +17,7 @@ from lorry.core.active import Active, Part
 from lorry.core.call import Call, recomputing
 from lorry.core.entry import Entry
 from lorry.core.errors import AdapterError
+from lorry.core.exchange import exchanged
 from lorry.core.families import Block, Bottleneck, WeightDelta
 from lorry.core.packed import PACKED, packed_forward
 from lorry.core.sites import Site
@@ -324,22 +324,6 @@ def adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
 def _rebuild(cls: type[nn.Module]) -> nn.Module:
     adapted = adapted_class(cls)
     return adapted.__new__(adapted)
-
-
-@contextmanager
-def exchanged(pairs: list[tuple[nn.Module, str, Tensor]]) -> Iterator[None]:
-    """Let modules see other tensors under the names of their parameters, without touching the parameters."""
-    hidden = [(m.__dict__, n, m.__dict__.get(n)) for m, n, _ in pairs]
-    for module, name, value in pairs:
-        module.__dict__[name] = value
-    try:
-        yield
-    finally:
-        for attributes, name, value in reversed(hidden):
-            if value is None:
-                attributes.pop(name, None)
-            else:
-                attributes[name] = value
 
 
 def _whole(terms: tuple[tuple[Entry, Part], ...]) -> bool:

@@ -72,26 +72,25 @@ class ExpertUpdates:
         keep = keep_mask((*shape, inputs.shape[-1]), self.p, self.seed + mark, inputs.device).flatten(0, -2)
         return inputs * (keep if token is None else keep[token]) / (1 - self.p)
 
-    def add(self, site: Site, pairs: Pairs, outputs: Tensor, inputs: Tensor) -> Tensor:
-        """Return the outputs of a projection ``(pairs, out)`` with the updates, given the frozen layer's; experts
-        beyond those that have updates keep them.
-        """
-        a, b = self.tensors[f"{site.name}.A"], self.tensors[f"{site.name}.B"]
+    def update(self, name: str, pairs: Pairs, inputs: Tensor) -> Tensor:
+        """Return the updates of a projection ``(pairs, out)``; zeros for experts beyond those that have any."""
+        a, b = self.tensors[f"{name}.A"], self.tensors[f"{name}.B"]
         parts = []
-        for e, (rows, old) in enumerate(zip(inputs.split(pairs.sizes), outputs.split(pairs.sizes), strict=True)):
+        for e, rows in enumerate(inputs.split(pairs.sizes)):
             if e < len(a):
-                h = thin_linear(rows, a[e].to(rows.dtype)) * self.scale
-                old = old + thin_linear(h, b[e].to(rows.dtype))
-            parts.append(old)
-        result = torch.cat(parts)
-        magnitude = self.tensors.get(f"{site.name}.magnitude")
+                parts.append(thin_linear(thin_linear(rows, a[e].to(rows.dtype)) * self.scale, b[e].to(rows.dtype)))
+            else:
+                parts.append(rows.new_zeros(len(rows), b.shape[1]))
+        return torch.cat(parts)
+
+    def gain(self, name: str, site: Site, pairs: Pairs) -> Tensor | None:
+        """Return the factor of base and update together ``(pairs, out)``, if magnitudes are trained."""
+        magnitude = self.tensors.get(f"{name}.magnitude")
         if magnitude is None:
-            return result
+            return None
         with torch.no_grad():
-            norms = norms_of_sum(site, a, b, self.scale)
-        gain = F.pad(magnitude / norms.to(magnitude.dtype), (0, 0, 0, 1), value=1.0)[pairs.expert].to(result.dtype)
-        bias = site.kind.bias(site)
-        return result * gain if bias is None else (result - bias) * gain + bias
+            norms = norms_of_sum(site, self.tensors[f"{name}.A"], self.tensors[f"{name}.B"], self.scale)
+        return F.pad(magnitude / norms.to(magnitude.dtype), (0, 0, 0, 1), value=1.0)[pairs.expert]
 
 
 def expert_specs(
@@ -143,28 +142,45 @@ def mixed_feed_forward(
     gates, mask = torch.cat([gates, none.to(gates)], -1), torch.cat([mask, none], -1)
     pairs, flat = Pairs.of(mask), x.flatten(0, -2)
 
-    def project(name: str, inputs: Tensor, outputs: Tensor, paired: bool) -> Tensor:
+    share = gates.flatten(0, -2)[pairs.token, pairs.expert].unsqueeze(-1)
+
+    def updated(name: str, inputs: Tensor, outputs: Tensor | None, paired: bool) -> Tensor | None:
+        """Return what a projection gives each pair: the frozen layer's `outputs` (if any) with update and gain."""
         if f"{name}.A" not in updates.tensors:
             return outputs
         inputs = updates.drop(inputs, x.shape[:-1], parts.names.index(name), pairs.token if paired else None)
-        return updates.add(parts.sites[name], pairs, outputs, inputs if paired else inputs[pairs.token])
+        update, site = updates.update(name, pairs, inputs if paired else inputs[pairs.token]), parts.sites[name]
+        if outputs is None:
+            return update
+        gain, bias = updates.gain(name, site, pairs), site.kind.bias(site)
+        if gain is None:
+            return outputs + update
+        gain = gain.to(update.dtype)
+        return (outputs + update) * gain if bias is None else (outputs - bias + update) * gain + bias
 
-    def run(name: str, inputs: Tensor) -> Tensor:
-        result = parts.sites[name].owner(inputs)
-        assert isinstance(result, Tensor)
-        return result
+    def summed(values: Tensor) -> Tensor:
+        """Return the sum of a token's pairs, each with its weight."""
+        return values.new_zeros(len(flat), values.shape[-1]).index_add(0, pairs.token, values * share.to(values.dtype))
 
-    opened = [project(n, flat, run(n, x).flatten(0, -2)[pairs.token], False) for n in parts.inputs]
-    hidden = parts.between(opened, activation)
-    closed = project(parts.output, hidden, run(parts.output, hidden), True)
-    weighted = closed * gates.flatten(0, -2)[pairs.token, pairs.expert].to(closed.dtype).unsqueeze(-1)
-    total = flat.new_zeros(len(flat), closed.shape[-1]).index_add(0, pairs.token, weighted)
+    opened = [updated(n, flat, parts.run(n, x).flatten(0, -2)[pairs.token], False) for n in parts.inputs]
+    hidden, last = parts.between(opened, activation), parts.output  # type: ignore[arg-type]
+    if f"{last}.magnitude" in updates.tensors:
+        total = summed(updated(last, hidden, parts.run(last, hidden), True))  # type: ignore[arg-type]
+        return total.view(*x.shape[:-1], -1)
+    # the frozen projection is linear: it is run once for each token, and not for each of its experts
+    total, bias = parts.run(last, summed(hidden)), parts.sites[last].kind.bias(parts.sites[last])
+    if bias is not None:
+        total = total + (gates.flatten(0, -2).sum(-1, keepdim=True) - 1).to(total.dtype) * bias
+    update = updated(last, hidden, None, True)
+    total = total if update is None else total + summed(update)
     return total.view(*x.shape[:-1], -1)
 
 
-def jittered(x: Tensor, amount: float, seed: int) -> Tensor:
+def jittered(x: Tensor, amount: float, seed: int | None) -> Tensor:
     """Return x times noise between ``1 - amount`` and ``1 + amount``, drawn position by position, so that a row's noise
-    does not depend on how far the batch is padded.
+    does not depend on how far the batch is padded; x itself without an amount or a seed.
     """
+    if seed is None or not amount:
+        return x
     noise = torch.empty(x.movedim(0, -2).shape).uniform_(-1, 1, generator=Generator().manual_seed(seed))
     return x * (1 + amount * noise.movedim(-2, 0)).to(x)

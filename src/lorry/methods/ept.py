@@ -24,16 +24,14 @@ from lorry.core.tasks import leave_contrast, task_rows
 @register("ept", paper="arXiv 2603.12577", kinds=("linear",))
 @dataclass(frozen=True)
 class EPT(Bottleneck):
-    """``ΔW x = Σ_{e in top k} G(x)_e c_e (Z_e ⊗ K_e) x``, with ``Z_e = B[:out/s] A[:, :in/s]`` for a kernel
-    K_e of size s.
+    """``ΔW x = Σ_{e in top k} G(x)_e c_e (Z_e ⊗ K_e) x``, ``Z_e = B[:out/s] A[:, :in/s]`` for a kernel K_e of size s.
 
-    A transposed convolution whose stride is its kernel size is this Kronecker product, so the experts are
-    applied without being built. Kernels start at zero, A and B do not. ``c_e`` is ``s/tasks`` (the literal
-    reading of the sources), ``s/s_max`` or 1. How tasks enter the gate is not in the sources: it reads the
-    token (default), the token and its row's task embedding, or the task alone. A task gate with `serve_task`
-    is one matrix and merges exactly; the published claim of merging holds for that case alone. Rows with
-    task_ids (`lorry.context`) leave a contrastive loss between task embeddings and the mean-pooled input of
-    the last adapted layer that is as wide as they are.
+    A transposed convolution whose stride is its kernel size is this Kronecker product, so the experts are applied
+    without being built. Kernels start at zero, A and B do not. ``c_e`` is ``s/tasks`` (the literal reading of the
+    sources), ``s/s_max`` or 1. How tasks enter the gate is not in the sources: it reads the token (default), the token
+    and its row's task embedding, or the task alone. A task gate with `serve_task` is one matrix and merges exactly; the
+    published claim of merging holds for that case alone. Rows with task_ids (`lorry.context`) leave a contrastive loss
+    between task embeddings and the mean-pooled input of the last adapted layer that is as wide as they are.
     """
 
     rank: int = option(8, "Rank of the shared seed.", at_least=1)
@@ -65,9 +63,7 @@ class EPT(Bottleneck):
             )
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
-        """Return A ``(rank, in/s_min)``, B ``(out/s_min, rank)``, a kernel ``(s, s)`` for each expert, and
-        the router.
-        """
+        """Return A ``(rank, in/s_min)``, B ``(out/s_min, rank)``, the kernels ``(s, s)``, and the router."""
         least = min(self.kernels)
         rows, columns = math.ceil(site.out_features / least), math.ceil(site.in_features / least)
         specs = {"A": TensorSpec((self.rank, columns), normal(self.init_std))}
@@ -76,9 +72,7 @@ class EPT(Bottleneck):
         return {**specs, "router": TensorSpec((len(self.kernels), site.in_features), normal(self.router_std))}
 
     def layout(self, sites: Sequence[Site]) -> Layout:
-        """Return the tensors of all sites, and the task embeddings, as wide as the input of the first site,
-        that they share.
-        """
+        """Return the tensors of all sites, and the task embeddings they share, as wide as the first's input."""
         layout = super().layout(sites)
         if self.contrastive or self.gate != "token":
             width = sites[0].in_features
@@ -113,9 +107,7 @@ class EPT(Bottleneck):
         return {size: [e for e, s in enumerate(self.kernels) if s == size] for size in sorted(set(self.kernels))}
 
     def factors(self, tensors: Tensors, site: Site) -> tuple[Tensor, Tensor]:
-        """Return ``A_s ⊗ I`` and ``B_s ⊗ I`` of all sizes, with a constant gate ``B_s ⊗ K̄_s``, K̄ being the mixed
-        kernel.
-        """
+        """Return ``A_s ⊗ I`` and ``B_s ⊗ I`` of all sizes, with a constant gate ``B_s ⊗ K̄_s``, K̄ the mixed kernel."""
         mixed = None
         if self.constant:
             logits = precise(F.linear(tensors["tasks"][self.serve_task], tensors["router"]))

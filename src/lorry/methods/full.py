@@ -9,8 +9,8 @@ from typing import Any
 from torch import Generator, Tensor
 
 from lorry.core.call import Call
+from lorry.core.exchange import exchanged
 from lorry.core.families import Block
-from lorry.core.layers import exchanged
 from lorry.core.method import Tensors, TensorSpec, register
 from lorry.core.sites import Site
 

@@ -1,6 +1,4 @@
-"""LoRA-Mixer: a learned router over task LoRAs, trained here or brought from outside, in the projections of
-attention.
-"""
+"""LoRA-Mixer: a learned router over task LoRAs, trained here or brought from outside."""
 
 from __future__ import annotations
 
@@ -28,14 +26,14 @@ _SIGNS = ("specialise", "paper_formula")
 @register("lora-mixer", paper="arXiv 2507.00029", kinds=("linear", "conv", "embedding"))
 @dataclass(frozen=True)
 class LoRAMixer(Bottleneck):
-    """``ΔW x = Σ_e p_e(x) scale_e B_e A_e x`` with ``p = softmax(R x)``: all experts in training, the best k
-    later, or the labelled one.
+    """``ΔW x = Σ_e p_e(x) scale_e B_e A_e x`` with ``p = softmax(R x)``: all experts in training, the best k later, or
+    the labelled one.
 
-    `lorry.core.experts.from_adapters` makes one from LoRAs (of any ranks) that exist; those stay as they are.
-    Its loss is ``load_balance Σ p̄ f̄ ± entropy mean H(p)`` (equation 5). As printed, the sign is minus,
-    which makes routing flat, while the text wants it selective: ``entropy_sign`` is "specialise" by default,
-    "paper_formula" is as printed. f̄ is the share of tokens whose best expert it is (equation 3), or the mass
-    in the first k, as a later passage has it. One expert is a plain LoRA in every mode.
+    `lorry.core.experts.from_adapters` makes one from LoRAs (of any ranks) that exist; those stay as they are. Its loss
+    is ``load_balance Σ p̄ f̄ ± entropy mean H(p)`` (equation 5). As printed, the sign is minus, which makes routing
+    flat, while the text wants it selective: ``entropy_sign`` is "specialise" by default, "paper_formula" is as printed.
+    f̄ is the share of tokens whose best expert it is (equation 3), or the mass in the first k, as a later passage has
+    it. One expert is a plain LoRA in every mode.
     """
 
     experts: int = option(4, "Number of LoRAs at each layer.", at_least=1)
@@ -56,18 +54,12 @@ class LoRAMixer(Bottleneck):
     dropout: float = option(0.0, "Dropped fraction of the input in training.", at_least=0, below=1)
 
     def check(self) -> None:
-        """Refuse more kept experts than there are, ranks of another number, and a penalty on experts that are
-        frozen.
-        """
+        """Refuse more kept experts than there are, ranks of another number, and a penalty on frozen experts."""
         check_top_k(self, self.top_k, self.experts)
         if self.ranks is not None and (len(self.ranks) != self.experts or min(self.ranks) < 1):
-            raise OptionError(
-                f"LoRAMixer: ranks must be {self.experts} positive numbers (experts), found {self.ranks}."
-            )
+            raise OptionError(f"LoRAMixer: ranks must be {self.experts} positive numbers, found {self.ranks}.")
         if self.preserve and not self.train_experts:
-            raise OptionError(
-                f"LoRAMixer: preserve={self.preserve} needs train_experts=True; frozen experts stay as they are."
-            )
+            raise OptionError(f"LoRAMixer: preserve={self.preserve} needs train_experts=True, found False.")
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -75,9 +67,7 @@ class LoRAMixer(Bottleneck):
         return self.ranks or (self.rank,) * self.experts
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
-        """Return A ``(Σ ranks, in)`` and B ``(out, Σ ranks)`` of all experts, their scales, the router, and
-        A0, B0 if preserved.
-        """
+        """Return the experts' A ``(Σ ranks, in)``, B ``(out, Σ ranks)`` and scales, the router; A0, B0 if preserved."""
         total, width = sum(self.sizes), site.in_features
         scale = 1.0 if self.alpha is None else self.alpha / self.rank
         specs = {
@@ -87,8 +77,7 @@ class LoRAMixer(Bottleneck):
             "router": TensorSpec((self.experts, width), normal(0.02)),
         }
         if self.preserve:
-            specs["A0"] = TensorSpec((total, width), trained=False)
-            specs["B0"] = TensorSpec((site.out_features, total), trained=False)
+            specs |= {f"{n}0": TensorSpec(specs[n].shape, trained=False) for n in ("A", "B")}
         return specs
 
     def layout(self, sites: Sequence[Site]) -> Layout:

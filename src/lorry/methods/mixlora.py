@@ -26,16 +26,15 @@ from lorry.methods.lora import LoRA
 @register("mixlora", paper="arXiv 2404.15159", kinds=("block",))
 @dataclass(frozen=True)
 class MixLoRA(Block):
-    """``y = Σ_{e in top k} w_e FFN_e(x)``: FFN_e has a LoRA at each projection, w the renormalised softmax of
-    one router per block.
+    """``y = Σ_{e in top k} w_e FFN_e(x)``: FFN_e has a LoRA at each projection, w the renormalised softmax of one
+    router per block.
 
-    Target the projections of feed-forward blocks (or the blocks): they become mixtures; other linear layers
-    get a plain LoRA. What every expert shares is computed once. The balance loss is pooled over layers, as in
-    the published program. ``routing``: "top_k"; "top_p" (all experts up to a total probability) and "switch"
-    (the best one, with a capacity), whose weights are probabilities that do not sum to 1, so a fresh adapter
-    changes the model. The published switch lets tokens beyond the capacity keep the block's input and, in
-    inference, never applies the experts; here the experts always apply, and such tokens get the frozen
-    block's output.
+    Target the projections of feed-forward blocks (or the blocks): they become mixtures; other linear layers get a plain
+    LoRA. What every expert shares is computed once. The balance loss is pooled over layers, as in the published
+    program. ``routing``: "top_k"; "top_p" (all experts up to a total probability) and "switch" (the best one, with a
+    capacity), whose weights are probabilities that do not sum to 1, so a fresh adapter changes the model. The published
+    switch lets tokens beyond the capacity keep the block's input and, in inference, never applies the experts; here the
+    experts always apply, and such tokens get the frozen block's output.
     """
 
     gathers = ("linear",)
@@ -69,12 +68,11 @@ class MixLoRA(Block):
         alpha = 2 * self.rank if self.alpha is None else self.alpha
         return float(alpha / (self.rank**0.5 if self.rank_stabilized else self.rank))
 
-    def place(self, sites: Sequence[Site], root: nn.Module) -> list[tuple[Site, Method]]:
+    def place(self, sites: Sequence[Site], root: nn.Module) -> Sequence[tuple[Site, Method]]:
         """Let blocks take the place of their projections; those that are targeted have LoRAs."""
-        placed: list[tuple[Site, Method]] = []
-        for site, names in with_blocks(sites, root):
-            here = self.with_options(projections=names) if names and not self.projections else self
-            placed.append((site, here))
+        own = bool(self.projections)
+        blocks = with_blocks(sites, root)
+        placed = [(s, self.with_options(projections=n) if n and not own else self) for s, n in blocks]
         if not any(site.kind.name == "block" for site, _ in placed):
             raise SiteError("MixLoRA needs feed-forward blocks; target 'all-linear', 'mlp' or their projections.")
         return placed
@@ -107,17 +105,18 @@ class MixLoRA(Block):
         """Start magnitudes at the norms of the base weights."""
         start_magnitudes(parts_of(site), tensors)
 
-    def forward(self, base: Callable[..., Any], call: Call, tensors: Tensors, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the mixture's output."""
-        parts, x = parts_of(call.site), call.x
+    def forward(self, base: Callable[..., Any], call: Call, tensors: Tensors, *args: Any, **kwargs: Any) -> Any:
+        """Return the module's output with the mixture in the place of its feed-forward block."""
+        parts = parts_of(call.site)
         seed = call.seed() if call.training and (self.dropout or self.jitter) else None
-        if seed is not None and self.jitter:
-            x = jittered(x, self.jitter, seed)
-        gates, mask = self._route(call, x, tensors["router"])
-        activation = parts.activation if self.activation == "own" else ACTIVATIONS[self.activation]
-        assert activation is not None
         updates = ExpertUpdates(tensors, self.scaling, self.dropout, seed)
-        return mixed_feed_forward(parts, x, gates, mask, activation, updates)
+
+        def mixture(x: Tensor) -> Tensor:
+            x = jittered(x, self.jitter, seed)
+            gates, mask = self._route(call, x, tensors["router"])
+            return mixed_feed_forward(parts, x, gates, mask, parts.activate(self.activation), updates)
+
+        return parts.replaced(base, mixture, *args, **kwargs)
 
     def _route(self, call: Call, x: Tensor, router: Tensor) -> tuple[Tensor, Tensor]:
         """Return gates and choices ``(..., experts)``."""
@@ -145,13 +144,6 @@ class MixLoRA(Block):
 
 
 preset("mixlora-dynamic", of="mixlora", paper="TUDB-Labs/MoE-PEFT", routing="top_p")
-preset(
-    "mixlora-switch",
-    of="mixlora",
-    paper="TUDB-Labs/MoE-PEFT",
-    routing="switch",
-    router_std=1.0,
-    jitter=0.01,
-    z_loss=0.001,
-)
+_SWITCH = {"routing": "switch", "router_std": 1.0, "jitter": 0.01, "z_loss": 0.001}
+preset("mixlora-switch", of="mixlora", paper="TUDB-Labs/MoE-PEFT", **_SWITCH)
 preset("mixdora", of="mixlora", paper="arXiv 2404.15159", dora=True)

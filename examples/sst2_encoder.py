@@ -19,13 +19,15 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from lorry.training import train
 
 LORA = {"method": "lora", "rank": 8, "alpha": 16}
-#: Method and rate; each has the 337,920 parameters of the LoRA on these layers.
+#: Method and rate; each has the 337,920 parameters of the LoRA on these layers (mixlora 768 fewer).
 EQUAL = {
     "lora": (LORA, 1e-3),
     "mos": ({"method": "mos", "budget": 8}, 1e-3),  # bottleneck, parts shared by the layers
     "uni-lora": ({"method": "uni-lora", "rank": 16, "size": 337_920}, 5e-3),  # bottleneck, one vector for everything
     "flylora": ({"method": "flylora", "rank": 16, "top_k": 4}, 3e-3),  # ranks chosen for each token
     "shira": ({"method": "shira", "rank": 8}, 5e-4),  # weight delta: scattered entries
+    # block: each feed-forward block a mixture of 8 experts, 2 active; LoRA elsewhere
+    "mixlora": ({"method": "mixlora", "experts": 8, "rank": 1, "attention_rank": 7}, 1e-3),
 }
 
 

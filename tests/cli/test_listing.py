@@ -157,7 +157,7 @@ def test_as_a_program(base):
     environment = {**os.environ, "PYTHONPATH": str(SOURCE), "HF_HUB_OFFLINE": "1"}
 
     def call(*arguments: object) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "lorry.cli.main", *map(str, arguments)]
+        line = [sys.executable, "-m", "lorry", *map(str, arguments)]
         return subprocess.run(line, capture_output=True, text=True, env=environment, check=False)
 
     good = call("plan", base, "--json")

@@ -10,6 +10,9 @@ from typing import Any
 
 from .ledger import Panel, Record
 
+#: Places on a logarithmic axis that have room for labels of their own.
+_MOST_TICKS = 6
+
 INTRODUCTION = """# What was claimed, and what came out here
 
 Every entry tries a published claim in miniature: frozen networks on scikit-learn's digits, the pocket model and its
@@ -121,6 +124,7 @@ def _dots(axes: Any, panel: Panel) -> None:
     axes.grid(axis="x", alpha=0.3)
     if panel.log_y:
         axes.set_xscale("log")
+        _plain_numbers(axes.xaxis)
 
 
 def _curves(axes: Any, panel: Panel) -> None:
@@ -133,10 +137,23 @@ def _curves(axes: Any, panel: Panel) -> None:
         )
     axes.set_xlabel(panel.x_name, fontsize=8)
     axes.set_ylabel(panel.unit, fontsize=8)
-    axes.set_xscale("log" if panel.log_x else "linear")
-    axes.set_yscale("log" if panel.log_y else "linear")
+    if panel.log_x:
+        axes.set_xscale("log")
+        _plain_numbers(axes.xaxis, panel.x if len(panel.x) <= _MOST_TICKS else ())
+    if panel.log_y:
+        axes.set_yscale("log")
+        _plain_numbers(axes.yaxis)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
+
+
+def _plain_numbers(axis: Any, places: Sequence[float] = ()) -> None:
+    """Label a logarithmic axis at `places`, or at 1, 2 and 5 of each power: its own labels need whole decades."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+    axis.set_major_locator(FixedLocator(list(places)) if places else LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _anchor(name: str) -> str:

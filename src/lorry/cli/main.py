@@ -148,6 +148,3 @@ app.command("inspect")(inspect_adapter.inspect)
 app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)
 app.add_typer(claims.group)
-
-if __name__ == "__main__":
-    app()

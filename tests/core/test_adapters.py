@@ -265,12 +265,26 @@ def test_merge_order_and_refusals():
     assert unchanged(model, before)
 
 
-def test_an_update_that_is_not_finite_is_refused_and_nothing_is_merged():
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e38])
+def test_an_update_that_is_not_finite_is_refused_and_nothing_is_merged(value):
     model, one, _ = two()
     before = snapshot(model)
     with torch.no_grad():
-        list(one.parameters())[-1].fill_(float("inf"))
+        for parameter in list(one.parameters())[-2:]:  # 1e38 overflows in the product
+            parameter.fill_(value)
     with pytest.raises(lorry.AdapterError, match="not finite"):
+        one.merge()
+    assert unchanged(model, before) and not one.merged
+
+
+def test_a_sum_beyond_the_type_of_the_base_is_refused_and_nothing_is_merged():
+    model = llama(1, dtype=torch.float16)
+    one = lorry.attach(model, lorry.LoRA(rank=2), name="one", dtype=torch.float32)
+    before = snapshot(model)
+    with torch.no_grad():
+        for parameter in list(one.parameters())[-2:]:
+            parameter.fill_(1e3)
+    with pytest.raises(lorry.AdapterError, match=r"range of torch\.float16"):
         one.merge()
     assert unchanged(model, before) and not one.merged
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lorry.core.entry import Entry
 from lorry.core.errors import AdapterError
 from lorry.core.families import Bottleneck
+from lorry.core.memory import LargePages
 from lorry.core.receipt import Receipt
 from lorry.core.storage import Storage, storage_of
 
@@ -49,10 +50,11 @@ def merge_into_base(adapter: Adapter, *, check: bool = True) -> tuple[Originals,
     fresh: list[tuple[Entry, nn.Parameter]] = []
     notes: list[str] = []
     worst = error = size = 0.0
+    memory = LargePages()
     with torch.no_grad():
         for entry in adapter.entries.values():
             storage = storage_of(entry.site)
-            merged, deviation = _merged(entry, storage, check)
+            merged, deviation = _merged(entry, storage, check, memory)
             fresh.append((entry, merged))
             if deviation is not None:
                 worst, error, size = max(worst, deviation[0]), error + deviation[1], size + deviation[2]
@@ -91,13 +93,15 @@ def unmerge_from_base(adapter: Adapter, originals: Originals) -> Receipt:
     return Receipt("unmerge", adapter.name, 0, 0, len(originals), "match")
 
 
-def _merged(entry: Entry, storage: Storage, check: bool) -> tuple[nn.Parameter, tuple[float, float, float] | None]:
+def _merged(
+    entry: Entry, storage: Storage, check: bool, memory: LargePages
+) -> tuple[nn.Parameter, tuple[float, float, float] | None]:
     """Return the merged parameter, and largest error, squared error and squared update of rounding it."""
     site = entry.site
     base = storage.read(site)
     exact = torch.promote_types(base.dtype, torch.float32)
     factors = _factors(entry, exact)
-    total = _sum(entry, base, exact, factors)
+    total = _sum(entry, base, exact, factors, memory)
     # thin factors bound their product: only where the bound is no comfort is every weight looked at
     if check and not (factors and _bounded(*factors)) and not torch.isfinite(total).all():
         raise AdapterError(
@@ -133,13 +137,22 @@ def _bounded(a: Tensor, b: Tensor, scale: float) -> bool:
     return bool(largest < torch.finfo(a.dtype).max / 2)  # false for NaN
 
 
-def _sum(entry: Entry, base: Tensor, exact: torch.dtype, factors: tuple[Tensor, Tensor, float] | None) -> Tensor:
+def _sum(
+    entry: Entry,
+    base: Tensor,
+    exact: torch.dtype,
+    factors: tuple[Tensor, Tensor, float] | None,
+    memory: LargePages,
+) -> Tensor:
     """Return ``W + ΔW`` in its native layout; one addmm where the update is a product of two thin factors."""
     kind, site = entry.site.kind, entry.site
     if factors is None:
         return base.to(exact) + kind.to_weight(site, entry.delta().to(exact))
     a, b, scale = factors
-    return kind.to_weight(site, torch.addmm(kind.to_matrix(site, base).to(exact), b, a, alpha=scale)).contiguous()
+    matrix = kind.to_matrix(site, base)
+    stays = matrix.dtype == exact and matrix.is_contiguous()  # else the sum is only on its way to another form
+    out = memory.empty(matrix.shape, matrix) if stays else None
+    return kind.to_weight(site, torch.addmm(matrix.to(exact), b, a, alpha=scale, out=out)).contiguous()
 
 
 def _decoded(entry: Entry, storage: Storage, parameter: nn.Parameter) -> Tensor:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -160,7 +161,8 @@ def mixed_feed_forward(
 
     def summed(values: Tensor) -> Tensor:
         """Return the sum of a token's pairs, each with its weight."""
-        return values.new_zeros(len(flat), values.shape[-1]).index_add(0, pairs.token, values * share.to(values.dtype))
+        total: Tensor = _WeightedSum.apply(values, share.to(values.dtype), pairs.token, len(flat))  # type: ignore[no-untyped-call]
+        return total
 
     opened = [updated(n, flat, parts.run(n, x).flatten(0, -2)[pairs.token], False) for n in parts.inputs]
     hidden, last = parts.between(opened, activation), parts.output  # type: ignore[arg-type]
@@ -174,6 +176,21 @@ def mixed_feed_forward(
     update = updated(last, hidden, None, True)
     total = total if update is None else total + summed(update)
     return total.view(*x.shape[:-1], -1)
+
+
+class _WeightedSum(torch.autograd.Function):
+    """Sum of the values of each token's pairs, each with its weight; the weighted values are not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, share: Tensor, token: Tensor, tokens: int) -> Tensor:
+        ctx.save_for_backward(values, share, token)
+        return values.new_zeros(tokens, values.shape[-1]).index_add_(0, token, values * share)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        values, share, token = ctx.saved_tensors
+        each = grads[0].index_select(0, token)
+        return each * share, (each * values).sum(-1, keepdim=True), None, None
 
 
 def jittered(x: Tensor, amount: float, seed: int | None) -> Tensor:

@@ -84,14 +84,16 @@ class ExpertUpdates:
                 parts.append(rows.new_zeros(len(rows), b.shape[1]))
         return torch.cat(parts)
 
-    def gain(self, name: str, site: Site, pairs: Pairs) -> Tensor | None:
-        """Return the factor of base and update together ``(pairs, out)``, if magnitudes are trained."""
+    def gained(self, name: str, site: Site, pairs: Pairs, outputs: Tensor, update: Tensor) -> Tensor:
+        """Return the frozen layer's outputs and the update, both times a gain where magnitudes are trained."""
         magnitude = self.tensors.get(f"{name}.magnitude")
         if magnitude is None:
-            return None
+            return outputs + update
         with torch.no_grad():
             norms = norms_of_sum(site, self.tensors[f"{name}.A"], self.tensors[f"{name}.B"], self.scale)
-        return F.pad(magnitude / norms.to(magnitude.dtype), (0, 0, 0, 1), value=1.0)[pairs.expert]
+        gain = F.pad(magnitude / norms.to(magnitude.dtype), (0, 0, 0, 1), value=1.0)[pairs.expert].to(update.dtype)
+        bias = site.kind.bias(site)
+        return (outputs + update) * gain if bias is None else (outputs - bias + update) * gain + bias
 
 
 def expert_specs(
@@ -150,14 +152,8 @@ def mixed_feed_forward(
         if f"{name}.A" not in updates.tensors:
             return outputs
         inputs = updates.drop(inputs, x.shape[:-1], parts.names.index(name), pairs.token if paired else None)
-        update, site = updates.update(name, pairs, inputs if paired else inputs[pairs.token]), parts.sites[name]
-        if outputs is None:
-            return update
-        gain, bias = updates.gain(name, site, pairs), site.kind.bias(site)
-        if gain is None:
-            return outputs + update
-        gain = gain.to(update.dtype)
-        return (outputs + update) * gain if bias is None else (outputs - bias + update) * gain + bias
+        update = updates.update(name, pairs, inputs if paired else inputs[pairs.token])
+        return update if outputs is None else updates.gained(name, parts.sites[name], pairs, outputs, update)
 
     def summed(values: Tensor) -> Tensor:
         """Return the sum of a token's pairs, each with its weight."""

@@ -17,14 +17,15 @@ from lorry.kernels.segments import Factors, Segment
 
 
 def shares_evenly(x: Tensor, segments: Sequence[Segment], factors: Sequence[Factors]) -> bool:
-    """Whether the segments are equal slices that fill the batch in order, with factors of one shape and no gain."""
+    """Whether the segments are equal slices that fill the batch in order, with factors of one shape and type and no
+    gain.
+    """
     if len(segments) < 2 or len(x) % len(segments) or emulated(x):
         return False
     size = len(x) // len(segments)
     slices = [slice(i * size, (i + 1) * size) for i in range(len(segments))]
-    return [s.rows for s in segments] == slices and all(
-        f.gain is None and f.a.shape == factors[0].a.shape and f.b.shape == factors[0].b.shape for f in factors
-    )
+    alike = {(f.a.shape, f.b.shape, f.a.dtype, f.b.dtype) for f in factors}
+    return [s.rows for s in segments] == slices and len(alike) == 1 and all(f.gain is None for f in factors)
 
 
 class EvenRows:
@@ -61,16 +62,16 @@ class EvenRows:
         return h * (self.scale if isinstance(self.scale, float) else self.scale.to(h.dtype))
 
     def forward(self, out: Tensor, x: Tensor) -> Tensor:
-        """Add every segment's update to ``out (tokens, out)`` in place; return the rank units for `backward`."""
+        """Add every segment's update to ``out (tokens, out)`` in place; return the scaled rank units for `backward`."""
         part, mask = self._each(x), self._mask(x.device)
-        h = torch.bmm(self.a.to(x.dtype), (part if mask is None else part * mask).mT)
-        self._each(out).baddbmm_(self._scaled(h).mT, self.b.mT.to(h.dtype))
+        h = self._scaled(torch.bmm(self.a.to(x.dtype), (part if mask is None else part * mask).mT))
+        self._each(out).baddbmm_(h.mT, self.b.mT.to(h.dtype))
         return h
 
     def backward(self, dx: Tensor | None, dy: Tensor, x: Tensor, h: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Add the update's share to ``dx`` in place, and return the gradients of all A and all B."""
         rows, part, mask = self._each(dy), self._each(x), self._mask(x.device)
-        db = torch.bmm(self._scaled(h), rows).mT.contiguous()  # this way round runs along contiguous memory
+        db = torch.bmm(h, rows).mT.contiguous()  # this way round runs along contiguous memory
         dh = self._scaled(torch.bmm(self.b.mT.to(dy.dtype), rows.mT))
         a = self.a.to(dy.dtype)
         da = torch.bmm(dh, part if mask is None else part * mask)

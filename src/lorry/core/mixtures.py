@@ -5,7 +5,8 @@ differ by low-rank updates of its projections.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from lorry.core.feedforward import FeedForward
 from lorry.core.method import Tensors, TensorSpec, kaiming, ones
 from lorry.core.sites import Site
 from lorry.kernels.dropout import keep_mask
-from lorry.kernels.thin import thin_linear
+from lorry.kernels.lowrank import low_rank_linear
+from lorry.kernels.segments import Factors, Segment
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,15 @@ class ExpertUpdates:
         Factor of the updates.
     p, seed
         Dropout of their input; no seed, no dropout.
+    plans
+        What the projections share of how the pairs lie; see `lorry.kernels.lowrank.low_rank_linear`.
     """
 
     tensors: Tensors
     scale: float
     p: float = 0.0
     seed: int | None = None
+    plans: dict[Any, Any] = field(default_factory=dict)
 
     def drop(self, inputs: Tensor, shape: torch.Size, mark: int, token: Tensor | None) -> Tensor:
         """Drop elements of a projection's input ``(tokens, in)``, or of what `token` chose of it ``(pairs, in)``.
@@ -73,27 +78,27 @@ class ExpertUpdates:
         keep = keep_mask((*shape, inputs.shape[-1]), self.p, self.seed + mark, inputs.device).flatten(0, -2)
         return inputs * (keep if token is None else keep[token]) / (1 - self.p)
 
-    def update(self, name: str, pairs: Pairs, inputs: Tensor) -> Tensor:
-        """Return the updates of a projection ``(pairs, out)``; zeros for experts beyond those that have any."""
+    def add(self, name: str, pairs: Pairs, outputs: Tensor, inputs: Tensor) -> Tensor:
+        """Return the outputs of a projection ``(pairs, out)`` with the updates; experts beyond those that have any keep
+        them.
+        """
         a, b = self.tensors[f"{name}.A"], self.tensors[f"{name}.B"]
-        parts = []
-        for e, rows in enumerate(inputs.split(pairs.sizes)):
-            if e < len(a):
-                parts.append(thin_linear(thin_linear(rows, a[e].to(rows.dtype)) * self.scale, b[e].to(rows.dtype)))
-            else:
-                parts.append(rows.new_zeros(len(rows), b.shape[1]))
-        return torch.cat(parts)
+        ends = list(accumulate(pairs.sizes))
+        rows = [slice(end - size, end) for end, size in zip(ends, pairs.sizes, strict=True)]
+        segments = [Segment(part, self.scale) for part in rows[: len(a)]]
+        factors = [Factors(*both) for both in zip(a.unbind(), b.unbind(), strict=True)]
+        return low_rank_linear(inputs, None, None, outputs, segments, factors, self.plans)
 
-    def gained(self, name: str, site: Site, pairs: Pairs, outputs: Tensor, update: Tensor) -> Tensor:
-        """Return the frozen layer's outputs and the update, both times a gain where magnitudes are trained."""
+    def gained(self, name: str, site: Site, pairs: Pairs, outputs: Tensor) -> Tensor:
+        """Return outputs with updates times a gain where magnitudes are trained."""
         magnitude = self.tensors.get(f"{name}.magnitude")
         if magnitude is None:
-            return outputs + update
+            return outputs
         with torch.no_grad():
             norms = norms_of_sum(site, self.tensors[f"{name}.A"], self.tensors[f"{name}.B"], self.scale)
-        gain = F.pad(magnitude / norms.to(magnitude.dtype), (0, 0, 0, 1), value=1.0)[pairs.expert].to(update.dtype)
+        gain = F.pad(magnitude / norms.to(magnitude.dtype), (0, 0, 0, 1), value=1.0)[pairs.expert].to(outputs.dtype)
         bias = site.kind.bias(site)
-        return (outputs + update) * gain if bias is None else (outputs - bias + update) * gain + bias
+        return outputs * gain if bias is None else (outputs - bias) * gain + bias
 
 
 def expert_specs(
@@ -147,13 +152,13 @@ def mixed_feed_forward(
 
     share = gates.flatten(0, -2)[pairs.token, pairs.expert].unsqueeze(-1)
 
-    def updated(name: str, inputs: Tensor, outputs: Tensor | None, paired: bool) -> Tensor | None:
-        """Return what a projection gives each pair: the frozen layer's `outputs` (if any) with update and gain."""
+    def updated(name: str, inputs: Tensor, outputs: Tensor, paired: bool) -> Tensor:
+        """Return what a projection gives each pair: the frozen layer's outputs with update and gain."""
         if f"{name}.A" not in updates.tensors:
             return outputs
         inputs = updates.drop(inputs, x.shape[:-1], parts.names.index(name), pairs.token if paired else None)
-        update = updates.update(name, pairs, inputs if paired else inputs[pairs.token])
-        return update if outputs is None else updates.gained(name, parts.sites[name], pairs, outputs, update)
+        outputs = updates.add(name, pairs, outputs, inputs if paired else inputs[pairs.token])
+        return updates.gained(name, parts.sites[name], pairs, outputs)
 
     def summed(values: Tensor) -> Tensor:
         """Return the sum of a token's pairs, each with its weight."""
@@ -161,16 +166,16 @@ def mixed_feed_forward(
         return total
 
     opened = [updated(n, flat, parts.run(n, x).flatten(0, -2)[pairs.token], False) for n in parts.inputs]
-    hidden, last = parts.between(opened, activation), parts.output  # type: ignore[arg-type]
+    hidden, last = parts.between(opened, activation), parts.output
     if f"{last}.magnitude" in updates.tensors:
-        total = summed(updated(last, hidden, parts.run(last, hidden), True))  # type: ignore[arg-type]
-        return total.view(*x.shape[:-1], -1)
+        return summed(updated(last, hidden, parts.run(last, hidden), True)).view(*x.shape[:-1], -1)
     # the frozen projection is linear: it is run once for each token, and not for each of its experts
-    total, bias = parts.run(last, summed(hidden)), parts.sites[last].kind.bias(parts.sites[last])
+    total, site = parts.run(last, summed(hidden)), parts.sites[last]
+    bias = site.kind.bias(site)
     if bias is not None:
         total = total + (gates.flatten(0, -2).sum(-1, keepdim=True) - 1).to(total.dtype) * bias
-    update = updated(last, hidden, None, True)
-    total = total if update is None else total + summed(update)
+    if f"{last}.A" in updates.tensors:
+        total = total + summed(updated(last, hidden, hidden.new_zeros(len(hidden), site.out_features), True))
     return total.view(*x.shape[:-1], -1)
 
 

@@ -199,7 +199,7 @@ def test_harmless_field_of_a_newer_version_is_a_note(saved, tmp_path):
         (dict(trainable_token_indices=[1]), "trainable_token_indices"),
         (dict(use_qalora=True), "use_qalora"),
         (dict(alora_invocation_tokens=[1]), "alora_invocation_tokens"),
-        (dict(init_lora_weights="olora"), "init_lora_weights='olora', which changed the base weight"),
+        (dict(init_lora_weights="corda"), "init_lora_weights='corda', which changed the base weight"),
         (dict(init_lora_weights="novel"), "init_lora_weights='novel', which is unknown"),
         (dict(use_rslorra=True), "unknown option use_rslorra=True.*'use_rslora'"),
         (dict(peft_type="VERA"), "tuner VERA.*peft_tuners.convert"),

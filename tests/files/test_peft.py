@@ -50,6 +50,10 @@ FROM_PEFT = {
         llama,
         dict(r=4, lora_alpha=8, init_lora_weights="pissa", target_modules=["q_proj", "down_proj"]),
     ),
+    "olora": (
+        llama,
+        dict(r=4, lora_alpha=8, init_lora_weights="olora", target_modules=["q_proj", "up_proj"]),
+    ),
     "embedding": (llama, dict(r=4, lora_alpha=8, target_modules=["embed_tokens", "v_proj"])),
     "embedding dora": (llama, dict(r=4, use_dora=True, target_modules=["embed_tokens"])),
     "saved embeddings": (llama, dict(r=4, target_modules=["v_proj"], save=dict(save_embedding_layers=True))),

@@ -90,8 +90,8 @@ def _put(file: AdapterFile, part: Part, site: Site, bound: Bound) -> None:
         )
     method = part.method
     values = file.site_tensors(part, kind, site.lead)
-    if file.config is not None and method.info.slug == "pissa":
-        values.update(_principal(method, site))
+    if file.config is not None and file.config.split == method.info.slug:
+        values.update(_taken_out(method, site))
     if not file.native and kind == "conv":
         _check_convolution(file, site)
     prefix = site.path
@@ -103,8 +103,8 @@ def _put(file: AdapterFile, part: Part, site: Site, bound: Bound) -> None:
     bound.chosen.append((site, method))
 
 
-def _principal(method: Method, site: Site) -> dict[str, Tensor]:
-    """Return the factors that PiSSA took out of the base weight when the adapter was made."""
+def _taken_out(method: Method, site: Site) -> dict[str, Tensor]:
+    """Return the factors of what was taken out of the base weight when the adapter was made."""
     specs = method.tensors(site)
     fresh = {name: torch.empty(spec.shape, device=site.device) for name, spec in specs.items()}
     with torch.no_grad():

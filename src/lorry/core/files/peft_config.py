@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,11 @@ _REFUSED = {
     "arrow_config": "routing among adapters (Arrow)",
     "kasa_config": "a truncated base (KaSA)",
 }
-#: Starts that leave the base weight as it is. PiSSA's is handled; the others change the base when the adapter
-#: is made.
+#: Starts that leave the base weight as it is; starts that take out of it what can be computed from it again, each the
+#: name of a method; and starts that change it by data or by quantising.
 _HARMLESS_STARTS = ("gaussian", "eva", "orthogonal", "mica", "true", "false", "none")
-_CHANGED_BASE = ("olora", "corda", "lora_ga", "loftq")
+_COMPUTED_STARTS = ("pissa", "olora")
+_CHANGED_BASE = ("corda", "lora_ga", "loftq")
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,10 @@ class PeftConfig:
     notes: tuple[str, ...] = field(default=())
 
     @cached_property
-    def pissa(self) -> bool:
-        """Whether the base weight was split when the adapter was made, and the file was not converted."""
-        return str(self.values.get("init_lora_weights", "")).lower().startswith("pissa")
+    def split(self) -> str | None:
+        """The method by which the base weight was split when the adapter was made, if the file was not converted."""
+        start = str(self.values.get("init_lora_weights", "")).lower()
+        return next((slug for slug in _COMPUTED_STARTS if start.startswith(slug)), None)
 
     def _pattern(self, name: str) -> list[tuple[re.Pattern[str], Any]]:
         try:
@@ -102,7 +104,7 @@ class PeftConfig:
         key = (rank, alpha, parameter)
         found = self._made.get(key)
         if found is None:
-            slug = "dora" if self.values.get("use_dora") else "pissa" if self.pissa and not parameter else "lora"
+            slug = "dora" if self.values.get("use_dora") else (None if parameter else self.split) or "lora"
             options = {"rank": rank, "alpha": alpha, "rank_stabilized": bool(self.values.get("use_rslora"))}
             dropout = 0.0 if parameter else float(self.values.get("lora_dropout") or 0.0)
             found = self._made[key] = method_from({"method": slug, "dropout": dropout, **options})
@@ -226,16 +228,17 @@ def understood(values: Mapping[str, Any], where: str) -> PeftConfig:
             "was saved unconverted. Save it in PEFT with path_initial_model_for_weight_conversion, which "
             "makes it a plain LoRA."
         )
-    if start.startswith("pissa"):
-        notes.append("PiSSA saved unconverted: the principal part of each weight was computed again from this base")
-        if start.startswith("pissa_niter"):
-            notes.append("it was made with a randomised SVD whose draw is not in the file; the exact one was used")
-    elif not start.startswith(_HARMLESS_STARTS):
+    config = PeftConfig(dict(values), tuple(notes))
+    if config.split is None and not start.startswith(_HARMLESS_STARTS):
         raise CheckpointError(
             f"'{where}' sets init_lora_weights='{start}', which is unknown and may have changed the base weight."
         )
-    if values.get("use_dora") and start.startswith("pissa"):
-        raise CheckpointError(
-            f"'{where}' combines use_dora with init_lora_weights='{start}', which Lorry cannot carry."
-        )
-    return PeftConfig(dict(values), tuple(notes))
+    if config.split is not None:
+        if values.get("use_dora"):
+            raise CheckpointError(
+                f"'{where}' combines use_dora with init_lora_weights='{start}', which Lorry cannot carry."
+            )
+        notes.append(f"{start} saved unconverted: what it took out of each weight was computed again from this base")
+        if start.startswith("pissa_niter"):
+            notes.append("it was made with a randomised SVD whose draw is not in the file; the exact one was used")
+    return replace(config, notes=tuple(notes))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from importlib import import_module
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,9 @@ from torch import Tensor, nn
 from lorry.core.adapter import Adapter, build
 from lorry.core.errors import CheckpointError, near_misses, some
 from lorry.core.files.bind import Bound, bind, renamed
+from lorry.core.files.folders import MANIFEST, PEFT_CONFIG, inside, located
 from lorry.core.files.info import AdapterFile, read_info
+from lorry.core.files.peft_config import read_json
 from lorry.core.fingerprint import Fingerprint
 from lorry.core.method import TensorSpec, methods
 from lorry.core.receipt import FingerprintVerdict, Receipt
@@ -36,7 +40,8 @@ def load(
     model
         The base.
     path
-        Lorry's or PEFT's folder, or a single ``.safetensors`` file in kohya's or diffusers' naming.
+        Lorry's or PEFT's folder (of its other tuners too, if peft is installed), or a single ``.safetensors`` file in
+        kohya's or diffusers' naming.
     name
         On the model; the name it was saved under if not given.
     trainable
@@ -62,6 +67,12 @@ def load(
     """
     from lorry.core.api import check_name, install
 
+    place = located(path)
+    if _of_another_tuner(place):
+        native = import_module("lorry.interop.peft_native")
+        options = {"trainable": trainable, "activate": activate, "dtype": dtype, "expect": expect}
+        found: Adapter = native.load(model, place, name=name or "default", **options)
+        return found
     file = read_info(path, eager=True)
     state = open_state(model)
     name = name if name is not None else _name(file)
@@ -157,6 +168,15 @@ class _Values:
 def _name(file: AdapterFile) -> str:
     cleaned = re.sub(r"[^A-Za-z0-9_.\-]+", "_", file.name).lstrip("_.-")
     return cleaned[:128] or "default"
+
+
+def _of_another_tuner(place: Path) -> bool:
+    """Whether a folder was written by PEFT for an adapter that is no LoRA.
+
+    What reads these lies above the core, so it is found by its name, as methods are.
+    """
+    config = None if not place.is_dir() or inside(place, MANIFEST) else inside(place, PEFT_CONFIG)
+    return config is not None and str(read_json(config).get("peft_type", "LORA")).upper() != "LORA"
 
 
 def _check_method(file: AdapterFile, expect: str) -> None:

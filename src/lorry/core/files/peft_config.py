@@ -200,8 +200,9 @@ def understood(values: Mapping[str, Any], where: str) -> PeftConfig:
     kind = values.get("peft_type", "LORA")
     if str(kind).upper() != "LORA":
         raise CheckpointError(
-            f"'{where}' is an adapter of PEFT's tuner {kind}, not of LoRA. Convert it with "
-            "lorry.interop.peft_tuners.convert(path, base_model)."
+            f"'{where}' is an adapter of PEFT's tuner {kind}, not of LoRA. Load it as it is with "
+            "lorry.interop.peft_native.load(model, path), or as a plain LoRA after "
+            "lorry.interop.peft_tuners.convert(path, base_model, out)."
         )
     notes = []
     for name, value in values.items():

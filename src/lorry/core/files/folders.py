@@ -89,8 +89,8 @@ def _refuse_pickle(path: Path) -> None:
     if path.suffix.lower() in _PICKLES:
         raise CheckpointError(
             f"'{path}' is a pickle, which can run any code when it is opened, so Lorry never opens one. If "
-            "you trust it, convert it in a sandbox: safetensors.torch.save_file(torch.load(path, "
-            f"weights_only=True), '{TENSORS}'), and load that."
+            "you trust it, convert it in a sandbox: read its tensors by torch with weights_only=True, write them by "
+            f"safetensors.torch.save_file to '{TENSORS}', and load that."
         )
 
 

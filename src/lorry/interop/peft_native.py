@@ -92,13 +92,18 @@ def load(
     config = inside(place, PEFT_CONFIG) if place.is_dir() else None
     if config is None or inside(place, TENSORS) is None:
         raise CheckpointError(f"'{place}' is no folder of PEFT's with {PEFT_CONFIG} and {TENSORS}.")
-    kind = str(read_json(config).get("peft_type", "")).upper()
+    values = read_json(config)
+    kind = str(values.get("peft_type", "")).upper()
     tuner = _TUNERS.get(kind)
     if tuner is None:
         raise AdapterError(
             f"'{place}' is an adapter of PEFT's tuner {kind}; exactly loaded are {', '.join(sorted(_TUNERS))}, a LoRA "
             "by lorry.load, and others as far as lorry.interop.peft_tuners.convert can."
         )
+    left_out = {"modules_to_save": (None, []), "bias": (None, "none"), "use_effective_conv2d": (None, False)}
+    for option, unset in left_out.items():
+        if values.get(option) not in unset:
+            raise CheckpointError(f"'{place}' sets {option}={values[option]!r}, which Lorry cannot carry for {kind}.")
     if expect not in (None, tuner.method):
         raise CheckpointError(f"'{place}' holds an adapter of the method '{tuner.method}', expected was '{expect}'.")
     peer = _opened(place, kind, model)

@@ -202,7 +202,7 @@ def test_harmless_field_of_a_newer_version_is_a_note(saved, tmp_path):
         (dict(init_lora_weights="corda"), "init_lora_weights='corda', which changed the base weight"),
         (dict(init_lora_weights="novel"), "init_lora_weights='novel', which is unknown"),
         (dict(use_rslorra=True), "unknown option use_rslorra=True.*'use_rslora'"),
-        (dict(peft_type="VERA"), "PEFT cannot read .* as VERA"),
+        (dict(peft_type="VERA"), "modules_to_save=.*cannot carry for VERA"),
         (dict(r=3), "must be of shape"),
         (dict(rank_pattern={"(": 3}), "rank_pattern.*wrong regular expression"),
     ],

@@ -128,8 +128,10 @@ def feed_forward(module: nn.Module, path: str = "") -> FeedForward | None:
     """
     for inputs, output, form in _FORMS:
         sites = _sites({name: f"{path}.{name}" for name in (*inputs, output)}, module, path)
+        if not sites:
+            continue
         every = {id(p) for n, p in module.named_parameters() if "lorry_" not in n}
-        if sites and every <= {id(p) for s in sites.values() for p in s.owner.parameters()}:
+        if every <= {id(p) for s in sites.values() for p in s.owner.parameters()}:
             return FeedForward(inputs, output, form, _activation(module), sites)
     for first, last in _HALVES:
         sites = _sites({name: f"{path}.{name}.{_SPREAD}" for name in (first, last)}, module, path)

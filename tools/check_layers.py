@@ -19,6 +19,7 @@ BANDS: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("core",),
     ("methods",),
+    ("formats",),
     ("pocket",),
     (
         "training",
@@ -30,7 +31,6 @@ BANDS: tuple[tuple[str, ...], ...] = (
         "federated",
         "diffusion",
         "multimodal",
-        "interop",
     ),
     ("bench",),
     ("systems",),

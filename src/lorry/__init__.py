@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import lorry.methods  # noqa: F401  first, because the function `methods` below takes the package's place as an attribute
-from lorry.core.adapter import Adapter
-from lorry.core.api import activate, adapters, attach, auxiliary_loss, context, methods, rows
 from lorry.core.errors import (
     AdapterError,
     CheckpointError,
@@ -15,11 +13,13 @@ from lorry.core.errors import (
     OptionError,
     SiteError,
 )
-from lorry.core.files.load import load
-from lorry.core.method import method_from
-from lorry.core.method import methods as registered
-from lorry.core.plan import Plan, plan
+from lorry.core.life.adapter import Adapter
+from lorry.core.life.api import activate, adapters, attach, auxiliary_loss, context, methods, rows
+from lorry.core.life.plan import Plan, plan
+from lorry.core.method.registry import method_from
+from lorry.core.method.registry import methods as registered
 from lorry.core.receipt import Receipt
+from lorry.formats.load import load
 
 if TYPE_CHECKING:
     from lorry.methods.dora import DoRA

@@ -5,7 +5,7 @@ import pytest
 from lorry.claims.ledger import Finding, Setting, claims, read_records
 from lorry.claims.studies import matryoshka_lora as study
 from lorry.claims.verdicts import compare, together
-from lorry.core.nested import aurac
+from lorry.methods.parts.nested import aurac
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from core.tiny import clear, gradients, llama, off_zero, same_bytes, snapshot, t
 from torch import nn
 
 import lorry
-from lorry.core.state import state_of
+from lorry.core.life.state import state_of
 
 
 def logits(model, ids=None):
@@ -433,8 +433,9 @@ def shared_method():
     import dataclasses
 
     from lorry.core import method as registry
-    from lorry.core.families import Bottleneck
-    from lorry.core.method import Layout, TensorSpec, kaiming, register
+    from lorry.core.method.families import Bottleneck
+    from lorry.core.method.registry import register
+    from lorry.core.method.spec import Layout, TensorSpec, kaiming
 
     @register("test-shared", paper="none")
     @dataclasses.dataclass(frozen=True)

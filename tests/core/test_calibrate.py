@@ -8,14 +8,14 @@ from core.tiny import llama, same_bytes, snapshot, tokens
 from torch import nn
 
 import lorry
-from lorry.core.calibrate import calibrate, finish_step, needs_calibration
+from lorry.core.life.calibrate import calibrate, finish_step, needs_calibration
 
 METHOD = {"method": "shira", "mask": "grad", "density": 0.1}
 
 
 def gradients_seen(adapter, batches, loss_fn):
     """The gradients as the method gets them."""
-    from lorry.core.calibrate import _Gradients, _plain
+    from lorry.core.life.calibrate import _Gradients, _plain
 
     watch = _Gradients(adapter.sites)
     with _plain(adapter), watch.watching():
@@ -111,7 +111,7 @@ def test_only_one_dense_gradient_is_alive_at_a_time():
     adapter = lorry.attach(model, METHOD)
     alive = []
 
-    from lorry.core.calibrate import _Gradients
+    from lorry.core.life.calibrate import _Gradients
 
     watch, ids = _Gradients(adapter.sites), tokens()
     with watch.watching():
@@ -151,7 +151,7 @@ def test_refusals():
     with pytest.raises(lorry.AdapterError, match="depends on none"):
         calibrate(adapter, [ids], lambda m, b: torch.zeros((), requires_grad=True))
     with pytest.raises(lorry.SiteError, match="linear sites only"):
-        from lorry.core.calibrate import _Inputs
+        from lorry.core.life.calibrate import _Inputs
 
         with _Inputs([adapter.state.sites["mix"]], 8).watching(adapter):
             pass

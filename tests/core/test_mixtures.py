@@ -2,7 +2,7 @@
 
 import torch
 
-from lorry.core.mixtures import Pairs, _WeightedSum
+from lorry.methods.parts.mixtures import Pairs, _WeightedSum
 
 
 def test_the_weighted_sum_over_pairs_is_that_of_dense_products_with_its_gradients():

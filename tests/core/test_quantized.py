@@ -10,7 +10,7 @@ from torch import nn
 
 import lorry
 from lorry.core.errors import SiteError
-from lorry.core.storage import storage_of
+from lorry.core.sites.storage import storage_of
 
 KINDS = [
     "bnb-8",
@@ -173,7 +173,7 @@ def test_a_storage_nobody_knows_is_an_error_that_says_what_still_works():
 def test_importing_lorry_imports_neither_package_nor_this_storage():
     code = (
         "import sys, lorry; print([m for m in ('bitsandbytes', 'torchao', 'transformers', 'peft', "
-        "'lorry.core.quantized') "
+        "'lorry.core.sites.quantized') "
         "if m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -5,7 +5,7 @@ import torch
 from core.tiny import clear, gradients, llama, off_zero, tokens
 
 import lorry
-from lorry.core.active import for_rows
+from lorry.core.forward.active import for_rows
 
 BATCHES = {
     "sorted": ["a", "a", None, "b", "c"],

@@ -9,7 +9,7 @@ from torch import nn
 from torch.func import functional_call
 
 import lorry
-from lorry.core.kinds import catalogue
+from lorry.core.sites.kinds import catalogue
 
 
 def randn(*shape, seed=0):

@@ -6,9 +6,9 @@ from core.tiny import llama
 from torch import nn
 
 import lorry
-from lorry.core.kinds import catalogue
 from lorry.core.options import check_options, from_options, option
-from lorry.core.targets import select
+from lorry.core.sites.kinds import catalogue
+from lorry.core.sites.targets import select
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj"}

@@ -13,7 +13,7 @@ import torch
 from files.tiny_models import llama, output, stir
 
 import lorry
-from lorry.core.files import folders
+from lorry.formats import folders
 
 
 def fresh(seed):
@@ -71,7 +71,7 @@ def test_a_process_killed_at_any_moment_leaves_a_whole_folder(swap, tmp_path):
         import sys
         sys.path.insert(0, {str(Path(__file__).parents[1])!r})
         from files.test_atomic import fresh
-        from lorry.core.files import folders
+        from lorry.formats import folders
         if not {swap}:
             folders._swap = lambda first, second: False
         adapters = [fresh(1), fresh(2)]

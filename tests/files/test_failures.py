@@ -10,7 +10,7 @@ from files.tiny_models import llama, output, peft_folder, stir
 from safetensors.torch import load_file, save_file
 
 import lorry
-from lorry.core.files.folders import MANIFEST, PEFT_CONFIG, TENSORS
+from lorry.formats.folders import MANIFEST, PEFT_CONFIG, TENSORS
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from files.tiny_models import llama, mixtral, output, peft_folder, stir, unet
 
 import lorry
-from lorry.core.files.info import read_info
+from lorry.formats.info import read_info
 
 
 @pytest.mark.parametrize("format", ["auto", "lorry"])

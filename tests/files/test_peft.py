@@ -20,7 +20,7 @@ from files.tiny_models import (
 )
 
 import lorry
-from lorry.core.files.export import export_plain
+from lorry.formats.export import export_plain
 
 pytest.importorskip("peft")
 
@@ -253,7 +253,7 @@ def test_other_tuners_come_through_pefts_own_conversion(tmp_path):
     from files.tiny_models import stir_peft
     from peft import LoKrConfig, get_peft_model
 
-    from lorry.interop.peft_tuners import convert
+    from lorry.formats.peft_tuners import convert
 
     base = llama()
     before = {n: p.clone() for n, p in base.named_parameters()}
@@ -273,7 +273,7 @@ def test_other_tuners_come_through_pefts_own_conversion(tmp_path):
 def test_a_tuner_without_conversion_is_refused_by_name(tmp_path):
     from peft import IA3Config, get_peft_model
 
-    from lorry.interop.peft_tuners import convert
+    from lorry.formats.peft_tuners import convert
 
     base = llama()
     config = IA3Config(target_modules=["q_proj"], feedforward_modules=[])

@@ -8,7 +8,7 @@ from files.tiny_models import close, output, unet
 from safetensors.torch import save_file
 
 import lorry
-from lorry.core.files.info import read_info
+from lorry.formats.info import read_info
 
 pytest.importorskip("diffusers")
 

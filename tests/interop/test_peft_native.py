@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorry
-from lorry.interop import peft_native
+from lorry.formats import peft_native
 
 TARGETS = ["up", "down"]
 CONFIGS = {

@@ -60,7 +60,7 @@ def test_the_grouped_kernels_are_the_definition():
 LAYERS = """
 import json, torch, lorry
 from core.tiny import llama, off_zero, tokens
-from lorry.core.state import state_of
+from lorry.core.life.state import state_of
 
 model, ids = llama(layers=3), tokens(5)
 for number, name in enumerate("abc"):

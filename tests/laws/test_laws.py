@@ -15,9 +15,9 @@ from core.tiny import clear, off_zero, same_bytes, snapshot, unchanged
 from torch import Tensor, nn
 
 import lorry
-from lorry.core.api import log_probability
-from lorry.core.call import Context
-from lorry.core.state import state_of
+from lorry.core.life.api import log_probability
+from lorry.core.life.state import state_of
+from lorry.core.method.call import Context
 
 KINDS = ("linear", "conv", "embedding", "packed", "experts", "block")
 LENGTH, ROWS = 5, 4
@@ -117,7 +117,7 @@ def ids(rows: int = ROWS) -> Tensor:
     return torch.randint(0, 32, (rows, LENGTH), generator=torch.Generator().manual_seed(7))
 
 
-def small(slug: str) -> lorry.core.method.Method:
+def small(slug: str) -> lorry.core.method.base.Method:
     """The method with its defaults, narrow enough for tiny layers."""
     fields = {f.name: f for f in dataclasses.fields(lorry.methods()[slug].cls)}
     rank = {"rank": 2} if "rank" in fields and isinstance(fields["rank"].default, int) else {}

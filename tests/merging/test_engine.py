@@ -184,7 +184,7 @@ def test_whole_modules_are_refused_or_dropped(world):
 def test_an_update_that_depends_on_the_input_is_refused():
     from dataclasses import dataclass
 
-    from lorry.core.families import Bottleneck
+    from lorry.core.method.families import Bottleneck
     from lorry.merging.sources import exact_factors
     from lorry.methods.lora import LoRA
 

@@ -3,7 +3,7 @@ import torch
 from methods.small import batch, copies, peft_model, scatter_trained, set_tensors, stack, train
 
 import lorry
-from lorry.core.calibrate import finish_step
+from lorry.core.life.calibrate import finish_step
 
 
 def test_identity_at_start_and_full_budget_is_lora():

@@ -7,7 +7,7 @@ from core.tiny import gradients, llama, off_zero, tokens
 from torch import nn
 
 import lorry
-from lorry.core.experts import from_adapters
+from lorry.merging.mixture import from_adapters
 from lorry.methods.comol import CoMoL
 
 

@@ -9,8 +9,8 @@ from core.tiny import gradients, llama, off_zero, tokens
 from torch import nn
 
 import lorry
-from lorry.core.tasks import nearest_tasks, pooled, similarities
 from lorry.methods.ept import EPT
+from lorry.methods.parts.tasks import nearest_tasks, pooled, similarities
 
 
 def layer(width=48, out=24, **options):

@@ -3,7 +3,7 @@ import torch
 from methods.small import batch, copies, round_trip, scatter_trained, stack
 
 import lorry
-from lorry.core.calibrate import calibrate, needs_calibration
+from lorry.core.life.calibrate import calibrate, needs_calibration
 
 BATCHES = [batch(40, seed=s) * torch.linspace(3, 0.1, 16) + 0.3 for s in (1, 2, 3)]
 

@@ -9,7 +9,7 @@ from core.tiny import gradients, llama, off_zero, same_bytes, tokens, unchanged
 from torch import nn
 
 import lorry
-from lorry.core.experts import from_adapters
+from lorry.merging.mixture import from_adapters
 from lorry.methods.lora_mixer import LoRAMixer
 
 

@@ -3,8 +3,8 @@ import torch
 from methods.small import batch, copies, scatter_trained, set_tensors, stack, train
 
 import lorry
-from lorry.core.calibrate import finish_step
-from lorry.core.nested import at_rank, aurac, cut, mean_loss
+from lorry.core.life.calibrate import finish_step
+from lorry.methods.parts.nested import at_rank, aurac, cut, mean_loss
 
 SCALINGS = ("none", "rank", "sqrt")
 

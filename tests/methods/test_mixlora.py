@@ -7,10 +7,10 @@ from core.tiny import gradients, llama, off_zero, tokens, unchanged
 from torch import nn
 
 import lorry
-from lorry.core.feedforward import feed_forward
-from lorry.core.routing import balance_loss, balance_sums
 from lorry.methods.lora import LoRA
 from lorry.methods.mixlora import MixLoRA
+from lorry.methods.parts.feedforward import feed_forward
+from lorry.methods.parts.routing import balance_loss, balance_sums
 
 SMALL = {
     "hidden_size": 32,

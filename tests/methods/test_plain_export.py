@@ -7,8 +7,8 @@ import torch
 from methods.small import batch, scatter_trained, stack
 
 import lorry
-from lorry.core.files.export import export_plain
-from lorry.core.nested import cut
+from lorry.formats.export import export_plain
+from lorry.methods.parts.nested import cut
 
 EXACT = [
     {"method": "uni-lora"},

@@ -7,8 +7,8 @@ from core.tiny import gradients, llama, off_zero, tokens
 from torch import nn
 
 import lorry
-from lorry.core.api import log_probability
-from lorry.core.routing import leave_one_out
+from lorry.core.life.api import log_probability
+from lorry.methods.parts.routing import leave_one_out
 from lorry.methods.remix import ReMix
 
 

@@ -7,7 +7,7 @@ import torch
 from core.tiny import gradients, llama, off_zero, same_bytes, tokens
 
 import lorry
-from lorry.core.api import log_probability
+from lorry.core.life.api import log_probability
 
 CASES = {
     "flylora": ({"rank": 8, "top_k": 3}, "all-linear"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lorry
-from lorry.core import routing
+from lorry.methods.parts import routing
 
 
 def random(*shape, seed=0):

@@ -3,8 +3,8 @@ import torch
 from methods.small import batch, copies, peft_model, round_trip, scatter_trained, set_tensors, stack, train
 
 import lorry
-from lorry.core.calibrate import calibrate
-from lorry.core.switch import make_switch
+from lorry.core.life.calibrate import calibrate
+from lorry.core.life.switch import make_switch
 from lorry.kernels.sparse import reference, scatter, sparse_linear
 
 

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 import transformers
 
 import lorry
-from lorry.core.feedforward import feed_forward
 from lorry.methods.mixlora import MixLoRA
+from lorry.methods.parts.feedforward import feed_forward
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 

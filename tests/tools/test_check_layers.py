@@ -62,7 +62,7 @@ ALLOWED = [
     ("core/a", "def f():\n    import bitsandbytes"),
     ("kernels/a", "import triton\nimport triton.language as tl"),
     ("core/a", "from . import sites\nfrom .sites import Site"),
-    ("methods/a", "from lorry.core.sites import Site"),
+    ("methods/a", "from lorry.core.sites.site import Site"),
     ("training/a", "def f():\n    import transformers"),
     ("training/a", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import transformers"),
     ("transfer/a", "from lorry.training import run"),

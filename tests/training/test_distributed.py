@@ -9,7 +9,7 @@ import pytest
 import torch
 from training.tiny_bases import tiny_llama, token_rows
 
-from lorry.core.api import attach
+from lorry.core.life.api import attach
 from lorry.training.huggingface import whole
 
 STEPS = 6
@@ -82,7 +82,7 @@ def test_two_processes_equal_one(kind, method, tmp_path):
     assert max(float((expected[n] - start[n]).abs().max()) for n in start) > 1e-3
     assert found.keys() == expected.keys()
     assert max(float((found[n] - expected[n]).abs().max()) for n in expected) < 1e-5
-    from lorry.core.files.load import load
+    from lorry.formats.load import load
 
     other = tiny_llama()
     loaded = load(other, tmp_path / "adapter", name="job")

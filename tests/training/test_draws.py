@@ -6,7 +6,7 @@ import pytest
 import torch
 from training.tiny_bases import encoded, tiny_llama, token_rows
 
-from lorry.core.api import context, rows
+from lorry.core.life.api import context, rows
 from lorry.training import Fleet, Job, train
 from lorry.training.joint import Base, Share, train_pass
 from lorry.training.objectives import Causal
@@ -90,7 +90,7 @@ def shared_pass(seed, draws, method=REMIX):
     """One pass over two rows whose adapter is off its start; returns share, adapter and model."""
     from core.tiny import off_zero
 
-    from lorry.core.api import attach
+    from lorry.core.life.api import attach
 
     model = tiny_llama()
     adapter = off_zero(attach(model, method, name="a"), std=0.3)
@@ -160,7 +160,7 @@ def experts():
 
 def texts_of_a_pair():
     """Rows whose every next token is the one that a model with two certain experts finds most likely."""
-    from lorry.core.api import attach
+    from lorry.core.life.api import attach
 
     a, b = experts()
     units = [RANK * e + i for e in RIGHT for i in range(RANK)]

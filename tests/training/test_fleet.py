@@ -76,7 +76,7 @@ def difference(a, b):
 
 def moved(result, name, model, job):
     """How far an adapter went from its start: an equality of adapters that never moved would say nothing."""
-    from lorry.core.api import attach
+    from lorry.core.life.api import attach
 
     start = attach(model, job.make_method(), targets=job.targets, name="start", seed=job.seed)
     return difference(tensors(result, name), {n: t.detach() for n, t, _ in start.named_tensors()})

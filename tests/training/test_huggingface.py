@@ -7,8 +7,8 @@ import torch
 from training.tiny_bases import tiny_llama, token_rows
 from training.tiny_tokenizers import byte_tokenizer
 
-from lorry.core.api import adapters, attach
 from lorry.core.errors import AdapterError, CheckpointError
+from lorry.core.life.api import adapters, attach
 from lorry.training.huggingface import STATE_FILE, load_adapters, with_adapters
 
 METHOD = {"method": "lora", "rank": 4, "dropout": 0.1}
@@ -95,7 +95,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(make, reentrant, tmp_path):
 
 
 def test_checkpoints_hold_adapters_that_load_and_no_base(tmp_path):
-    from lorry.core.files.load import load
+    from lorry.formats.load import load
 
     model = tiny_llama()
     attach(model, METHOD, name="job", seed=1)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from training.tiny_bases import tiny_llama, token_rows
 
-from lorry.core.api import attach
 from lorry.core.errors import OptionError
+from lorry.core.life.api import attach
 from lorry.training import DataError, Job, jobs_from
 from lorry.training.optim import clip_gradients, load_optimizer, make_optimizer, optimizer_tensors, set_rate
 from lorry.training.schedule import rate_factor

@@ -17,7 +17,7 @@ from lorry.bench._count import flops, training_memory
 from lorry.bench._measure import interleaved, lines, llama, machine, threads
 from lorry.bench._step import frozen, step
 from lorry.core.errors import LorryError, OptionError, near_misses
-from lorry.core.method import method_from, methods
+from lorry.core.method.registry import method_from, methods
 
 #: Where a method sits that does not sit on every linear layer.
 _TARGETS: dict[str, Any] = {"mixlora": "mlp", "full": ["layers.*.mlp"]}

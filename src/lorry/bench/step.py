@@ -14,7 +14,7 @@ import lorry
 from lorry.bench._count import kept
 from lorry.bench._measure import interleaved, llama, machine, ratio_table, ratios, threads
 from lorry.bench._step import frozen, step
-from lorry.core.method import method_from
+from lorry.core.method.registry import method_from
 
 
 def run(

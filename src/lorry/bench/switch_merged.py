@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import lorry
 from lorry.bench._measure import Case, integers, interleaved, lines, machine, ratios, threads
-from lorry.core.adapter import Adapter
-from lorry.core.switch import Switch, make_switch
+from lorry.core.life.adapter import Adapter
+from lorry.core.life.switch import Switch, make_switch
 from lorry.kernels.products import add_product
 
 _NAMES = ("a", "b")

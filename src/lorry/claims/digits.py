@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import lorry
-from lorry.core.adapter import Adapter
-from lorry.core.calibrate import calibrate, needs_calibration
+from lorry.core.life.adapter import Adapter
+from lorry.core.life.calibrate import calibrate, needs_calibration
 
 from .fitting import Loss, train, train_adapter
 

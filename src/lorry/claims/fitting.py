@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import lorry
-from lorry.core.adapter import Adapter
-from lorry.core.calibrate import finish_step
+from lorry.core.life.adapter import Adapter
+from lorry.core.life.calibrate import finish_step
 
 #: The loss of a step, numbered from 0; it draws its own rows.
 Loss = Callable[[int], Tensor]

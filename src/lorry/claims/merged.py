@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import lorry
-from lorry.core.adapter import Adapter
+from lorry.core.life.adapter import Adapter
 from lorry.merging import merge, merge_methods
 from lorry.merging.icm import Task
 

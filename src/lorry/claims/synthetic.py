@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 import lorry
-from lorry.core.adapter import Adapter
+from lorry.core.life.adapter import Adapter
 
 from .fitting import train_adapter
 

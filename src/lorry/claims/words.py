@@ -9,7 +9,7 @@ from typing import Any
 
 import lorry
 from lorry import pocket
-from lorry.core.adapter import Adapter
+from lorry.core.life.adapter import Adapter
 from lorry.training import Fleet, Job
 
 ROWS = 32

@@ -12,7 +12,7 @@ from lorry.cli.output import out, print_json
 from lorry.core.errors import CheckpointError, OptionError, near_misses
 
 if TYPE_CHECKING:
-    from lorry.core.files.info import AdapterFile
+    from lorry.formats.info import AdapterFile
 
 GOALS = ("peft", "lorry")
 
@@ -43,7 +43,7 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Write an adapter in another format, exactly, or say why it cannot be."""
-    from lorry.core.files.info import read_info
+    from lorry.formats.info import read_info
 
     if to not in GOALS:
         raise OptionError(f"--to must be one of {', '.join(GOALS)}, found '{to}'.{near_misses(to, GOALS)}")
@@ -69,7 +69,7 @@ def convert(
 
 
 def _has_peft(file: AdapterFile) -> bool:
-    from lorry.core.files.folders import PEFT_CONFIG
+    from lorry.formats.folders import PEFT_CONFIG
 
     layout = file.manifest.layout if file.manifest is not None else "peft"
     return layout == "peft" and file.path.is_dir() and (file.path / PEFT_CONFIG).is_file()
@@ -77,7 +77,7 @@ def _has_peft(file: AdapterFile) -> bool:
 
 def _copy(file: AdapterFile, goal: Path, overwrite: bool) -> dict[str, Any]:
     """Take over tensors and configuration as they are: the folder is PEFT's too."""
-    from lorry.core.files.folders import PEFT_CONFIG, TENSORS, write_folder
+    from lorry.formats.folders import PEFT_CONFIG, TENSORS, write_folder
 
     write_folder(goal, {n: (file.path / n).read_bytes() for n in (TENSORS, PEFT_CONFIG)}, overwrite=overwrite)
     count = len(file.file.places)
@@ -111,7 +111,7 @@ def _through(
 ) -> list[dict[str, Any]]:
     """Load the adapter onto its base and write it from there, so that every tensor is seen to fit."""
     import lorry
-    from lorry.core.files.export import export_plain
+    from lorry.formats.export import export_plain
 
     loaded = lorry.load(model, source, check_base=check_base)
     if to == "peft":

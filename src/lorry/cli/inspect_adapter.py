@@ -12,8 +12,8 @@ from lorry.cli.arguments import Json
 from lorry.cli.output import facts_table, note, out, print_json, table
 
 if TYPE_CHECKING:
-    from lorry.core.files.info import AdapterFile
-    from lorry.core.method import Method
+    from lorry.core.method.base import Method
+    from lorry.formats.info import AdapterFile
 
 #: Sites of the table that are shown one by one; more are summed by name.
 MOST_ROWS = 60
@@ -29,7 +29,7 @@ def inspect(
 ) -> None:
     """Show method, sites, base fingerprint, and norms and singular values of the update at each site."""
     from lorry.cli.spectrum import facts_of
-    from lorry.core.files.info import read_info
+    from lorry.formats.info import read_info
 
     file = read_info(path, eager=True)
     sites = [facts_of(file, name) for name in file.sites]

@@ -18,8 +18,8 @@ def methods(
     as_json: Json = False,
 ) -> None:
     """List the methods: paper, family, site kinds, options, and what can be done with each."""
-    from lorry.core.method import methods as registered
-    from lorry.core.method import presets
+    from lorry.core.method.registry import methods as registered
+    from lorry.core.method.registry import presets
 
     known = {name: info.to_dict() for name, info in registered().items()}
     named = {name: {"of": p.of, "paper": p.paper, "options": dict(p.options)} for name, p in presets().items()}

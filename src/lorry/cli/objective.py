@@ -15,7 +15,7 @@ def training_facts(path: Path) -> dict[str, Any]:
     manifest = path / "lorry.json"
     if not manifest.is_file():
         return {}
-    from lorry.core.files.manifest import read_manifest
+    from lorry.formats.manifest import read_manifest
 
     found = read_manifest(manifest).metadata.get("training")
     return dict(found) if isinstance(found, Mapping) else {}

@@ -20,7 +20,7 @@ from lorry.cli.arguments import (
 from lorry.cli.output import facts_table, out, print_json, size, table
 
 if TYPE_CHECKING:
-    from lorry.core.plan import Plan
+    from lorry.core.life.plan import Plan
 
 
 def plan(
@@ -42,8 +42,8 @@ def plan(
     """Show what an adapter would sit on and what it would cost, without reading any weights."""
     from lorry.cli.arguments import names
     from lorry.cli.bases import skeleton
-    from lorry.core.method import method_from
-    from lorry.core.plan import plan as work_out
+    from lorry.core.life.plan import plan as work_out
+    from lorry.core.method.registry import method_from
 
     chosen = method_from({"method": method, **key_values(option)})
     selection = site_selection(targets, exclude, layers)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from lorry.core.files.info import AdapterFile
+    from lorry.formats.info import AdapterFile
 
 
 def singular_values(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
@@ -63,7 +63,7 @@ def summary(values: Tensor) -> dict[str, Any]:
 
 def site_facts(path: Path) -> list[dict[str, Any]]:
     """Return the facts of every site of an adapter file that has a spectrum."""
-    from lorry.core.files.info import read_info
+    from lorry.formats.info import read_info
 
     file = read_info(path, eager=True)
     return [s for s in (facts_of(file, name) for name in file.sites) if s.get("singular_values")]
@@ -73,7 +73,7 @@ def facts_of(file: AdapterFile, path: str) -> dict[str, Any]:
     """Return what a file says of one site, with norms and singular values where they follow from the
     file alone.
     """
-    from lorry.core.families import Bottleneck
+    from lorry.core.method.families import Bottleneck
 
     part = file.sites[path]
     tensors: Mapping[str, Tensor] = {
@@ -108,8 +108,8 @@ def _stand_in(path: str, kind: str | None, shape: tuple[int, ...] | None, tensor
     """Return a site without a model, which tells a method the sizes."""
     from torch import nn
 
-    from lorry.core.kinds import KINDS
-    from lorry.core.sites import Site
+    from lorry.core.sites.kinds import KINDS
+    from lorry.core.sites.site import Site
 
     if shape is None:
         a, b = tensors.get("A"), tensors.get("B")

@@ -16,7 +16,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lorry.core.adapter import Adapter
 from lorry.core.errors import (
     AdapterError,
     CheckpointError,
@@ -26,6 +25,7 @@ from lorry.core.errors import (
     near_misses,
     some,
 )
+from lorry.core.life.adapter import Adapter
 from lorry.merging.factors import Factors, decompose
 from lorry.merging.inputs import Candidate, Pool, SiteInput
 from lorry.merging.measure import pair_facts, ratio, squared_errors, total

@@ -13,18 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorry.core.adapter import Adapter, build
 from lorry.core.errors import CheckpointError, SiteError, some
-from lorry.core.files.folders import MANIFEST, PEFT_CONFIG, TENSORS, write_folder
-from lorry.core.files.manifest import Manifest
-from lorry.core.files.peft_write import NotPlain, PeftForm, Plain, peft_form
-from lorry.core.files.save import serialised
-from lorry.core.files.tensors import check_finite
-from lorry.core.fingerprint import Fingerprint
-from lorry.core.kinds import KINDS
-from lorry.core.method import Method, TensorSpec, method_from
+from lorry.core.life.adapter import Adapter, build
+from lorry.core.method.base import Method
+from lorry.core.method.registry import method_from
+from lorry.core.method.spec import TensorSpec
 from lorry.core.receipt import Receipt
-from lorry.core.sites import Site
+from lorry.core.sites.fingerprint import Fingerprint
+from lorry.core.sites.kinds import KINDS
+from lorry.core.sites.site import Site
+from lorry.formats.folders import MANIFEST, PEFT_CONFIG, TENSORS, write_folder
+from lorry.formats.manifest import Manifest
+from lorry.formats.peft_write import NotPlain, PeftForm, Plain, peft_form
+from lorry.formats.save import serialised
+from lorry.formats.tensors import check_finite
 from lorry.merging.receipt import MergeReceipt
 from lorry.merging.sources import SiteFacts
 
@@ -80,8 +82,8 @@ class MergedAdapter:
         FingerprintError
             The model is not the base of the inputs.
         """
-        from lorry.core.api import check_name, install
-        from lorry.core.state import open_state
+        from lorry.core.life.api import check_name, install
+        from lorry.core.life.state import open_state
 
         state = open_state(model)
         check_name(name or self.name, state)
@@ -198,8 +200,8 @@ def trial_adapter(
     model: nn.Module, tensors: Mapping[str, Mapping[str, Tensor]], *, trainable: bool = False
 ) -> Iterator[Adapter]:
     """Let a model carry factors ``{path: {"A", "B"}}`` of scale 1, and nothing else, while the context lasts."""
-    from lorry.core.api import install
-    from lorry.core.state import open_state
+    from lorry.core.life.api import install
+    from lorry.core.life.state import open_state
 
     state = open_state(model)
     before = state.active

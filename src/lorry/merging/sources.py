@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorry.core.adapter import Adapter
 from lorry.core.errors import AdapterError, CheckpointError
-from lorry.core.families import Bottleneck
-from lorry.core.files.info import AdapterFile, read_info
-from lorry.core.files.parts import Part
-from lorry.core.fingerprint import Fingerprint
-from lorry.core.kinds import KINDS, Kind
-from lorry.core.method import Method
-from lorry.core.sites import Site
+from lorry.core.life.adapter import Adapter
+from lorry.core.method.base import Method
+from lorry.core.method.families import Bottleneck
+from lorry.core.sites.fingerprint import Fingerprint
+from lorry.core.sites.kinds import KINDS, Kind
+from lorry.core.sites.site import Site
+from lorry.formats.info import AdapterFile, read_info
+from lorry.formats.parts import Part
 from lorry.merging.factors import NUMERICAL_ZERO
 
 AdapterLike = str | os.PathLike[str] | Adapter
@@ -288,7 +288,7 @@ def open_source(item: AdapterLike, name: str, model: nn.Module | None, stack: Ex
             raise AdapterError(
                 f"Adapter '{name}' cannot be merged from its file alone: {reason}. Pass the base model (model=...)."
             ) from None
-    from lorry.core.files.load import load
+    from lorry.formats.load import load
 
     loaded = load(model, item, name=_free_name(model, name), activate=False)
     stack.callback(loaded.detach)
@@ -296,7 +296,7 @@ def open_source(item: AdapterLike, name: str, model: nn.Module | None, stack: Ex
 
 
 def _free_name(model: nn.Module, name: str) -> str:
-    from lorry.core.api import adapters
+    from lorry.core.life.api import adapters
 
     taken, number = adapters(model), 1
     while f"merge-{number}" in taken:

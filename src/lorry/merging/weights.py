@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorry.core.errors import OptionError, near_misses
-from lorry.core.targets import matches
+from lorry.core.sites.targets import matches
 
 #: A number; a list that is spread over the layers from the first to the last; or pattern of sites -> either of these.
 Weight = float | Sequence[float] | Mapping[str, Any]

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from lorry.core.errors import OptionError
-from lorry.core.families import Bottleneck, check_rank
-from lorry.core.method import Places, Tensors, TensorSpec, normal, register
+from lorry.core.method.families import Bottleneck, check_rank
+from lorry.core.method.registry import register
+from lorry.core.method.spec import Places, Tensors, TensorSpec, normal
 from lorry.core.options import option
-from lorry.core.sites import Site
+from lorry.core.sites.site import Site
 
 TRAINED = ("A", "B", "E")
 

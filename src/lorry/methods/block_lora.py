@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from torch import Generator, Tensor
 
 from lorry.core.errors import OptionError, SiteError
-from lorry.core.families import Bottleneck, check_rank
-from lorry.core.method import Tensors, TensorSpec, kaiming, register
+from lorry.core.method.families import Bottleneck, check_rank
+from lorry.core.method.registry import register
+from lorry.core.method.spec import Tensors, TensorSpec, kaiming
 from lorry.core.options import option
-from lorry.core.sites import Site
+from lorry.core.sites.site import Site
 
 
 @register("block-lora", paper="arXiv 2501.16720")

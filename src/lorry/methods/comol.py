@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorry.core.call import Call
 from lorry.core.errors import OptionError
-from lorry.core.families import Bottleneck
-from lorry.core.method import Tensors, TensorSpec, kaiming, normal, register, zeros
+from lorry.core.method.call import Call
+from lorry.core.method.families import Bottleneck
+from lorry.core.method.registry import register
+from lorry.core.method.spec import Tensors, TensorSpec, kaiming, normal, zeros
 from lorry.core.options import option
-from lorry.core.routing import precise, report
-from lorry.core.sites import Site
+from lorry.core.sites.site import Site
+from lorry.methods.parts.routing import precise, report
 
 
 @register("comol", paper="arXiv 2603.00573", kinds=("linear", "conv", "embedding"))
@@ -28,7 +29,7 @@ class CoMoL(Bottleneck):
 
     Gates read the code A x, or x itself (the paper's ablation, ``router_input="full"``). The start is not in
     the sources: with ``start="up"`` B is zero and the cores are random, with "core" the other way round.
-    `lorry.core.experts.from_adapters` makes one from LoRAs: A and B are the singular vectors of the first,
+    `lorry.merging.mixture.from_adapters` makes one from LoRAs: A and B are the singular vectors of the first,
     and each M_j the projection of LoRA j, exact for the first alone. A single core is a plain LoRA and merges
     exactly.
     """

@@ -10,15 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorry.core import kronecker
-from lorry.core.call import Call
 from lorry.core.errors import OptionError
-from lorry.core.families import Bottleneck
-from lorry.core.method import Layout, Tensors, TensorSpec, normal, register
+from lorry.core.method.call import Call
+from lorry.core.method.families import Bottleneck
+from lorry.core.method.registry import register
+from lorry.core.method.spec import Layout, Tensors, TensorSpec, normal
 from lorry.core.options import option
-from lorry.core.routing import precise, report, top_k_mask
-from lorry.core.sites import Site
-from lorry.core.tasks import leave_contrast, task_rows
+from lorry.core.sites.site import Site
+from lorry.methods.parts import kronecker
+from lorry.methods.parts.routing import precise, report, top_k_mask
+from lorry.methods.parts.tasks import leave_contrast, task_rows
 
 
 @register("ept", paper="arXiv 2603.12577", kinds=("linear",))

@@ -10,9 +10,11 @@ import torch
 from torch import Generator, Tensor
 
 from lorry.core.errors import AdapterError
-from lorry.core.method import Method, Observed, Tensors, register
+from lorry.core.method.base import Method
+from lorry.core.method.registry import register
+from lorry.core.method.spec import Observed, Tensors
 from lorry.core.options import option
-from lorry.core.sites import Site
+from lorry.core.sites.site import Site
 from lorry.methods.lora import LoRA
 
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from lorry.core.call import Call
 from lorry.core.errors import OptionError
-from lorry.core.families import Bottleneck
-from lorry.core.method import Init, Tensors, TensorSpec, register
+from lorry.core.method.call import Call
+from lorry.core.method.families import Bottleneck
+from lorry.core.method.registry import register
+from lorry.core.method.spec import Init, Tensors, TensorSpec
 from lorry.core.options import option
-from lorry.core.routing import balance_step, counts, precise, report, top_k_mask
-from lorry.core.sites import Site
+from lorry.core.sites.site import Site
+from lorry.methods.parts.routing import balance_step, counts, precise, report, top_k_mask
 
 
 def distinct_columns(width: int) -> Init:

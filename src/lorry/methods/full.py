@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Generator, Tensor
 
-from lorry.core.call import Call
-from lorry.core.exchange import exchanged
-from lorry.core.families import Block
-from lorry.core.method import Tensors, TensorSpec, register
-from lorry.core.sites import Site
+from lorry.core.forward.exchange import exchanged
+from lorry.core.method.call import Call
+from lorry.core.method.families import Block
+from lorry.core.method.registry import register
+from lorry.core.method.spec import Tensors, TensorSpec
+from lorry.core.sites.site import Site
 
 
 @register("full", paper="none", kinds=("block",))

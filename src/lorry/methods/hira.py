@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lorry.core.families import WeightDelta, check_rank
-from lorry.core.method import Tensors, TensorSpec, kaiming, register
+from lorry.core.method.families import WeightDelta, check_rank
+from lorry.core.method.registry import register
+from lorry.core.method.spec import Tensors, TensorSpec, kaiming
 from lorry.core.options import option
-from lorry.core.sites import Site
+from lorry.core.sites.site import Site
 
 
 @register("hira", paper="ICLR 2025, openreview.net/forum?id=TwJrTz9cRS")

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lorry.core.errors import OptionError
-from lorry.core.families import WeightDelta
-from lorry.core.method import Tensors, TensorSpec, kaiming, register
+from lorry.core.method.families import WeightDelta
+from lorry.core.method.registry import register
+from lorry.core.method.spec import Tensors, TensorSpec, kaiming
 from lorry.core.options import option
-from lorry.core.sites import Site
+from lorry.core.sites.site import Site
 
 
 @register("lokr", paper="arXiv 2309.14859")

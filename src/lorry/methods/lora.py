@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lorry.core.errors import SiteError
-from lorry.core.families import Bottleneck
-from lorry.core.method import TensorSpec, kaiming, preset, register
+from lorry.core.method.families import Bottleneck
+from lorry.core.method.registry import preset, register
+from lorry.core.method.spec import TensorSpec, kaiming
 from lorry.core.options import option
-from lorry.core.sites import Site
+from lorry.core.sites.site import Site
 
 
 @register("lora", paper="arXiv 2106.09685")

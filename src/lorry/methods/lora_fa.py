@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from lorry.core.method import TensorSpec, preset, register
-from lorry.core.sites import Site
+from lorry.core.method.registry import preset, register
+from lorry.core.method.spec import TensorSpec
+from lorry.core.sites.site import Site
 from lorry.methods.lora import LoRA
 
 

@@ -9,15 +9,16 @@ from typing import Self
 import torch
 from torch import Generator, Tensor
 
-from lorry.core.call import Call
 from lorry.core.errors import OptionError
-from lorry.core.experts import side_by_side
-from lorry.core.families import Bottleneck
-from lorry.core.method import Layout, Tensors, TensorSpec, constant, kaiming, normal, register
+from lorry.core.method.call import Call
+from lorry.core.method.families import Bottleneck
+from lorry.core.method.registry import register
+from lorry.core.method.spec import Layout, Tensors, TensorSpec, constant, kaiming, normal
 from lorry.core.options import option
-from lorry.core.routing import check_top_k, entropy, input_router, over_ranks, report, top_k_mask
-from lorry.core.sites import Site
-from lorry.core.tasks import one_hot_tasks
+from lorry.core.sites.site import Site
+from lorry.methods.parts.experts import side_by_side
+from lorry.methods.parts.routing import check_top_k, entropy, input_router, over_ranks, report, top_k_mask
+from lorry.methods.parts.tasks import one_hot_tasks
 
 _MODES = ("soft", "sparse", "hard")
 _SIGNS = ("specialise", "paper_formula")
@@ -29,9 +30,10 @@ class LoRAMixer(Bottleneck):
     """``ΔW x = Σ_e p_e(x) scale_e B_e A_e x`` with ``p = softmax(R x)``: all experts in training, the best k later, or
     the labelled one.
 
-    `lorry.core.experts.from_adapters` makes one from LoRAs (of any ranks) that exist; those stay as they are. Its loss
-    is ``load_balance Σ p̄ f̄ ± entropy mean H(p)`` (equation 5). As printed, the sign is minus, which makes routing
-    flat, while the text wants it selective: ``entropy_sign`` is "specialise" by default, "paper_formula" is as printed.
+    `lorry.merging.mixture.from_adapters` makes one from LoRAs (of any ranks) that exist; those stay as
+    they are. Its loss is ``load_balance Σ p̄ f̄ ± entropy mean H(p)`` (equation 5). As printed, the sign is
+    minus, which makes routing flat, while the text wants it selective: ``entropy_sign`` is "specialise" by default,
+    "paper_formula" is as printed.
     f̄ is the share of tokens whose best expert it is (equation 3), or the mass in the first k, as a later passage has
     it. One expert is a plain LoRA in every mode.
     """

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from lorry.core.errors import OptionError
-from lorry.core.families import check_rank
-from lorry.core.method import Layout, Places, Tensors, TensorSpec, constant, kaiming, preset, register
-from lorry.core.nested import Nested
+from lorry.core.method.families import check_rank
+from lorry.core.method.registry import preset, register
+from lorry.core.method.spec import Layout, Places, Tensors, TensorSpec, constant, kaiming
 from lorry.core.options import option
-from lorry.core.sites import Site
+from lorry.core.sites.site import Site
+from lorry.methods.parts.nested import Nested
 
 
 @register("matryoshka-lora", paper="arXiv 2605.07850")
@@ -24,9 +25,9 @@ class Matryoshka(Nested):
     sub-adapters' outputs at once.
 
     ``mode="dylora"`` (arXiv 2210.07558) draws one r for the whole model at each step instead, ``P_i = s_r [i < r]``;
-    ``mode="lora"`` trains the full rank only. After training `lorry.core.nested.cut` fixes a rank; what is used, merged
-    and exported then is ``B_r A_r`` with the official scale s_r (``cut_scale="rank"``), which differs from the function
-    trained even at the full rank, or with the first r of P.
+    ``mode="lora"`` trains the full rank only. After training `lorry.methods.parts.nested.cut` fixes a rank; what is
+    used, merged and exported then is ``B_r A_r`` with the official scale s_r (``cut_scale="rank"``), which
+    differs from the function trained even at the full rank, or with the first r of P.
     """
 
     rank: int = option(16, "Rank R that is stored.", at_least=1)

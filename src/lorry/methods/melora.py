@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from lorry.core.errors import OptionError, SiteError
-from lorry.core.method import Tensors, TensorSpec, kaiming, register
+from lorry.core.method.registry import register
+from lorry.core.method.spec import Tensors, TensorSpec, kaiming
 from lorry.core.options import option
-from lorry.core.sites import Site
+from lorry.core.sites.site import Site
 from lorry.methods.lora import LoRA
 
 

@@ -9,18 +9,28 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from lorry.core.call import Call
 from lorry.core.errors import SiteError
-from lorry.core.families import Block
-from lorry.core.feedforward import ACTIVATIONS, parts_of, with_blocks
-from lorry.core.method import Method, Tensors, TensorSpec, normal, preset, register
-from lorry.core.mixtures import ExpertUpdates, expert_specs, jittered, mixed_feed_forward, start_magnitudes
+from lorry.core.method.base import Method
+from lorry.core.method.call import Call
+from lorry.core.method.families import Block
+from lorry.core.method.registry import preset, register
+from lorry.core.method.spec import Tensors, TensorSpec, normal
 from lorry.core.options import option
-from lorry.core.routing import balance_loss, balance_sums, check_top_k, choose, report, router_logits, within_capacity
-from lorry.core.routing import z_loss as z_loss_of
-from lorry.core.sites import Site
+from lorry.core.sites.site import Site
 from lorry.methods.dora import DoRA
 from lorry.methods.lora import LoRA
+from lorry.methods.parts.feedforward import ACTIVATIONS, parts_of, with_blocks
+from lorry.methods.parts.mixtures import ExpertUpdates, expert_specs, jittered, mixed_feed_forward, start_magnitudes
+from lorry.methods.parts.routing import (
+    balance_loss,
+    balance_sums,
+    check_top_k,
+    choose,
+    report,
+    router_logits,
+    within_capacity,
+)
+from lorry.methods.parts.routing import z_loss as z_loss_of
 
 
 @register("mixlora", paper="arXiv 2404.15159", kinds=("block",))

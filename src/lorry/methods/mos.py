@@ -10,10 +10,11 @@ import torch
 from torch import Generator, Tensor
 
 from lorry.core.errors import OptionError, SiteError
-from lorry.core.families import Bottleneck
-from lorry.core.method import Init, Layout, Tensors, TensorSpec, register
+from lorry.core.method.families import Bottleneck
+from lorry.core.method.registry import register
+from lorry.core.method.spec import Init, Layout, Tensors, TensorSpec
 from lorry.core.options import option
-from lorry.core.sites import Site
+from lorry.core.sites.site import Site
 
 
 @register("mos", paper="arXiv 2410.00938")

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from lorry.core.method import Tensors, TensorSpec, register
+from lorry.core.method.registry import register
+from lorry.core.method.spec import Tensors, TensorSpec
 from lorry.core.options import option
-from lorry.core.sites import Site
+from lorry.core.sites.site import Site
 from lorry.methods.lora import LoRA
 
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from lorry.core.call import Call
-from lorry.core.families import Bottleneck
-from lorry.core.method import Tensors, TensorSpec, kaiming, normal, preset, register
+from lorry.core.method.call import Call
+from lorry.core.method.families import Bottleneck
+from lorry.core.method.registry import preset, register
+from lorry.core.method.spec import Tensors, TensorSpec, kaiming, normal
 from lorry.core.options import option
-from lorry.core.routing import check_top_k, draw_order, entropy, log_probability, ranked, report
-from lorry.core.sites import Site
+from lorry.core.sites.site import Site
+from lorry.methods.parts.routing import check_top_k, draw_order, entropy, log_probability, ranked, report
 
 
 @register("remix", paper="arXiv 2603.10160", kinds=("linear", "conv", "embedding"))

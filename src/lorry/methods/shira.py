@@ -10,10 +10,11 @@ import torch
 from torch import Generator, Tensor
 
 from lorry.core.errors import OptionError, SiteError
-from lorry.core.families import WeightDelta
-from lorry.core.method import Observed, Tensors, TensorSpec, register
+from lorry.core.method.families import WeightDelta
+from lorry.core.method.registry import register
+from lorry.core.method.spec import Observed, Tensors, TensorSpec
 from lorry.core.options import option
-from lorry.core.sites import Site
+from lorry.core.sites.site import Site
 from lorry.kernels.sparse import scatter, sparse_linear
 
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorry.core.call import Call
 from lorry.core.errors import OptionError
-from lorry.core.families import Bottleneck
-from lorry.core.method import Tensors, TensorSpec, kaiming, register
+from lorry.core.method.call import Call
+from lorry.core.method.families import Bottleneck
+from lorry.core.method.registry import register
+from lorry.core.method.spec import Tensors, TensorSpec, kaiming
 from lorry.core.options import option
-from lorry.core.routing import balance_step, counts, precise, report, top_k_mask
-from lorry.core.sites import Site
+from lorry.core.sites.site import Site
+from lorry.methods.parts.routing import balance_step, counts, precise, report, top_k_mask
 
 
 @register("smora", paper="arXiv 2501.15103", kinds=("linear", "conv", "embedding"))

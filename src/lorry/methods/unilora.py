@@ -11,10 +11,11 @@ import torch
 from torch import Generator, Tensor
 
 from lorry.core.errors import OptionError
-from lorry.core.families import Bottleneck
-from lorry.core.method import Init, Layout, Tensors, TensorSpec, ones, register
+from lorry.core.method.families import Bottleneck
+from lorry.core.method.registry import register
+from lorry.core.method.spec import Init, Layout, Tensors, TensorSpec, ones
 from lorry.core.options import option
-from lorry.core.sites import Site
+from lorry.core.sites.site import Site
 
 
 @register("uni-lora", paper="arXiv 2506.00799", identity_at_start=False)

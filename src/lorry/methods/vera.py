@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from torch import Generator, Tensor
 
-from lorry.core.families import Bottleneck
-from lorry.core.method import Layout, Tensors, TensorSpec, constant, register
+from lorry.core.method.families import Bottleneck
+from lorry.core.method.registry import register
+from lorry.core.method.spec import Layout, Tensors, TensorSpec, constant
 from lorry.core.options import option
-from lorry.core.sites import Site
+from lorry.core.sites.site import Site
 
 
 def he_uniform(tensor: Tensor, generator: Generator) -> None:

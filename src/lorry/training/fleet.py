@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorry.core.adapter import Adapter, mix_seed
-from lorry.core.api import attach, context
-from lorry.core.calibrate import calibrate, needs_calibration
 from lorry.core.errors import LorryError, OptionError
-from lorry.core.state import open_state
+from lorry.core.life.adapter import Adapter, mix_seed
+from lorry.core.life.api import attach, context
+from lorry.core.life.calibrate import calibrate, needs_calibration
+from lorry.core.life.state import open_state
 
 from . import checkpoint
 from .batches import BatchPlan

@@ -17,9 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lorry.core.adapter import Adapter
-from lorry.core.api import adapters
 from lorry.core.errors import AdapterError, CheckpointError
+from lorry.core.life.adapter import Adapter
+from lorry.core.life.api import adapters
 
 #: Exact tensors of all adapters, for resuming; beside it are adapters as `Adapter.save` writes them.
 STATE_FILE = "lorry_adapters.safetensors"

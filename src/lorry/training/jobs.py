@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from lorry.core.errors import OptionError, near_misses
-from lorry.core.method import Method, method_from
+from lorry.core.method.base import Method
+from lorry.core.method.registry import method_from
 from lorry.core.options import check_options, from_options, option
 
 from .data import DataSpec

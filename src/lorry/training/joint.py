@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorry.core.api import auxiliary_loss, context, rows
-from lorry.core.state import state_of, unwrapped
+from lorry.core.life.api import auxiliary_loss, context, rows
+from lorry.core.life.state import state_of, unwrapped
 
 from .batches import block_mask, collate
 from .objectives import Objective, Tally

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorry.core.adapter import Adapter
 from lorry.core.errors import OptionError, near_misses
+from lorry.core.life.adapter import Adapter
 
 from .jobs import Job
 

@@ -1,7 +1,7 @@
 """Routing statistics of a run: recorded from the layers of any routed method, tabled and plotted.
 
 Methods leave ``load``, ``mass``, ``effective`` and ``entropy`` at each layer where somebody records
-(`lorry.context(model, recording=True)`); see `lorry.core.routing.report`.
+(`lorry.context(model, recording=True)`); see `lorry.methods.parts.routing.report`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorry.core.api import log_probability
-from lorry.core.call import Context
 from lorry.core.errors import LorryError
-from lorry.core.routing import leave_one_out
+from lorry.core.life.api import log_probability
+from lorry.core.method.call import Context
+from lorry.methods.parts.routing import leave_one_out
 
 #: What a routed layer records, with the meaning that tables and plots show.
 STATISTICS = {

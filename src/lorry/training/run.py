@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorry.core.adapter import Adapter, mix_seed
-from lorry.core.calibrate import finish_step
+from lorry.core.life.adapter import Adapter, mix_seed
+from lorry.core.life.calibrate import finish_step
 
 from .batches import BatchCursor, BatchPlan
 from .jobs import Job

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 import lorry
-from lorry.core.adapter import Adapter
+from lorry.core.life.adapter import Adapter
 from lorry.merging import MergedAdapter, merge
 
 from ..digits import Task, accuracy, adapt, base, task

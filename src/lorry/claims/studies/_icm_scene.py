@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 import lorry
-from lorry.core.adapter import Adapter
+from lorry.core.life.adapter import Adapter
 from lorry.merging import icm
 from lorry.merging.output import trial_adapter
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import lorry
 from lorry.claims import digits
 from lorry.claims.verdicts import Run
-from lorry.core.adapter import Adapter
+from lorry.core.life.adapter import Adapter
 
 #: Where the images of each task are moved by a pixel: amount and dimension. Mild, so that the base
 #: is of use (45 to 48 %) and adapters can be added at all.

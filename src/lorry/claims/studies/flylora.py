@@ -13,9 +13,9 @@ import lorry
 from lorry.claims import digits
 from lorry.claims.ledger import Finding, Panel, Setting, claim
 from lorry.claims.verdicts import Run, Trial, compare, together, tune
-from lorry.core.adapter import Adapter
-from lorry.core.entry import Entry
-from lorry.core.families import Bottleneck
+from lorry.core.forward.entry import Entry
+from lorry.core.life.adapter import Adapter
+from lorry.core.method.families import Bottleneck
 from lorry.methods.flylora import FlyLoRA
 from lorry.methods.lora import LoRA
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 import lorry
 from lorry import pocket
-from lorry.core.adapter import Adapter
-from lorry.core.experts import from_adapters
-from lorry.core.routing import input_router
+from lorry.core.life.adapter import Adapter
+from lorry.merging.mixture import from_adapters
+from lorry.methods.parts.routing import input_router
 
 from .. import words
 from ..fitting import train

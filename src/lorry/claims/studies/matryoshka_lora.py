@@ -12,9 +12,9 @@ from torch import nn
 from lorry.claims import digits
 from lorry.claims.ledger import Finding, Panel, Setting, claim
 from lorry.claims.verdicts import Trial, chosen, compare, together
-from lorry.core.adapter import Adapter
-from lorry.core.nested import at_rank, aurac
+from lorry.core.life.adapter import Adapter
 from lorry.methods.matryoshka import Matryoshka
+from lorry.methods.parts.nested import at_rank, aurac
 
 RANKS = (1, 2, 4, 8, 16)
 TASKS = ("shift", "rotate")

@@ -16,7 +16,7 @@ from lorry.claims import digits
 from lorry.claims.fitting import train, train_adapter
 from lorry.claims.ledger import Finding, Panel, Setting, claim
 from lorry.claims.verdicts import Trial, compare, together, tune
-from lorry.core.adapter import Adapter
+from lorry.core.life.adapter import Adapter
 
 WIDTH, INNER, BLOCKS, TAGS, CLASSES = 64, 128, 2, 6, 10
 EXPERTS, TOP_K, RANK = 8, 2, 2

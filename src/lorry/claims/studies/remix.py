@@ -14,8 +14,8 @@ from lorry.claims import fitting
 from lorry.claims.ledger import Finding, Panel, Setting, claim
 from lorry.claims.synthetic import HELD, Teacher, rows_of, scores
 from lorry.claims.verdicts import compare, together, tune
-from lorry.core.api import log_probability
-from lorry.core.routing import ranked
+from lorry.core.life.api import log_probability
+from lorry.methods.parts.routing import ranked
 from lorry.training.routing import policy_loss
 
 WIDTH, ROWS = 32, 64

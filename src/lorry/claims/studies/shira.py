@@ -12,7 +12,7 @@ from torch import Tensor
 from lorry.claims import digits
 from lorry.claims.ledger import Finding, Panel, Setting, claim
 from lorry.claims.verdicts import Trial, compare, together, tune
-from lorry.core.adapter import Adapter
+from lorry.core.life.adapter import Adapter
 from lorry.methods.lora import LoRA
 from lorry.methods.shira import SHiRA
 

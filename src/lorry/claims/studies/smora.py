@@ -15,7 +15,7 @@ import lorry
 from lorry.claims import digits
 from lorry.claims.ledger import Finding, Panel, Setting, claim
 from lorry.claims.verdicts import compare, together, tune
-from lorry.core.adapter import Adapter
+from lorry.core.life.adapter import Adapter
 
 #: Ranks in all, active ones, and what every contender's scale is.
 RANK, ACTIVE, SCALE = 32, 8, 2.0

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import torch
 from torch import Generator, Tensor
 
-from lorry.core.adapter import mix_seed
 from lorry.core.errors import OptionError
+from lorry.core.life.adapter import mix_seed
 from lorry.merging.factors import Factors
 from lorry.merging.inputs import Pool, SiteInput
 from lorry.merging.registry import Knob, merge_method

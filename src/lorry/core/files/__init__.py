@@ -1,3 +1,0 @@
-"""Reading and writing adapters: Lorry's folders, PEFT's folders, single files of kohya's and diffusers'
-naming.
-"""

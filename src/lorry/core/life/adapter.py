@@ -1,0 +1,326 @@
+"""The adapter: a named instance of a method on sites of one base, as the user holds it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lorry.core.errors import AdapterError
+from lorry.core.forward.entry import Entry, TensorHome
+from lorry.core.life.writers import WRITERS
+from lorry.core.method.base import Method
+from lorry.core.method.spec import Layout, TensorSpec
+from lorry.core.receipt import Receipt
+from lorry.core.sites.fingerprint import Fingerprint
+from lorry.core.sites.site import Site
+
+if TYPE_CHECKING:
+    from lorry.core.life.state import ModelState
+
+
+class Adapter:
+    """A named set of trained tensors on sites of one base model.
+
+    Attributes
+    ----------
+    name
+        Unique on its model.
+    method
+        The method at most of its sites; single sites may differ in options.
+    entries
+        Site path -> the adapter at that site.
+    shared
+        Tensors that all sites share, or None.
+    receipt
+        What attaching or loading did.
+    fingerprint
+        Of the base that the adapter was made for.
+    metadata
+        Lineage and training facts; plain data, written to and read from the checkpoint.
+    merged
+        Whether it is part of the base weights now.
+    """
+
+    def __init__(
+        self, state: ModelState, name: str, method: Method, sites: Mapping[str, Site], metadata: Mapping[str, Any]
+    ) -> None:
+        self.state = state
+        self.name = name
+        self.method = method
+        self.entries: dict[str, Entry] = {}
+        self.shared: TensorHome | None = None
+        self.metadata: dict[str, Any] = dict(metadata)
+        self.fingerprint: Fingerprint = state.fingerprint(sites.values())
+        self.receipt = Receipt("attach", name, 0, 0, len(sites))
+        self._originals: list[tuple[nn.Module, str, nn.Parameter]] = []
+
+    @property
+    def merged(self) -> bool:
+        """Whether the adapter is part of the base weights now."""
+        return bool(self._originals)
+
+    @property
+    def sites(self) -> list[Site]:
+        """The sites in the order of the model."""
+        return [e.site for e in self.entries.values()]
+
+    @property
+    def row_draws(self) -> int:
+        """How many copies of each row a training step needs; see `Method.row_draws`."""
+        return max((e.method.row_draws for e in self.entries.values()), default=1)
+
+    def homes(self) -> Iterator[tuple[str, TensorHome]]:
+        """Yield every home of tensors with the prefix of its names in a checkpoint."""
+        if self.shared is not None:
+            yield "shared", self.shared
+        for path, entry in self.entries.items():
+            yield path, entry.home
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor, TensorSpec]]:
+        """Yield every tensor with its name ``PATH.TENSOR`` and its spec."""
+        for prefix, home in self.homes():
+            for name, tensor in home.tensors().items():
+                yield f"{prefix}.{name}", tensor, home.specs[name]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the trained parameters; none while the adapter is frozen."""
+        for name, tensor, spec in self.named_tensors():
+            if spec.trained and isinstance(tensor, nn.Parameter) and tensor.requires_grad:
+                yield name, tensor
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the trained parameters, for an optimizer."""
+        return [p for _, p in self.named_parameters()]
+
+    @property
+    def trainable(self) -> bool:
+        """Whether its tensors are parameters of the model that receive gradients."""
+        return any(home.registered for _, home in self.homes())
+
+    def train(self, mode: bool = True) -> Adapter:
+        """Register its tensors as parameters that receive gradients, or freeze them and take them out of the module
+        tree.
+        """
+        if mode and self.merged:
+            raise AdapterError(f"Adapter '{self.name}' is merged into the base; unmerge it before training it.")
+        from lorry.core.life.state import parameter_prefix
+
+        prefix = parameter_prefix(self.name)
+        for path, home in self.homes():
+            if mode and not home.registered:
+                module = self.state.root if path == "shared" else self.entries[path].site.owner
+                # two sites of one module (packed q/k/v and output projection) need names of their own
+                own = "" if path == "shared" or self.entries[path].site.kind.additive else f"{path.rpartition('.')[2]}_"
+                home.register(module, prefix + own)
+            elif not mode:
+                home.unregister()
+        self.state.changed()
+        return self
+
+    def to(self, dtype: torch.dtype) -> Adapter:
+        """Cast its floating tensors; indices and masks keep their type."""
+        was = self.trainable
+        self.train(False)
+        for _, home in self.homes():
+            for name, tensor in home.tensors().items():
+                if home.specs[name].dtype is None:
+                    home.replace(name, tensor.to(dtype))
+        return self.train(was)
+
+    def merge(self, *, safe: bool = True) -> Receipt:
+        """Add the update to the base weights; `unmerge` restores every byte.
+
+        See `lorry.core.life.fuse.merge_into_base`.
+        """
+        from lorry.core.life.fuse import merge_into_base
+
+        self._originals, receipt = merge_into_base(self, check=safe)
+        self.state.changed()
+        return receipt
+
+    def unmerge(self) -> Receipt:
+        """Give the base its own weights back, bit for bit.
+
+        Raises
+        ------
+        AdapterError
+            The adapter is not merged, or another one was merged after it.
+        """
+        from lorry.core.life.fuse import unmerge_from_base
+
+        receipt = unmerge_from_base(self, self._originals)
+        self._originals = []
+        self.state.changed()
+        return receipt
+
+    def detach(self) -> None:
+        """Take the adapter off the model; with the last one the model is bit for bit what it was."""
+        if self.state.adapters.get(self.name) is not self:
+            raise AdapterError(f"Adapter '{self.name}' is not attached any more.")
+        if self.merged:
+            self.unmerge()
+        self.train(False)
+        self.state.remove(self)
+
+    def save(self, path: str | Path, **options: Any) -> Receipt:
+        """Write the adapter as a directory. See `lorry.formats.save.save_adapter`."""
+        return WRITERS.find("folder")(self, Path(path), **options)
+
+    def deltas(self) -> Iterator[tuple[Site, Tensor]]:
+        """Yield each site with its weight update ``(*lead, out, in)``; raises if the method has none."""
+        for entry in self.entries.values():
+            with torch.no_grad():
+                delta = entry.delta()
+            # outside: the mode would stay with the caller, and wrong for good where two walks go side by side
+            yield entry.site, delta
+
+    def joint_losses(self, left: Mapping[tuple[str, str, str], Tensor]) -> list[Tensor]:
+        """Return the losses that its methods make of what the sites left in a pass together; see
+        `Method.joint_loss`.
+        """
+        places: dict[str, dict[str, Tensor]] = {}
+        for (owner, place, name), value in left.items():
+            if owner == self.name:
+                places.setdefault(place, {})[name] = value
+        losses = []
+        for method, entries in self.groups().items():
+            # a place that is no site is shared, by the method that leaves something there
+            loss = method.joint_loss({p: v for p, v in places.items() if p in entries or p not in self.entries})
+            losses += [] if loss is None else [loss]
+        return losses
+
+    def configure(self, **options: Any) -> Adapter:
+        """Change options that the tensors do not depend on (gates, top-k, loss weights); others are refused.
+
+        Raises
+        ------
+        OptionError
+            An unknown option or a value out of range.
+        AdapterError
+            The options ask for other tensors than the adapter has. Nothing is changed then.
+        """
+        changed: dict[str, Method] = {}
+        for path, entry in self.entries.items():
+            if type(entry.method) is type(self.method):
+                changed[path] = entry.method.with_options(**options)
+        method = self.method.with_options(**options)
+        layout = joint_layout([(e.site, changed.get(p, e.method)) for p, e in self.entries.items()])
+        for prefix, home in self.homes():
+            specs = layout.shared if prefix == "shared" else layout.sites[prefix]
+            here, there = ({n: (s.shape, s.trained) for n, s in group.items()} for group in (home.specs, specs))
+            if here != there:
+                raise AdapterError(
+                    f"Adapter '{self.name}' has tensors {sorted(here)} at '{prefix}' whose shapes do not fit the "
+                    f"options {options}; "
+                    "attach a fresh adapter with them."
+                )
+        for path, changed_method in changed.items():
+            self.entries[path].method = changed_method
+        self.method = method
+        self.state.changed()
+        return self
+
+    def groups(self) -> dict[Method, dict[str, Entry]]:
+        """Return the entries by method: sites with the same options belong together."""
+        groups: dict[Method, dict[str, Entry]] = {}
+        for path, entry in self.entries.items():
+            groups.setdefault(entry.method, {})[path] = entry
+        return groups
+
+    def penalties(self) -> list[Tensor]:
+        """Return the losses that its methods put on the tensors themselves."""
+        found = []
+        for method, entries in self.groups().items():
+            if type(method).penalty is not Method.penalty:
+                value = method.penalty([(e.site, e.tensors()) for e in entries.values()])
+                found += [] if value is None else [value]
+        return found
+
+    def count(self) -> int:
+        """Return the number of trained elements."""
+        return sum(spec.numel for _, home in self.homes() for spec in home.specs.values() if spec.trained)
+
+    def __repr__(self) -> str:
+        """Return name, method, number of sites and parameters."""
+        return f"Adapter('{self.name}', {self.method}, {len(self.entries)} sites, {self.count():,} parameters)"
+
+
+def mix_seed(*parts: object) -> int:
+    """Return a seed that depends on all parts and on nothing else."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "little")
+
+
+def build(
+    state: ModelState,
+    name: str,
+    method: Method,
+    chosen: Sequence[tuple[Site, Method]],
+    *,
+    dtype: torch.dtype,
+    values: Callable[[str, TensorSpec], Tensor] | None,
+    seed: int,
+    metadata: Mapping[str, Any],
+) -> Adapter:
+    """Make an adapter that the model does not know of yet.
+
+    `chosen` gives each site with the method to use there; `values` gives each tensor by its full name (loading), and
+    without it all start afresh from `seed`.
+    """
+    sites = {site.path: site for site, _ in chosen}
+    adapter = Adapter(state, name, method, sites, metadata)
+    adapter.fingerprint = state.fingerprint(base for site, at in chosen for base in at.bases(site))
+    layout = joint_layout(chosen)
+
+    def fill(prefix: str, specs: Mapping[str, TensorSpec], device: torch.device) -> dict[str, Tensor]:
+        tensors = {}
+        for key, spec in specs.items():
+            full = f"{prefix}.{key}"
+            if values is not None and spec.saved:
+                tensors[key] = values(full, spec).to(device)
+            else:
+                tensors[key] = fresh(spec, mix_seed(seed, full), dtype).to(device)
+        return tensors
+
+    if layout.shared:
+        adapter.shared = TensorHome(layout.shared, fill("shared", layout.shared, next(iter(sites.values())).device))
+    for site, at_site in chosen:
+        own = fill(site.path, layout.sites[site.path], site.device)
+        entry = Entry(adapter, site, at_site, TensorHome(layout.sites[site.path], own), site.path in layout.sharing)
+        adapter.entries[site.path] = entry
+        if values is None and type(at_site).setup is not Method.setup:
+            at_site.setup(own, site, torch.Generator().manual_seed(mix_seed(seed, site.path, "setup")))
+    return adapter
+
+
+def joint_layout(chosen: Sequence[tuple[Site, Method]]) -> Layout:
+    """Return the layout of sites that may use different methods; each method lays out its own sites together."""
+    groups: dict[Method, list[Site]] = {}
+    for site, method in chosen:
+        groups.setdefault(method, []).append(site)
+    joint = Layout({})
+    for method, sites in groups.items():
+        layout = method.layout(sites)
+        doubled = joint.shared.keys() & layout.shared.keys()
+        if doubled:
+            raise AdapterError(
+                f"Options that differ by site do not work where sites share tensors ({sorted(doubled)})."
+            )
+        joint.sites.update(layout.sites)
+        joint.shared.update(layout.shared)
+        joint.sharing.update(layout.sites if layout.shared else ())
+    return joint
+
+
+def fresh(spec: TensorSpec, seed: int, dtype: torch.dtype) -> Tensor:
+    """Return a tensor as it starts: drawn in float32 on the CPU, whatever the target, so that a seed means one
+    thing.
+    """
+    kind = spec.dtype or torch.float32
+    tensor = torch.empty(spec.shape, dtype=kind)
+    spec.init(tensor, torch.Generator().manual_seed(seed))
+    return tensor if spec.dtype is not None else tensor.to(dtype)

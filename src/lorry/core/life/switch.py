@@ -1,0 +1,138 @@
+"""Switching the adapter of a base in place: a sparse update overwrites a few values, and they are put back bit for bit.
+
+Merging exchanges whole weights; here the bytes touched are those of the adapter, whatever the size of the base.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorry.core.errors import AdapterError
+from lorry.core.life.adapter import Adapter
+from lorry.core.method.families import WeightDelta
+from lorry.core.sites.site import Site
+from lorry.core.sites.storage import Dense, storage_of
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Patch:
+    """What a switch writes into one weight.
+
+    Attributes:
+        site: the weight.
+        index: positions in the memory of the stored weight, ascending in the order of the adapter.
+        own: the base's values there.
+        new: the values with the adapter, rounded once.
+    """
+
+    site: Site
+    index: Tensor
+    own: Tensor
+    new: Tensor
+
+
+class Switch:
+    """A sparse adapter made ready to be written into its base, and taken out, as often as one likes."""
+
+    def __init__(self, adapter: Adapter, patches: list[Patch]) -> None:
+        self.adapter = adapter
+        self.patches = patches
+        self.written = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one write passes over: each position, its value, and its place in the base."""
+        return sum(p.index.nbytes + 2 * p.new.nbytes for p in self.patches)
+
+    def on(self) -> None:
+        """Write the adapter's values into the base.
+
+        Raises:
+            AdapterError: an adapter is in the base already (two sets of overwritten values would be mixed up), or this
+                one is active and would count twice.
+        """
+        state, name = self.adapter.state, self.adapter.name
+        _check_bare(self.adapter)
+        if state.active is not None and any(part.adapter is self.adapter for part in state.active.parts):
+            raise AdapterError(
+                f"Adapter '{name}' is active and would count twice; call lorry.activate(model, None) first."
+            )
+        for patch in self.patches:
+            _write(patch.site, patch.index, patch.new)
+        state.merged.append(name)
+        self.written = True
+
+    def off(self) -> None:
+        """Put the base's own values back.
+
+        Raises:
+            AdapterError: the adapter's values are not in the base.
+        """
+        if not self.written:
+            raise AdapterError(f"The values of adapter '{self.adapter.name}' are not in the base.")
+        for patch in self.patches:
+            _write(patch.site, patch.index, patch.own)
+        self.adapter.state.merged.remove(self.adapter.name)
+        self.written = False
+
+
+def make_switch(adapter: Adapter, weight: float = 1.0) -> Switch:
+    """Make a sparse adapter ready to be switched in place.
+
+    Args:
+        adapter: an adapter whose method gives `WeightDelta.sparse`, on a dense base.
+        weight: strength of the update.
+
+    Raises:
+        AdapterError: the update is not sparse, the base is quantised, or an adapter is in the base now.
+    """
+    _check_bare(adapter)
+    patches = []
+    for entry in adapter.entries.values():
+        method, site = entry.method, entry.site
+        found = method.sparse(entry.tensors(), site) if isinstance(method, WeightDelta) else None
+        if found is None or not isinstance(storage_of(site), Dense):
+            raise AdapterError(f"The update at '{site.path}' is not sparse on a dense weight; use adapter.merge().")
+        index = _in_memory(site, found[0])
+        own = _flat(site).index_select(0, index)
+        exact = torch.promote_types(own.dtype, torch.float32)
+        new = (own.to(exact) + weight * found[1].detach().to(exact)).to(own.dtype)
+        patches.append(Patch(site, index, own, new))
+    return Switch(adapter, patches)
+
+
+def _check_bare(adapter: Adapter) -> None:
+    if adapter.state.merged:
+        other = adapter.state.merged[-1]
+        raise AdapterError(f"Adapter '{other}' is in the base; take it out before '{adapter.name}' is written.")
+
+
+def _flat(site: Site) -> Tensor:
+    """Return the memory of the stored weight as a vector."""
+    stored = site.stored.detach()
+    if not stored.is_contiguous():
+        raise AdapterError(f"The weight of '{site.path}' is not contiguous and cannot be written in place.")
+    return stored.view(-1)
+
+
+def _write(site: Site, index: Tensor, values: Tensor) -> None:
+    """Overwrite the memory of a weight at distinct places, as whole numbers of the same width: the bits are copied,
+    and PyTorch's scatter of those is the fastest on every dtype.
+    """
+    width = _BITS[values.element_size()]
+    _flat(site).view(width).scatter_(0, index, values.view(width))
+
+
+def _in_memory(site: Site, index: Tensor) -> Tensor:
+    """Return where entries of the matrix ``(*lead, out, in)`` lie in the memory of the stored weight."""
+    matrix = site.kind.to_matrix(site, site.stored.detach())
+    index = index.long()
+    if matrix.is_contiguous():
+        return index
+    places = torch.unravel_index(index, site.shape)
+    return torch.stack([place * step for place, step in zip(places, matrix.stride(), strict=True)]).sum(0)

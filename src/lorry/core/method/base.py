@@ -1,0 +1,189 @@
+"""Methods: the mathematics of a parametrisation as a frozen dataclass of options and a few pure functions.
+
+A method belongs to a family, and everything else is derived from the family once: forward, rows of a batch, merging,
+saving, exporting, counting. See `Bottleneck`, `WeightDelta` and `Block` in `lorry.core.method.families`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+from torch import Generator, Tensor, nn
+
+from lorry.core.errors import AdapterError
+from lorry.core.method.call import Call
+from lorry.core.method.spec import Layout, Observed, Places, Tensors, TensorSpec
+from lorry.core.options import check_options, from_options
+from lorry.core.sites.site import Site
+
+MergeClass = Literal["exact", "approximate", "never"]
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What the registry knows of a method."""
+
+    slug: str
+    cls: type[Method]
+    paper: str
+    family: str
+    kinds: tuple[str, ...]
+    identity_at_start: bool
+    merge: MergeClass
+    linear_in_scale: bool
+    preset_of: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the facts as plain data, with the options and their help."""
+        fields = dataclasses.fields(self.cls)  # type: ignore[arg-type]
+        options = {f.name: {"default": f.default, "help": f.metadata.get("help", "")} for f in fields}
+        plain = {k: v for k, v in vars(self).items() if k != "cls"}
+        return {**plain, "kinds": list(self.kinds), "class": self.cls.__name__, "options": options}
+
+
+class Method(ABC):
+    """Base of all methods. Subclasses are frozen dataclasses whose fields are the user's options."""
+
+    info: ClassVar[MethodInfo]
+    family: ClassVar[str]
+    #: How the family merges into a base weight, unless a registration says otherwise.
+    merges: ClassVar[MergeClass] = "exact"
+    #: Further kinds of sites that `place` makes something of (the layers of a block).
+    gathers: ClassVar[tuple[str, ...]] = ()
+    #: Parameter-free knobs that the training engine reads: learning-rate factors by tensor name (LoRA+).
+    rate_factors: ClassVar[Mapping[str, float]] = {}
+
+    def __post_init__(self) -> None:
+        """Check every option against its declared range, then the rules between options."""
+        check_options(self)
+        self.check()
+
+    def check(self) -> None:
+        """Check rules between options; raise `OptionError` with the rule and the values."""
+        return
+
+    def check_site(self, site: Site) -> None:
+        """Check that the options fit a site; raise `SiteError` with the rule and the values."""
+        return
+
+    def for_site(self, site: Site) -> Method | None:
+        """Return the method to use at `site`: itself, another one (a mixture), or None to leave the site out."""
+        return self
+
+    def place(self, sites: Sequence[Site], root: nn.Module) -> Sequence[tuple[Site, Method]]:
+        """Return where the method sits, of the selected sites, and as which method; a method may give other sites of
+        `root`.
+        """
+        return [(site, self) for site in sites]
+
+    @property
+    def merging(self) -> MergeClass:
+        """How this method merges with these options; the registration says it for the method as such."""
+        return self.info.merge
+
+    def bases(self, site: Site) -> Sequence[Site]:
+        """Return the sites whose weights the method builds on, by which the base is recognised."""
+        return [site]
+
+    @property
+    def row_draws(self) -> int:
+        """How many copies of each row a training step needs, each with routes of its own.
+
+        Above 1, the training engine repeats the rows and adds the policy term of
+        `lorry.methods.parts.routing.leave_one_out`, with the log-probability that the method leaves as
+        ``log_probability`` (`Call.leave`), one for each row.
+        """
+        return 1
+
+    def with_experts(self, ranks: Sequence[int]) -> Self:
+        """Return the method with options that fit low-rank adapters of these ranks as its experts; see `adopt`."""
+        raise AdapterError(f"{type(self).__name__} cannot be made from other adapters.")
+
+    def adopt(self, tensors: Tensors, site: Site, experts: Sequence[tuple[Tensor, Tensor, float]]) -> float:
+        """Fill tensors in place from the ``(A, B, scale)`` of other adapters at `site`; return the relative error of
+        doing so.
+
+        See `lorry.merging.mixture.from_adapters`.
+        """
+        raise AdapterError(f"{type(self).__name__} cannot be made from other adapters.")
+
+    @abstractmethod
+    def tensors(self, site: Site) -> dict[str, TensorSpec]:
+        """Return the tensors that the method owns at `site`, by name."""
+
+    def layout(self, sites: Sequence[Site]) -> Layout:
+        """Return all tensors of an adapter on `sites`. Override to share tensors across sites."""
+        return Layout({site.path: self.tensors(site) for site in sites})
+
+    def setup(self, tensors: dict[str, Tensor], site: Site, generator: Generator) -> None:
+        """Fill tensors that depend on the base weight (``site.matrix()``) in place, after their plain start."""
+        return
+
+    @property
+    def calibration(self) -> Literal["none", "gradients", "inputs"]:
+        """What the method wants to see of calibration batches before training; see `lorry.core.life.calibrate`."""
+        return "none"
+
+    def allocate(self, seen: Mapping[str, Observed]) -> dict[str, Method | None]:
+        """Return the sites whose options calibration changes (ranks), with the method to use there; None leaves a site
+        out.
+        """
+        return {}
+
+    def prepare(self, tensors: Tensors, site: Site, seen: Observed, generator: Generator) -> None:
+        """Set tensors in place from what calibration saw at the site, once before training."""
+        return
+
+    def after_step(self, tensors: Tensors, site: Site, record: Mapping[str, Tensor]) -> None:
+        """Update state outside the gradient once after an optimizer step, from what `Call.record` kept."""
+        return
+
+    def balance(self, places: Places, step: int, total: int) -> None:
+        """Update state that spans sites (a rank budget, a drawn rank) once after an optimizer step.
+
+        It is called for all sites of an adapter together, after step number `step` (from 1) of `total`, while the
+        gradients of that step are still in the parameters' ``grad``.
+        """
+        return
+
+    def penalty(self, places: Places) -> Tensor | None:
+        """Return a loss on the tensors alone (orthogonality), which `lorry.auxiliary_loss` adds; None if there is
+        none.
+        """
+        return None
+
+    def joint_loss(self, left: Mapping[str, Mapping[str, Tensor]]) -> Tensor | None:
+        """Return a loss made of what all places left in a pass (`Call.leave`): place -> name -> tensor; None if there
+        is none.
+        """
+        return None
+
+    @abstractmethod
+    def apply(self, call: Call, tensors: Tensors) -> Tensor:
+        """Return the update of the layer's output for one call, not yet weighted by the active set."""
+
+    def delta(self, tensors: Tensors, site: Site) -> Tensor:
+        """Return the update of the weight as ``(*lead, out, in)``; raises `AdapterError` if there is none."""
+        raise AdapterError(
+            f"{type(self).__name__} has no weight update: it depends on the input, so it cannot be merged."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return slug and options as plain data for a checkpoint or a YAML file."""
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}  # type: ignore[arg-type]
+        return {"method": self.info.slug, **{k: _plain(v) for k, v in options.items()}}
+
+    def with_options(self, **options: Any) -> Self:
+        """Return a copy with some options changed, checked anew."""
+        current = {k: v for k, v in self.to_dict().items() if k != "method"}
+        return from_options(type(self), {**current, **options})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Method):
+        return value.to_dict()
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,221 @@
+"""The families of methods; what can be derived from a method's mathematics is derived here, once."""
+
+from __future__ import annotations
+
+import weakref
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lorry.core.errors import AdapterError, SiteError
+from lorry.core.method.base import MergeClass, Method
+from lorry.core.method.call import Call
+from lorry.core.method.spec import Tensors
+from lorry.core.sites.site import Site
+
+
+class Bottleneck(Method):
+    """``y = base(x) + scale · up(mid(down(x)))`` with a `mid` that is the identity unless `mid` is overridden.
+
+    A method gives `tensors` and, where they differ from LoRA's, `factors` and `scale`. A constant between the factors
+    (a diagonal, a core matrix) belongs into `factors`: it keeps the update linear, so it merges and exports exactly.
+    What depends on the token (gates, top-k, masks) goes into `mid`, and the method never merges, except for options
+    under which `constant` holds (every expert active). `mid` may return another number of rank units than it was
+    given: a router's rows can be stacked under A, so that both see the same input.
+    """
+
+    family: ClassVar[str] = "bottleneck"
+    #: Fraction of input elements dropped in training; methods with an option of this name shadow it.
+    dropout: float = 0.0
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Derive how the method merges from whether it overrides `mid`."""
+        super().__init_subclass__(**kwargs)
+        if cls.mid is not Bottleneck.mid:
+            cls.family = "bottleneck, mid per token"
+            cls.merges = "never"
+
+    def factors(self, tensors: Tensors, site: Site) -> tuple[Tensor, Tensor]:
+        """Return A ``(*lead, rank, in)`` and B ``(*lead, out, rank)``."""
+        return tensors["A"], tensors["B"]
+
+    def scale(self, site: Site) -> float:
+        """Return the constant factor of the update."""
+        return 1.0
+
+    def mid(self, h: Tensor, call: Call, tensors: Tensors) -> Tensor:
+        """Return what the rank units ``h`` ``(..., rank)`` become for this call's tokens."""
+        return h
+
+    def gain(self, a: Tensor, b: Tensor, tensors: Tensors, site: Site) -> Tensor | None:
+        """Return a factor for each output channel of base and update together (DoRA), or None."""
+        return None
+
+    @property
+    def constant(self) -> bool:
+        """Whether the update is the same for every token; a method that gates tokens may be so in a limit."""
+        return type(self).mid is Bottleneck.mid
+
+    @property
+    def merging(self) -> MergeClass:
+        """How the method merges with these options: exactly in a limit in which the gates are constant."""
+        return "exact" if self.info.merge == "never" and self.constant else self.info.merge
+
+    def check_site(self, site: Site) -> None:
+        """Refuse gates per token where the update can only be applied as a whole."""
+        if not self.constant and not site.kind.additive:
+            raise SiteError(
+                f"{type(self).__name__} has gates for each token, but a larger module uses the weight of '{site.path}' "
+                f"({site.kind.name}) itself and takes a dense update only. Leave it out."
+            )
+
+    @property
+    def plain(self) -> bool:
+        """Whether the update is exactly ``scale · B A``: constant, and without an output gain."""
+        return self.constant and type(self).gain is Bottleneck.gain
+
+    def apply(self, call: Call, tensors: Tensors) -> Tensor:
+        """Return the update of the layer's output."""
+        site, kind = call.site, call.site.kind
+        a, b = self.factors(tensors, site)
+        x, dtype = call.dropout(self.dropout), call.output.dtype
+        if x.is_floating_point() and x.dtype != dtype:
+            x = x.to(dtype)
+        scale = self.scale(site)
+        if self.constant and not kind.factors_apply(site):
+            update = kind.dense(site, x, (b @ a).mul(scale).to(dtype))
+        else:
+            h = self.mid(kind.down(site, x, a.to(dtype)), call, tensors)
+            update = kind.up(site, h if scale == 1.0 else h * scale, b.to(dtype))
+        gain = self.gain(a, b, tensors, site)
+        return update if gain is None else _with_gain(call, update, gain.to(dtype))
+
+    def delta(self, tensors: Tensors, site: Site) -> Tensor:
+        """Return ``scale · B A``, with DoRA's gain ``g ⊙ (W + ΔW) - W``, as ``(*lead, out, in)`` in float32 or
+        better.
+        """
+        self._needs_constant(site)
+        a, b = self.factors(tensors, site)
+        exact = torch.promote_types(a.dtype, torch.float32)
+        update = (
+            (b.to(exact) @ a.to(exact)).mul_(self.scale(site)) if not _tracked(a, b) else (b @ a) * self.scale(site)
+        )
+        gain = self.gain(a, b, tensors, site)
+        if gain is None:
+            return update
+        weight = site.matrix().to(update)
+        return gain.to(update).unsqueeze(-1) * (weight + update) - weight
+
+    def _needs_constant(self, site: Site) -> None:
+        if not self.constant:
+            raise AdapterError(
+                f"{type(self).__name__} has no weight update at '{site.path}': its gates depend on the token, so it "
+                "can "
+                "neither be merged nor exported as a plain LoRA with these options. Serve it unmerged."
+            )
+
+
+def _tracked(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def _with_gain(call: Call, update: Tensor, gain: Tensor) -> Tensor:
+    """Return ``(g - 1) ⊙ (y - bias) + g ⊙ update``, so that adding it to y scales base and update together."""
+    kind, site = call.site.kind, call.site
+    base, bias = kind.channels_last(site, call.output), kind.bias(site)
+    base = base if bias is None else base - bias
+    result = (gain - 1) * base + gain * kind.channels_last(site, update)
+    return result if site.kind.name != "conv" else result.movedim(-1, 1)
+
+
+class WeightDelta(Method):
+    """An update of the weight that is not a product of two thin factors (SHiRA, LoHa, LoKr).
+
+    A method gives `tensors` and `delta`; it may override `bypass` where applying the update to x is cheaper than
+    building it.
+    """
+
+    family: ClassVar[str] = "weight delta"
+    dropout: float = 0.0
+
+    @abstractmethod
+    def delta(self, tensors: Tensors, site: Site) -> Tensor:
+        """Return the update of the weight as ``(*lead, out, in)``."""
+
+    def sparse(self, tensors: Tensors, site: Site) -> tuple[Tensor, Tensor] | None:
+        """Return flat positions in ``(*lead, out, in)`` and values if the update is zero elsewhere; see
+        `lorry.core.life.switch`.
+        """
+        return None
+
+    def bypass(self, x: Tensor, tensors: Tensors, site: Site) -> Tensor:
+        """Return ``ΔW x`` in the layer's output layout."""
+        return site.kind.dense(site, x, self.delta(tensors, site).to(x.dtype if x.is_floating_point() else None))
+
+    def apply(self, call: Call, tensors: Tensors) -> Tensor:
+        """Return the update of the layer's output."""
+        x = call.dropout(self.dropout)
+        if x.is_floating_point() and x.dtype != call.output.dtype:
+            x = x.to(call.output.dtype)
+        return self.bypass(x, tensors, call.site).to(call.output.dtype)
+
+
+class Block(Method):
+    """A method that takes over the forward of a whole module (a mixture of experts in place of a feed-forward
+    block).
+    """
+
+    family: ClassVar[str] = "block"
+    merges: ClassVar[MergeClass] = "never"
+
+    @abstractmethod
+    def forward(self, base: Callable[..., Any], call: Call, tensors: Tensors, *args: Any, **kwargs: Any) -> Any:
+        """Return the module's output; `base` runs the module as it is on the same arguments."""
+
+    def apply(self, call: Call, tensors: Tensors) -> Tensor:
+        """Not used: a block has its own forward."""
+        raise AdapterError(f"{type(self).__name__} is a block method; it has no update of a layer's output.")
+
+
+def _squares(site: Site, weight: Tensor) -> Tensor:
+    """Return the squared norms of the channels of the base weight, kept for as long as the weight is the same."""
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    if torch.compiler.is_compiling():
+        return torch.linalg.vector_norm(weight, dim=-1, dtype=exact).square()
+    stored = site.stored
+    kept = site.owner.__dict__.setdefault("_lorry_norms", {})
+    # a weak reference: an address may be that of another weight by now, e.g. after a merge was taken back
+    found = kept.get(site.path)
+    if found is None or found[0]() is not stored or found[1] != stored._version:
+        squares = torch.linalg.vector_norm(weight, dim=-1, dtype=exact).square()
+        found = kept[site.path] = (weakref.ref(stored), stored._version, squares)
+    squares = found[2]
+    return squares
+
+
+def norms_of_sum(site: Site, a: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
+    """Return the norm of each output channel of ``W + scale · B A`` as ``(*lead, out)``, from the factors.
+
+    ``‖w + s b A‖² = ‖w‖² + 2 s b·(A wᵀ) + s² b (A Aᵀ) bᵀ``: no dense update, and ‖w‖² is worked out once for each
+    weight.
+    """
+    weight = site.matrix()
+    squares = _squares(site, weight)
+    if a is None or b is None:
+        return squares.sqrt()
+    a, b = a.detach(), b.detach()
+    # rank units in rows, so that the products run along contiguous memory
+    cross = (a @ weight.to(a.dtype).mT * b.mT).sum(-2)
+    square = ((a @ a.mT) @ b.mT * b.mT).sum(-2)
+    return (squares + 2 * scale * cross + scale**2 * square).clamp_min(0).sqrt()
+
+
+def check_rank(site: Site, rank: int, name: str = "rank") -> None:
+    """Raise `SiteError` for a rank above the width of the layer: the product could not use it."""
+    most = min(site.out_features, site.in_features)
+    if rank > most:
+        shape = f"{site.out_features} x {site.in_features}"
+        raise SiteError(f"'{site.path}' is {shape}: {name} must be at most {most}, found {rank}.")

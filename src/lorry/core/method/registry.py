@@ -1,0 +1,104 @@
+"""The registry of methods and of their published presets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from lorry.core.errors import OptionError
+from lorry.core.method.base import MergeClass, Method, MethodInfo
+from lorry.core.options import from_options
+from lorry.core.registry import Registry
+from lorry.core.sites.kinds import KIND_NAMES
+
+M = TypeVar("M", bound=type[Method])
+METHODS: Registry[MethodInfo] = Registry("method", "`lorry methods` lists them.")
+#: What `method_from` builds where nobody says which method.
+DEFAULT = "lora"
+
+
+def register(
+    slug: str,
+    *,
+    paper: str,
+    kinds: Iterable[str] = ("linear", "conv", "embedding", "packed", "experts"),
+    identity_at_start: bool = True,
+    merge: MergeClass | None = None,
+    linear_in_scale: bool = True,
+) -> Callable[[M], M]:
+    """Register a method under a slug. This is the only thing a new method does besides its mathematics.
+
+    Parameters
+    ----------
+    slug
+        Lower-case name used on the command line, in YAML and in checkpoints.
+    paper
+        Reference, e.g. ``arXiv 2106.09685``.
+    kinds
+        Kinds of sites that the method can sit on.
+    identity_at_start
+        Whether a fresh adapter leaves the model's output unchanged.
+    merge
+        Overrides the family's way of merging.
+    linear_in_scale
+        Whether weight k in the active set gives k times the update.
+    """
+    unknown = set(kinds) - set(KIND_NAMES)
+    if unknown:
+        raise OptionError(f"Method '{slug}' names unknown site kinds {sorted(unknown)}; there are {list(KIND_NAMES)}.")
+
+    def decorate(cls: M) -> M:
+        merges = merge or cls.merges
+        info = MethodInfo(slug, cls, paper, cls.family, tuple(kinds), identity_at_start, merges, linear_in_scale)
+        cls.info = info
+        METHODS.add(slug, info)
+        return cls
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published name for a method with certain options."""
+
+    slug: str
+    of: str
+    options: Mapping[str, Any]
+    paper: str
+
+
+PRESETS: Registry[Preset] = Registry("preset")
+
+
+def preset(slug: str, of: str, *, paper: str, **options: Any) -> Preset:
+    """Register a published variant that differs from a method by options only."""
+    return PRESETS.add(slug, Preset(slug, of, options, paper))
+
+
+def presets() -> dict[str, Preset]:
+    """Return all presets by slug."""
+    METHODS.discover()
+    return dict(PRESETS)
+
+
+def methods() -> dict[str, MethodInfo]:
+    """Return every registered method by slug."""
+    return dict(METHODS)
+
+
+def method_from(values: Mapping[str, Any] | str) -> Method:
+    """Build a method from its slug, or from plain data with the key ``method`` and its options.
+
+    Raises
+    ------
+    OptionError
+        Unknown slug or option (with near misses), or a value out of range.
+    """
+    values = {"method": values} if isinstance(values, str) else dict(values)
+    slug = values.pop("method", DEFAULT)
+    known = presets()
+    if slug in known:
+        values = {**known[slug].options, **values}
+        slug = known[slug].of
+    return from_options(METHODS.find(slug, also=known).cls, values)

@@ -1,0 +1,109 @@
+"""What a method says of its tensors, and what it is given: specs, starts, layouts, what calibration saw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Generator, Tensor
+
+from lorry.core.sites.site import Site
+
+Init = Callable[[Tensor, Generator], object]
+Tensors = Mapping[str, Tensor]
+#: Sites with the tensors there, for what a method does to all of its sites together.
+Places = Sequence[tuple[Site, Tensors]]
+
+
+def zeros(tensor: Tensor, generator: Generator) -> None:
+    """Fill with zeros."""
+    tensor.zero_()
+
+
+def ones(tensor: Tensor, generator: Generator) -> None:
+    """Fill with ones."""
+    tensor.fill_(1)
+
+
+def kaiming(tensor: Tensor, generator: Generator) -> None:
+    """Fill uniformly in ±1/√fan_in (Kaiming with a=√5), fan_in being the last dimension."""
+    bound = 1 / math.sqrt(tensor.shape[-1])
+    tensor.uniform_(-bound, bound, generator=generator)
+
+
+def normal(std: float = 1.0) -> Init:
+    """Return an initialiser that draws from N(0, std²)."""
+    return lambda tensor, generator: tensor.normal_(0.0, std, generator=generator)
+
+
+def constant(value: float) -> Init:
+    """Return an initialiser that fills with `value`."""
+    return lambda tensor, generator: tensor.fill_(value)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor that a method owns: its shape, how it starts, whether it is trained.
+
+    `dtype` None means the adapter's own; indices and masks name theirs and keep it through every cast. Tensors with
+    ``saved=False`` are rebuilt from the seed and not written to the checkpoint.
+    """
+
+    shape: tuple[int, ...]
+    init: Init = zeros
+    trained: bool = True
+    dtype: torch.dtype | None = None
+    saved: bool = True
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What calibration saw at one site, on the CPU in float32; only what the method asked for is there.
+
+    Attributes
+    ----------
+    gradient
+        Mean over batches of the gradient of the weight, ``(*lead, out, in)``.
+    inputs
+        Rows ``(k, in)`` with ``inputsᵀ inputs = Σ (x - mean)(x - mean)ᵀ``: exact if k is not less than the rank of the
+        inputs, else the principal part.
+    mean
+        Of the inputs, ``(in,)``.
+    count, variance
+        Number of inputs, and ``Σ ‖x - mean‖²``, of which `inputs` explains a part.
+    """
+
+    gradient: Tensor | None = None
+    inputs: Tensor | None = None
+    mean: Tensor | None = None
+    count: int = 0
+    variance: float = 0.0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All tensors of an adapter: those of each site by path, and those that sites share.
+
+    Where an adapter has sites of several methods, `sharing` are the paths of those whose method shares.
+    """
+
+    sites: dict[str, dict[str, TensorSpec]]
+    shared: dict[str, TensorSpec] = field(default_factory=dict)
+    sharing: set[str] = field(default_factory=set)
+
+    def specs(self) -> Iterator[TensorSpec]:
+        """Yield every spec once."""
+        yield from self.shared.values()
+        for specs in self.sites.values():
+            yield from specs.values()
+
+    def count(self, trained: bool = True) -> int:
+        """Return the number of elements, of trained tensors only unless told otherwise."""
+        return sum(s.numel for s in self.specs() if s.trained or not trained)

@@ -1,0 +1,262 @@
+"""Finding the place of every tensor of a file in a model, without changing the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Generator, Tensor, nn
+
+from lorry.core.errors import CheckpointError, some
+from lorry.core.life.state import ModelState
+from lorry.core.method.base import Method
+from lorry.core.method.registry import method_from
+from lorry.core.sites.fingerprint import Fingerprint
+from lorry.core.sites.site import Site
+from lorry.formats.info import AdapterFile
+from lorry.formats.names import Resolver
+from lorry.formats.parts import Part, doubled_by_peft
+
+
+@dataclass
+class Bound:
+    """A file's tensors by the names that a model's adapter gives them.
+
+    Attributes
+    ----------
+    chosen
+        Every site with its method.
+    values
+        ``PATH.TENSOR`` -> tensor in Lorry's layout.
+    verified
+        Tensors of the file that were found equal to the base's own and need no place.
+    elsewhere
+        Tensors that belong to another model of the pipeline.
+    paths
+        The file's site path -> the model's.
+    """
+
+    chosen: list[tuple[Site, Method]] = field(default_factory=list)
+    values: dict[str, Tensor] = field(default_factory=dict)
+    verified: int = 0
+    elsewhere: int = 0
+    paths: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def bind(file: AdapterFile, state: ModelState) -> Bound:
+    """Find the place of every tensor.
+
+    Raises
+    ------
+    CheckpointError
+        A tensor has no place, or a site that the file's targets name has no tensors.
+    """
+    bound = Bound(notes=list(file.notes))
+    if file.format in ("kohya", "diffusers"):
+        _bind_single(file, state, bound)
+        return bound
+    resolver = Resolver(state)
+    targeted = file.config.parameter_targeted if file.config is not None else None
+    for label, part in file.sites.items():
+        if part.kind == "block":
+            site = resolver.whole(part.path)
+        else:
+            site = resolver.find(part.path, part.depth, targeted)
+        if site is None:
+            raise resolver.missing(part.path, str(file.path), some(part.keys.values(), 2))
+        _put(file, part, site, bound)
+        bound.paths[label] = site.path
+        if file.manifest is None and doubled_by_peft(site.path, site.kind.name):
+            bound.notes.append(
+                f"PEFT adds the update at '{site.path}' twice; it was doubled, so that outputs are equal"
+            )
+    for name, key in file.shared.items():
+        if key in file.file.places:
+            bound.values[f"shared.{name}"] = file.read(key)
+    if file.config is not None:
+        _check_targets(file, state, resolver, bound)
+        _base_copies(file, resolver, bound)
+    bound.notes += resolver.notes
+    return bound
+
+
+def _put(file: AdapterFile, part: Part, site: Site, bound: Bound) -> None:
+    kind = site.kind.name
+    if part.kind is not None and kind != part.kind:
+        raise CheckpointError(
+            f"'{file.path}' was made for a {part.kind} at '{part.path}', but the model has a {kind} there: "
+            f"{site}. It is an adapter for another architecture."
+        )
+    method = part.method
+    values = file.site_tensors(part, kind, site.lead)
+    if file.config is not None and file.config.split == method.info.slug:
+        values.update(_taken_out(method, site))
+    if not file.native and kind == "conv":
+        _check_convolution(file, site)
+    prefix = site.path
+    for name, value in values.items():
+        full = f"{prefix}.{name}"
+        if full in bound.values:
+            raise CheckpointError(f"'{file.path}' holds two tensors for '{full}' of this model; nothing was loaded.")
+        bound.values[full] = value
+    bound.chosen.append((site, method))
+
+
+def _taken_out(method: Method, site: Site) -> dict[str, Tensor]:
+    """Return the factors of what was taken out of the base weight when the adapter was made."""
+    specs = method.tensors(site)
+    fresh = {name: torch.empty(spec.shape, device=site.device) for name, spec in specs.items()}
+    with torch.no_grad():
+        method.setup(fresh, site, Generator().manual_seed(0))
+    return {name: fresh[name] for name in ("A0", "B0")}
+
+
+def _check_convolution(file: AdapterFile, site: Site) -> None:
+    """Refuse convolutions where PEFT's and kohya's own forward computes something that is no update of the
+    weight.
+    """
+    module = site.owner
+    if module.groups != 1:
+        raise CheckpointError(
+            f"'{file.path}': '{site.path}' is a convolution in {module.groups} groups. The factors that "
+            "other tools train there see all channels, which no update of its weight does; Lorry cannot "
+            "carry them."
+        )
+
+
+def _check_targets(file: AdapterFile, state: ModelState, resolver: Resolver, bound: Bound) -> None:
+    """Raise if a site that PEFT's config targets has no tensors: the file was cut."""
+    config = file.config
+    assert config is not None
+    if not config.targets_known:
+        return
+    have = {site.path for site, _ in bound.chosen}
+    missing = []
+    for path, site in state.sites.items():
+        if path in have or site.kind.name == "experts":
+            continue
+        if site.kind.name == "packed":
+            if not path.endswith(".in_proj_weight"):
+                continue
+            path = path.removesuffix(".in_proj_weight")
+        if config.targeted(resolver.original(path)):
+            missing.append(site.path)
+    if missing:
+        raise CheckpointError(
+            f"'{file.path}' targets {len(missing)} sites of this model for which it holds no tensors: "
+            f"{some(missing)}. The file is incomplete, or it is for another model; nothing was loaded."
+        )
+    for name in config.values.get("modules_to_save") or ():
+        if not any(
+            p == name or p.endswith(f".{name}") for p in (s.path for s, m in bound.chosen if m.info.slug == "full")
+        ):
+            found = [p for p, _ in state.root.named_modules() if p == name or p.endswith(f".{name}")]
+            if found:
+                raise CheckpointError(
+                    f"'{file.path}' lists '{name}' in modules_to_save but holds no tensors for {some(found)}."
+                )
+
+
+def _base_copies(file: AdapterFile, resolver: Resolver, bound: Bound) -> None:
+    """Check embeddings that were saved along with an adapter against the base, and carry those that differ
+    as whole modules.
+    """
+    full = method_from("full")
+    for path, key in file.base_copies.items():
+        module_path, _, name = path.rpartition(".")
+        site = resolver.whole(module_path)
+        own = site.owner._parameters.get(name) if site is not None else None
+        if site is None or own is None or not _is_embedding(site.owner, resolver.state.root):
+            raise CheckpointError(
+                f"'{file.path}' holds the tensor '{key}', which is neither a factor nor one of "
+                f"modules_to_save nor an embedding of {type(resolver.state.root).__name__}; nothing was "
+                "loaded."
+            )
+        value = file.read(key)
+        if value.shape != own.shape:
+            raise CheckpointError(
+                f"'{file.path}' was trained with an embedding of {tuple(value.shape)} at '{site.path}', "
+                f"this model has {tuple(own.shape)}. Resize it first: "
+                f"model.resize_token_embeddings({value.shape[0]})."
+            )
+        if torch.equal(value.to(own.dtype), own.detach().to(value.device)):
+            bound.verified += 1
+            bound.notes.append(f"'{key}' equals the base's own and was left out")
+            continue
+        if any(s.owner is site.owner for s, _ in bound.chosen):
+            raise CheckpointError(
+                f"'{file.path}' holds another base weight for '{site.path}', which it adapts too: it was "
+                "made for another base."
+            )
+        bound.values[f"{site.path}.{name}"] = value
+        bound.chosen.append((site, full))
+        bound.notes.append(f"'{site.path}' differs from the base and is carried whole")
+
+
+def _is_embedding(module: nn.Module, root: nn.Module) -> bool:
+    getter = getattr(root, "get_output_embeddings", None)
+    return isinstance(module, nn.Embedding) or (callable(getter) and getter() is module)
+
+
+def _bind_single(file: AdapterFile, state: ModelState, bound: Bound) -> None:
+    """Choose the components of a pipeline's file that this model is, and bind them."""
+    groups: dict[str, list[Part]] = {}
+    for part in file.sites.values():
+        groups.setdefault(part.component, []).append(part)
+    resolver = Resolver(state, flat=file.format == "kohya")
+    found = {c: [_single_site(part, resolver) for part in parts] for c, parts in groups.items()}
+    whole = [
+        c
+        for c, sites in found.items()
+        if all(s is not None and _fits(file, p, s) for p, s in zip(groups[c], sites, strict=True))
+    ]
+    if not whole:
+        best = max(found, key=lambda c: sum(s is not None for s in found[c]))
+        lacking = [p for p, s in zip(groups[best], found[best], strict=True) if s is None]
+        if lacking:
+            raise resolver.missing(lacking[0].path, str(file.path), some(lacking[0].keys.values(), 2))
+        whole = [best]  # every site is there; a shape differs, and the check of shapes says which
+    places: dict[str, str] = {}
+    for component in whole:
+        for part, site in zip(groups[component], found[component], strict=True):
+            assert site is not None
+            if site.path in places:
+                raise CheckpointError(
+                    f"'{file.path}' has two components, '{places[site.path]}' and '{component}', that both "
+                    "fit this model; split the file."
+                )
+            places[site.path] = component
+            _put(file, part, site, bound)
+            bound.paths[part.path] = site.path
+    for component in groups.keys() - set(whole):
+        count = sum(len(p.keys) for p in groups[component])
+        bound.elsewhere += count
+        bound.notes.append(
+            f"{count} tensors of '{component}' belong to another model of the pipeline and were left out"
+        )
+    bound.notes += resolver.notes
+
+
+def _single_site(part: Part, resolver: Resolver) -> Site | None:
+    joint = "_" if resolver._flat is not None else "."
+    inner = resolver.find(f"{part.component}{joint}{part.path}") if part.component else None
+    return inner or resolver.find(part.path)
+
+
+def _fits(file: AdapterFile, part: Part, site: Site) -> bool:
+    """Whether the outer sizes of A and B are those of the site."""
+    places = file.file.places
+    a, b = places[part.keys["A"]].shape, places[part.keys["B"]].shape
+    width = 1
+    for size in a[1:]:
+        width *= size
+    return b[0] == site.out_features and (width == site.in_features or "mid" in part.keys)
+
+
+def renamed(mark: Fingerprint, paths: Mapping[str, str]) -> Fingerprint:
+    """Return a fingerprint with the file's site paths replaced by the model's."""
+    if all(paths.get(p, p) == p for p in mark.sites):
+        return mark
+    return Fingerprint({paths.get(p, p): value for p, value in mark.sites.items()}, mark.base)

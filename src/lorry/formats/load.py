@@ -1,0 +1,205 @@
+"""Loading an adapter onto a model: exact, or not at all."""
+
+from __future__ import annotations
+
+import os
+import re
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lorry.core.errors import CheckpointError, near_misses, some
+from lorry.core.life.adapter import Adapter, build
+from lorry.core.life.state import ModelState, open_state
+from lorry.core.method.registry import methods
+from lorry.core.method.spec import TensorSpec
+from lorry.core.receipt import FingerprintVerdict, Receipt
+from lorry.core.sites.fingerprint import Fingerprint
+from lorry.formats.bind import Bound, bind, renamed
+from lorry.formats.folders import MANIFEST, PEFT_CONFIG, inside, located
+from lorry.formats.info import AdapterFile, read_info
+from lorry.formats.peft_config import read_json
+
+
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    trainable: bool = False,
+    activate: bool = True,
+    check_base: bool = True,
+    dtype: torch.dtype | None = None,
+    expect: str | None = None,
+) -> Adapter:
+    """Load an adapter onto a model; every tensor finds its place, or nothing is changed.
+
+    Parameters
+    ----------
+    model
+        The base.
+    path
+        Lorry's or PEFT's folder (of its other tuners too, if peft is installed), or a single ``.safetensors`` file in
+        kohya's or diffusers' naming.
+    name
+        On the model; the name it was saved under if not given.
+    trainable
+        Go on training it: its tensors become parameters.
+    activate
+        Let it apply from now on.
+    check_base
+        Refuse a base that is not the one the adapter was made for, where the file says which.
+    dtype
+        Of the adapter's floating tensors; as in the file if not given.
+    expect
+        Slug of the method that the file must hold.
+
+    Returns
+    -------
+    Adapter
+        Its `receipt` says how many tensors were applied to how many sites, and whether the base matched.
+
+    Raises
+    ------
+    CheckpointError, FingerprintError, AdapterError, SiteError
+        What was expected and found; the model is as it was.
+    """
+    from lorry.core.life.api import check_name, install
+
+    place = located(path)
+    if _of_another_tuner(place):
+        native = import_module("lorry.formats.peft_native")
+        options = {"trainable": trainable, "activate": activate, "dtype": dtype, "expect": expect}
+        found: Adapter = native.load(model, place, name=name or "default", **options)
+        return found
+    file = read_info(path, eager=True)
+    state = open_state(model)
+    name = name if name is not None else _name(file)
+    check_name(name, state)
+    if expect is not None:
+        _check_method(file, expect)
+    adapter = _built(file, state, name, dtype, check_base=check_base, private=trainable)
+    return install(adapter, trainable=trainable, activate=activate)
+
+
+def _built(
+    file: AdapterFile,
+    state: ModelState,
+    name: str,
+    dtype: torch.dtype | None,
+    *,
+    check_base: bool,
+    private: bool,
+) -> Adapter:
+    """Return the file's adapter for a model that does not know of it yet."""
+    bound = bind(file, state)
+    state.check_owners(site for site, _ in bound.chosen)
+    mark, verdict = _base_verdict(file, bound, state, check_base)
+    assert file.loaded is not None
+    file.loaded.check_finite()
+    values = _Values(file, bound, dtype, private=private)
+    metadata = dict(file.metadata)
+    seed = metadata.get("seed", 0)
+    adapter = build(
+        state,
+        name,
+        file.method,
+        bound.chosen,
+        dtype=dtype or values.dtype,
+        values=values,
+        seed=seed if isinstance(seed, int) else 0,
+        metadata=metadata,
+    )
+    values.check_all_used()
+    if mark is not None and verdict == "ignored":
+        adapter.fingerprint = mark
+    total, sites = len(file.file.places), len(bound.chosen)
+    applied = total - bound.elsewhere
+    adapter.receipt = Receipt("load", name, applied, total, sites, verdict, notes=tuple(bound.notes))
+    return adapter
+
+
+class _Values:
+    """Gives `build` each tensor, checked and cast, and knows which were not asked for."""
+
+    def __init__(self, file: AdapterFile, bound: Bound, dtype: torch.dtype | None, *, private: bool) -> None:
+        self.where = file.path
+        self.left = bound.values
+        self.wanted = dtype
+        self.private = private
+        floating = (v.dtype for v in bound.values.values() if v.is_floating_point())
+        self.dtype = dtype or next(floating, torch.float32)
+
+    def __call__(self, full: str, spec: TensorSpec) -> Tensor:
+        value = self.left.pop(full, None)
+        if value is None:
+            raise CheckpointError(
+                f"'{self.where}' lacks the tensor '{full}' of shape {tuple(spec.shape)}; nothing was "
+                "loaded. The file is incomplete."
+            )
+        if value.shape != spec.shape:
+            raise CheckpointError(
+                f"'{self.where}': the tensor '{full}' must be of shape {tuple(spec.shape)} in this model, "
+                f"found {tuple(value.shape)}; nothing was loaded. The model has another width, or rank and "
+                "file disagree."
+            )
+        if spec.dtype is not None:
+            if value.dtype != spec.dtype:
+                raise CheckpointError(f"'{self.where}': the tensor '{full}' must be {spec.dtype}, found {value.dtype}.")
+        elif not value.is_floating_point():
+            raise CheckpointError(f"'{self.where}': the tensor '{full}' must be floating, found {value.dtype}.")
+        elif self.wanted is not None and value.dtype != self.wanted:
+            return value.to(self.wanted)
+        if self.private:
+            return value.clone(memory_format=torch.contiguous_format)
+        # products of tensors that lie askew in memory round otherwise than those of the adapter that was saved
+        aligned = value.is_contiguous() and value.data_ptr() % 64 == 0
+        return value if aligned else value.clone(memory_format=torch.contiguous_format)
+
+    def check_all_used(self) -> None:
+        if self.left:
+            raise CheckpointError(
+                f"'{self.where}' holds {len(self.left)} tensors that its methods do not have at this "
+                f"model's sites: {some(self.left)}; nothing was loaded."
+            )
+
+
+def _name(file: AdapterFile) -> str:
+    cleaned = re.sub(r"[^A-Za-z0-9_.\-]+", "_", file.name).lstrip("_.-")
+    return cleaned[:128] or "default"
+
+
+def _of_another_tuner(place: Path) -> bool:
+    """Whether a folder was written by PEFT for an adapter that is no LoRA.
+
+    What reads these lies above the core, so it is found by its name, as methods are.
+    """
+    config = None if not place.is_dir() or inside(place, MANIFEST) else inside(place, PEFT_CONFIG)
+    return config is not None and str(read_json(config).get("peft_type", "LORA")).upper() != "LORA"
+
+
+def _check_method(file: AdapterFile, expect: str) -> None:
+    if expect not in methods():
+        raise CheckpointError(f"There is no method '{expect}'.{near_misses(expect, methods())}")
+    if file.method.info.slug != expect:
+        raise CheckpointError(
+            f"'{file.path}' holds an adapter of the method '{file.method.info.slug}', expected was '{expect}'."
+        )
+
+
+def _base_verdict(
+    file: AdapterFile, bound: Bound, state: ModelState, check: bool
+) -> tuple[Fingerprint | None, FingerprintVerdict]:
+    """Compare the base with the one that the file was made for; raise `FingerprintError` if they differ and
+    `check` is set.
+    """
+    if file.fingerprint is None:
+        return None, "unknown"
+    mark = renamed(file.fingerprint, bound.paths)
+    found = state.fingerprint(base for site, at in bound.chosen for base in at.bases(site))
+    if check:
+        return mark, mark.require(found, f"The adapter in '{file.path}'")
+    verdict = mark.compare(found)
+    return mark, "ignored" if verdict == "differs" else verdict

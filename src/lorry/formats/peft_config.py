@@ -1,0 +1,246 @@
+"""PEFT's ``adapter_config.json``: which options are understood, and what they mean for a module.
+
+The matching rules are PEFT's own (0.21): lists match whole paths or suffixes after a dot, texts are regular
+expressions for the whole path, patterns of rank and alpha are regular expressions for the end of the path,
+the first that fits decides.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lorry.core.errors import CheckpointError, near_misses
+from lorry.core.method.base import Method
+from lorry.core.method.registry import method_from
+
+#: Options that do not change what a saved adapter computes.
+_NEUTRAL = frozenset(
+    "peft_type peft_version base_model_name_or_path revision task_type inference_mode auto_mapping "
+    "fan_in_fan_out runtime_config megatron_config megatron_core loftq_config eva_config corda_config "
+    "lora_ga_config qalora_group_size ensure_weight_tying "
+    "velora_config exclude_modules".split()
+)
+_UNDERSTOOD = frozenset(
+    "r lora_alpha lora_dropout use_rslora use_dora rank_pattern alpha_pattern target_modules "
+    "target_parameters modules_to_save "
+    "layers_to_transform layers_pattern init_lora_weights bias".split()
+)
+#: Options that change the arithmetic and are refused, with what they are.
+_REFUSED = {
+    "lora_bias": "a bias on lora_B",
+    "layer_replication": "replicated layers of the base",
+    "trainable_token_indices": "single trained rows of the embedding",
+    "alora_invocation_tokens": "activation from a token on (aLoRA)",
+    "use_qalora": "pooled inputs (QALoRA)",
+    "monteclora_config": "sampled factors (MonteCLoRA)",
+    "use_bdlora": "block-diagonal factors (BD-LoRA)",
+    "arrow_config": "routing among adapters (Arrow)",
+    "kasa_config": "a truncated base (KaSA)",
+}
+#: Starts that leave the base weight as it is; starts that take out of it what can be computed from it again, each the
+#: name of a method; and starts that change it by data or by quantising.
+_HARMLESS_STARTS = ("gaussian", "eva", "orthogonal", "mica", "true", "false", "none")
+_COMPUTED_STARTS = ("pissa", "olora")
+_CHANGED_BASE = ("corda", "lora_ga", "loftq")
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """What an ``adapter_config.json`` says, as far as it matters for the arithmetic.
+
+    Attributes
+    ----------
+    values
+        The file's content.
+    notes
+        What the reader should know of it.
+    """
+
+    values: Mapping[str, Any]
+    notes: tuple[str, ...] = field(default=())
+
+    @cached_property
+    def split(self) -> str | None:
+        """The method by which the base weight was split when the adapter was made, if the file was not converted."""
+        start = str(self.values.get("init_lora_weights", "")).lower()
+        return next((slug for slug in _COMPUTED_STARTS if start.startswith(slug)), None)
+
+    def _pattern(self, name: str) -> list[tuple[re.Pattern[str], Any]]:
+        try:
+            return [(re.compile(rf"(.*\.)?({k})$"), v) for k, v in (self.values.get(name) or {}).items()]
+        except re.error as error:
+            raise CheckpointError(f"{name} of the adapter config holds a wrong regular expression: {error}.") from None
+
+    @cached_property
+    def _ranks(self) -> list[tuple[re.Pattern[str], Any]]:
+        return self._pattern("rank_pattern")
+
+    @cached_property
+    def _alphas(self) -> list[tuple[re.Pattern[str], Any]]:
+        return self._pattern("alpha_pattern")
+
+    def rank(self, path: str) -> int:
+        """Return the rank at a module."""
+        return int(next((v for p, v in self._ranks if p.match(path)), self.values.get("r", 8)))
+
+    def alpha(self, path: str) -> float:
+        """Return alpha at a module."""
+        return float(next((v for p, v in self._alphas if p.match(path)), self.values.get("lora_alpha", 8)))
+
+    @cached_property
+    def _made(self) -> dict[tuple[int, float, bool], Method]:
+        return {}
+
+    def method(self, path: str, *, parameter: bool = False) -> Method:
+        """Return the method at a module (`parameter` if a parameter is targeted, which PEFT never drops
+        out).
+        """
+        rank, alpha = self.rank(path), self.alpha(path)
+        key = (rank, alpha, parameter)
+        found = self._made.get(key)
+        if found is None:
+            slug = "dora" if self.values.get("use_dora") else (None if parameter else self.split) or "lora"
+            options = {"rank": rank, "alpha": alpha, "rank_stabilized": bool(self.values.get("use_rslora"))}
+            dropout = 0.0 if parameter else float(self.values.get("lora_dropout") or 0.0)
+            found = self._made[key] = method_from({"method": slug, "dropout": dropout, **options})
+        return found
+
+    @cached_property
+    def targets_known(self) -> bool:
+        """Whether the targets are listed, so that a site without tensors can be told."""
+        return bool(self.values.get("target_modules")) and self.values["target_modules"] != "all-linear"
+
+    @cached_property
+    def _listed(self) -> frozenset[str]:
+        targets = self.values.get("target_modules") or ()
+        return frozenset() if isinstance(targets, str) else frozenset(targets)
+
+    def targeted(self, path: str) -> bool:
+        """Whether PEFT would put an adapter at the module `path`."""
+        excluded = self.values.get("exclude_modules")
+        if isinstance(excluded, str) and re.fullmatch(excluded, path):
+            return False
+        if isinstance(excluded, list) and _suffix_in(path, frozenset(excluded)):
+            return False
+        for name in self.values.get("modules_to_save") or ():
+            if re.match(rf"(^|.*\.){name}($|\..*)", path):
+                return False
+        targets = self.values.get("target_modules")
+        if isinstance(targets, str):
+            return re.fullmatch(targets, path) is not None
+        return _suffix_in(path, self._listed) and self._layer_fits(path)
+
+    def _layer_fits(self, path: str) -> bool:
+        layers = self.values.get("layers_to_transform")
+        if layers is None or layers == []:
+            return True
+        patterns = self.values.get("layers_pattern") or []
+        if isinstance(patterns, str):
+            patterns = [patterns]
+        found = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", path) if not patterns else None
+        for pattern in patterns:
+            found = found or re.match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", path)
+        if found is None:
+            return False
+        index = int(found["idx"])
+        return index == layers if isinstance(layers, int) else index in layers
+
+    def parameter_targeted(self, path: str) -> bool:
+        """Whether PEFT would put an adapter on the parameter `path`."""
+        return _suffix_in(path, frozenset(self.values.get("target_parameters") or ()))
+
+
+def _suffix_in(path: str, names: frozenset[str]) -> bool:
+    """Whether the path, or what follows one of its dots, is among the names."""
+    if path in names:
+        return True
+    dot = path.find(".")
+    while dot >= 0:
+        if path[dot + 1 :] in names:
+            return True
+        dot = path.find(".", dot + 1)
+    return False
+
+
+def read_peft_config(path: Path) -> PeftConfig:
+    """Read and check an ``adapter_config.json``."""
+    return understood(read_json(path), str(path))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises
+    ------
+    CheckpointError
+        It cannot be read, or is something else.
+    """
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"'{path}' cannot be read as JSON: {error}.") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"'{path}' must hold a JSON object, found {type(values).__name__}.")
+    return values
+
+
+def understood(values: Mapping[str, Any], where: str) -> PeftConfig:
+    """Check that nothing in a PEFT config changes the arithmetic in a way that Lorry does not know.
+
+    Raises
+    ------
+    CheckpointError
+        Another tuner than LoRA, or an option that is refused or unknown; each by name.
+    """
+    kind = values.get("peft_type", "LORA")
+    if str(kind).upper() != "LORA":
+        raise CheckpointError(
+            f"'{where}' is an adapter of PEFT's tuner {kind}, not of LoRA. Load it as it is with "
+            "lorry.formats.peft_native.load(model, path), or as a plain LoRA after "
+            "lorry.formats.peft_tuners.convert(path, base_model, out)."
+        )
+    notes = []
+    for name, value in values.items():
+        if name in _NEUTRAL or name in _UNDERSTOOD:
+            continue
+        if not value:
+            if name not in _REFUSED:
+                notes.append(f"the config's unknown option '{name}' is {value!r} and was left aside")
+            continue
+        if name in _REFUSED:
+            raise CheckpointError(f"'{where}' sets {name}={value!r}: {_REFUSED[name]}, which Lorry cannot carry yet.")
+        raise CheckpointError(
+            f"'{where}' sets the unknown option {name}={value!r}, which may change the arithmetic."
+            f"{near_misses(name, _UNDERSTOOD | _NEUTRAL)} Understood are: {', '.join(sorted(_UNDERSTOOD))}."
+        )
+    if values.get("bias", "none") != "none":
+        raise CheckpointError(
+            f"'{where}' sets bias={values['bias']!r}: trained biases of the base, which Lorry cannot carry yet."
+        )
+    start = str(values.get("init_lora_weights", True)).lower()
+    if start.startswith(_CHANGED_BASE):
+        raise CheckpointError(
+            f"'{where}' was trained with init_lora_weights='{start}', which changed the base weight, and "
+            "was saved unconverted. Save it in PEFT with path_initial_model_for_weight_conversion, which "
+            "makes it a plain LoRA."
+        )
+    config = PeftConfig(dict(values), tuple(notes))
+    if config.split is None and not start.startswith(_HARMLESS_STARTS):
+        raise CheckpointError(
+            f"'{where}' sets init_lora_weights='{start}', which is unknown and may have changed the base weight."
+        )
+    if config.split is not None:
+        if values.get("use_dora"):
+            raise CheckpointError(
+                f"'{where}' combines use_dora with init_lora_weights='{start}', which Lorry cannot carry."
+            )
+        notes.append(f"{start} saved unconverted: what it took out of each weight was computed again from this base")
+        if start.startswith("pissa_niter"):
+            notes.append("it was made with a randomised SVD whose draw is not in the file; the exact one was used")
+    return replace(config, notes=tuple(notes))

@@ -1,0 +1,258 @@
+"""Adapters of PEFT's other tuners (LoHa, LoKr, VeRA, ...), loaded exactly, as Lorry's own methods.
+
+PEFT opens the folder, since names, seeds and drawn projections are its own; what each tuner's layers hold is then
+copied to the tensors of the method that computes the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from lorry.core.errors import AdapterError, CheckpointError
+from lorry.core.forward.entry import Entry
+from lorry.core.life.adapter import Adapter
+from lorry.core.life.api import attach
+from lorry.formats.folders import PEFT_CONFIG, TENSORS, inside, located
+from lorry.formats.peft_config import read_json
+
+_NAME = "default"
+
+
+@dataclass(frozen=True)
+class _Tuner:
+    """How a tuner of PEFT's becomes a method.
+
+    Attributes
+    ----------
+    method
+        Slug.
+    options
+        Given PEFT's config, the method's options.
+    site
+        Given PEFT's layer, the options that differ from site to site.
+    tensors
+        Given PEFT's layer and the site's entry, tensors by Lorry's names.
+    shared
+        Given PEFT's model, tensors that the sites share.
+    """
+
+    method: str
+    options: Callable[[Any], dict[str, Any]]
+    site: Callable[[Any], dict[str, Any]]
+    tensors: Callable[[Any, Entry], dict[str, Tensor]]
+    shared: Callable[[Any], dict[str, Tensor]] = lambda model: {}
+
+
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    name: str = _NAME,
+    trainable: bool = False,
+    activate: bool = True,
+    dtype: torch.dtype | None = None,
+    expect: str | None = None,
+) -> Adapter:
+    """Load a PEFT folder of AdaLoRA, HiRA, LoHa, LoKr, SHiRA, Uni-LoRA or VeRA onto a model; `lorry.load` calls this.
+
+    Parameters
+    ----------
+    model
+        The base; a copy of it is made for PEFT to read the folder.
+    path
+        The folder, with safetensors.
+    name
+        Of the adapter.
+    trainable
+        Go on training it.
+    activate
+        Let it apply from now on.
+    dtype
+        Of the adapter's floating tensors; float32 if not given.
+    expect
+        Slug of the method that the folder must hold.
+
+    Raises
+    ------
+    AdapterError
+        PEFT is not installed, or the tuner is none of these.
+    CheckpointError
+        The folder is missing, unsafe or no adapter, or its tensors do not fit. The model is as it was.
+    """
+    place = located(path)
+    config = inside(place, PEFT_CONFIG) if place.is_dir() else None
+    if config is None or inside(place, TENSORS) is None:
+        raise CheckpointError(f"'{place}' is no folder of PEFT's with {PEFT_CONFIG} and {TENSORS}.")
+    values = read_json(config)
+    kind = str(values.get("peft_type", "")).upper()
+    tuner = _TUNERS.get(kind)
+    if tuner is None:
+        raise AdapterError(
+            f"'{place}' is an adapter of PEFT's tuner {kind}; exactly loaded are {', '.join(sorted(_TUNERS))}, a LoRA "
+            "by lorry.load, and others as far as lorry.formats.peft_tuners.convert can."
+        )
+    left_out = {"modules_to_save": (None, []), "bias": (None, "none"), "use_effective_conv2d": (None, False)}
+    for option, unset in left_out.items():
+        if values.get(option) not in unset:
+            raise CheckpointError(f"'{place}' sets {option}={values[option]!r}, which Lorry cannot carry for {kind}.")
+    if expect not in (None, tuner.method):
+        raise CheckpointError(f"'{place}' holds an adapter of the method '{tuner.method}', expected was '{expect}'.")
+    peer = _opened(place, kind, model)
+    adapter = _attached(model, tuner, peer, name, dtype or torch.float32, activate)
+    adapter.train(trainable)
+    return adapter
+
+
+def _attached(model: nn.Module, tuner: _Tuner, peer: Any, name: str, dtype: torch.dtype, activate: bool) -> Adapter:
+    """Return an adapter on `model` that computes what PEFT's model does."""
+    layers = {n: m for n, m in peer.base_model.model.named_modules() if _holds(m)}
+    options = {"method": tuner.method, **tuner.options(peer.peft_config[_NAME])}
+    sites = {n: tuner.site(m) for n, m in layers.items()}
+    adapter = attach(
+        model, options, targets=list(layers), name=name, site_options=sites, dtype=dtype, activate=activate
+    )
+    try:
+        _fill(adapter, tuner, peer.base_model, layers)
+    except BaseException:
+        adapter.detach()
+        raise
+    return adapter
+
+
+def _opened(place: Path, kind: str, model: nn.Module) -> Any:
+    """Return PEFT's model with the adapter, every tensor of which is finite and was found."""
+    try:
+        from peft import PeftModel, get_peft_model_state_dict
+    except ImportError as error:
+        raise AdapterError(f"Reading PEFT's tuner {kind} needs peft: {error}.") from None
+    try:
+        peer = PeftModel.from_pretrained(copy.deepcopy(model), str(place))
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"PEFT cannot read '{place}' as {kind} for this model: {error}") from None
+    with safe_open(place / TENSORS, "pt") as file:
+        there = set(file.keys())
+        broken = [n for n in sorted(there) if not bool(torch.isfinite(file.get_tensor(n)).all())]
+    if broken:
+        raise CheckpointError(f"'{place}' holds values that are not finite, in {broken[0]}; nothing was loaded.")
+    wanted = set(get_peft_model_state_dict(peer, save_embedding_layers=False))
+    if there != wanted:
+        raise CheckpointError(
+            f"'{place}' does not fit the model; nothing was loaded. Missing: {sorted(wanted - there)[:3]}, surplus: "
+            f"{sorted(there - wanted)[:3]}."
+        )
+    return peer
+
+
+def _holds(module: nn.Module) -> bool:
+    return any(_NAME in getattr(module, n, {}) for n in getattr(module, "adapter_layer_names", ()))
+
+
+def _fill(adapter: Adapter, tuner: _Tuner, peer: Any, layers: Mapping[str, nn.Module]) -> None:
+    if adapter.entries.keys() != layers.keys():
+        raise CheckpointError(f"PEFT has layers at {sorted(layers)}, the model has sites at {sorted(adapter.entries)}.")
+    values = {f"shared.{n}": t for n, t in tuner.shared(peer).items()}
+    for path, layer in layers.items():
+        values |= {f"{path}.{n}": t for n, t in tuner.tensors(layer, adapter.entries[path]).items()}
+    own = {name: tensor for name, tensor, _ in adapter.named_tensors()}
+    with torch.no_grad():
+        for name, value in values.items():
+            if own[name].numel() != value.numel():
+                raise CheckpointError(
+                    f"'{name}' must be of shape {tuple(own[name].shape)}, found {tuple(value.shape)}."
+                )
+            own[name].copy_(value.reshape(own[name].shape))
+
+
+def _plain(**names: str) -> Callable[[Any, Entry], dict[str, Tensor]]:
+    """Return a reader of tensors by their attribute at PEFT's layer."""
+    return lambda layer, entry: {ours: getattr(layer, theirs)[_NAME].detach() for ours, theirs in names.items()}
+
+
+def _no_options(layer: Any) -> dict[str, Any]:
+    return {}
+
+
+def _rank_and_alpha(layer: Any) -> dict[str, Any]:
+    return {"rank": layer.r[_NAME], "alpha": float(layer.alpha[_NAME])}
+
+
+def _adalora_site(layer: Any) -> dict[str, Any]:
+    """The rank that is left, and the scale, which PEFT divides by it."""
+    rank = len(layer.lora_A[_NAME])
+    scale = float(layer.scaling[_NAME]) / (float(layer.ranknum[_NAME]) + 1e-5)
+    return {"initial_rank": rank, "target_rank": rank, "alpha": scale * rank}
+
+
+def _lokr(layer: Any, entry: Entry) -> dict[str, Tensor]:
+    """C is PEFT's w1 and D its w2, each whole or in two factors."""
+    found: dict[str, Tensor] = {}
+    for ours, theirs in (("C", "lokr_w1"), ("D", "lokr_w2")):
+        whole = ours in entry.tensors()
+        names = {ours: theirs} if whole else {f"{ours}_b": f"{theirs}_a", f"{ours}_a": f"{theirs}_b"}
+        found |= {mine: getattr(layer, peer)[_NAME].detach() for mine, peer in names.items()}
+    return found
+
+
+def _shira(layer: Any, entry: Entry) -> dict[str, Tensor]:
+    """Positions in ascending order, with their values."""
+    rows, columns = layer.shira_indices[_NAME].long()
+    index, order = (rows * layer.in_features + columns).sort()
+    return {"index": index, "values": layer.shira_weight[_NAME].detach()[order]}
+
+
+def _unilora(layer: Any, entry: Entry) -> dict[str, Tensor]:
+    indices = (layer.unilora_indices_A[_NAME], layer.unilora_indices_B[_NAME])
+    return {"index": torch.cat([i.flatten() for i in indices])}
+
+
+def _unilora_shared(model: Any) -> dict[str, Tensor]:
+    theta = model.unilora_theta_d[_NAME].detach()
+    roots = torch.zeros_like(theta)
+    for module in model.modules():
+        if _NAME in getattr(module, "unilora_scales_A", {}):
+            for side in "AB":
+                indices = getattr(module, f"unilora_indices_{side}")[_NAME]
+                roots[indices.long()] = getattr(module, f"unilora_scales_{side}")[_NAME].to(roots)
+    return {"theta": theta, "inverse_roots": roots}
+
+
+_TUNERS: dict[str, _Tuner] = {
+    "ADALORA": _Tuner("adalora", lambda c: {}, _adalora_site, _plain(A="lora_A", B="lora_B", E="lora_E")),
+    "HIRA": _Tuner("hira", lambda c: {"rank": c.r}, lambda m: {"rank": m.r[_NAME]}, _plain(A="hira_A", B="hira_B")),
+    "LOHA": _Tuner(
+        "loha",
+        lambda c: {"rank": c.r, "alpha": float(c.alpha)},
+        _rank_and_alpha,
+        _plain(B1="hada_w1_a", A1="hada_w1_b", B2="hada_w2_a", A2="hada_w2_b"),
+    ),
+    "LOKR": _Tuner(
+        "lokr",
+        lambda c: {"rank": c.r, "factor": c.decompose_factor, "decompose_both": c.decompose_both},
+        _rank_and_alpha,
+        _lokr,
+    ),
+    "SHIRA": _Tuner("shira", lambda c: {"rank": c.r}, _no_options, _shira),
+    "UNILORA": _Tuner(
+        "uni-lora",
+        lambda c: {"rank": c.r, "size": c.theta_d_length, "save_indices": True},
+        _no_options,
+        _unilora,
+        _unilora_shared,
+    ),
+    "VERA": _Tuner(
+        "vera",
+        lambda c: {"rank": c.r, "save_projection": True},
+        _no_options,
+        _plain(lambda_b="vera_lambda_b", lambda_d="vera_lambda_d"),
+        lambda model: {"projection_A": model.vera_A[_NAME], "projection_B": model.vera_B[_NAME]},
+    ),
+}

@@ -1,0 +1,237 @@
+"""Writing PEFT's format: whether an adapter is exactly what PEFT's LoRA or DoRA computes, and the config
+that says so.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lorry.core.sites.site import Site
+from lorry.formats.parts import (
+    OUT_PROJ_TIMES,
+    PEFT_EMBEDDING,
+    PEFT_NAMES,
+    PREFIX,
+    doubled_by_peft,
+    foreign,
+    peft_modules,
+)
+
+
+@dataclass
+class Plain:
+    """One site of an adapter as a plain LoRA or DoRA: canonical tensors (A, B, magnitude) and their scale."""
+
+    site: Site
+    rank: int
+    alpha: float
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass
+class PeftForm:
+    """An adapter in PEFT's format: keys with tensors in PEFT's layout, and the config."""
+
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+    notes: list[str]
+
+    def config_bytes(self) -> bytes:
+        """Return the content of ``adapter_config.json``."""
+        return json.dumps(self.config, indent=2, sort_keys=True).encode()
+
+
+class NotPlain(Exception):
+    """Why an adapter cannot be said in PEFT's format."""
+
+
+def peft_form(
+    root: nn.Module,
+    plain: Sequence[Plain],
+    whole: Mapping[str, Mapping[str, Tensor]],
+    *,
+    dora: bool = False,
+    stabilized: bool = False,
+    dropout: float = 0.0,
+    base: str = "",
+    task: str | None = None,
+) -> PeftForm:
+    """Return an adapter in PEFT's format.
+
+    Parameters
+    ----------
+    root
+        The model, whose modules decide which target names are exact.
+    plain
+        The low-rank sites.
+    whole
+        Module path -> its trained parameters by name.
+    dora, stabilized, dropout
+        Hold for all sites.
+    base, task
+        ``base_model_name_or_path`` and ``task_type``.
+
+    Raises
+    ------
+    NotPlain
+        Some site or name cannot be said exactly in PEFT's format.
+    """
+    for item in plain:
+        _check(item.site, dora)
+    modules = peft_modules([(p.site.path, p.site.kind.name) for p in plain])
+    tensors: dict[str, Tensor] = {}
+    for item in plain:
+        kind = item.site.kind.name
+        names = PEFT_EMBEDDING if kind == "embedding" else PEFT_NAMES
+        kernel = tuple(item.site.stored.shape[1:]) if kind == "conv" else ()
+        for name, value in item.tensors.items():
+            if name == "B" and doubled_by_peft(item.site.path, kind):
+                value = value / OUT_PROJ_TIMES
+            tensors[f"{PREFIX}{modules[item.site.path]}.{names[name]}"] = foreign(name, value, kind, kernel)
+    for path, values in whole.items():
+        for name, value in values.items():
+            tensors[f"{PREFIX}{path}.{name}"] = value
+    config = _config(root, plain, list(whole), dora, stabilized, dropout)
+    config["base_model_name_or_path"] = base or None
+    if task:
+        config["task_type"] = task
+    notes = []
+    if any(p.site.kind.name in ("packed", "experts") for p in plain) and dropout:
+        config["lora_dropout"] = 0.0
+        notes.append(f"dropout {dropout} is in lorry.json only: PEFT has none on parameters")
+    return PeftForm(tensors, config, notes)
+
+
+def _check(site: Site, dora: bool) -> None:
+    kind, owner = site.kind.name, site.owner
+    if not site.path:
+        raise NotPlain("the adapted layer is the model itself")
+    if kind == "conv" and (owner.groups != 1 or max(owner.dilation) != 1 or owner.padding_mode != "zeros"):  # type: ignore[arg-type]
+        raise NotPlain(
+            f"'{site.path}' is a convolution with groups, dilation or a padding mode, which PEFT's factors leave out"
+        )
+    if kind == "packed" and dora or kind == "experts" and dora:
+        raise NotPlain(f"PEFT has no DoRA at '{site.path}' ({kind})")
+    if kind == "packed" and not site.path.endswith((".in_proj_weight", ".out_proj")):
+        raise NotPlain(f"PEFT cannot adapt '{site.path}' of an attention module with separate weights")
+    if kind == "experts" and site.lead == (1,):
+        raise NotPlain(f"PEFT treats the bank of one expert at '{site.path}' as a matrix")
+    if kind not in ("linear", "conv", "embedding", "packed", "experts"):
+        raise NotPlain(f"PEFT has no LoRA at '{site.path}' ({kind})")
+
+
+def _config(
+    root: nn.Module, plain: Sequence[Plain], whole: list[str], dora: bool, stabilized: bool, dropout: float
+) -> dict[str, Any]:
+    targets, parameters = _target_names(plain)
+    every = [path for path, _ in root.named_modules() if path]
+    config: dict[str, Any] = {"peft_type": "LORA", "bias": "none", "inference_mode": True}
+    if whole:
+        if not _hits_exactly(whole, whole, every, lambda p, n: p.endswith(n)):
+            raise NotPlain(f"PEFT's modules_to_save would take more modules than {whole}")
+        config["modules_to_save"] = whole
+        inside = [p for p in targets if any(re.match(rf"(^|.*\.){w}($|\..*)", p) for w in whole)]
+        if inside:
+            raise NotPlain(f"PEFT cannot adapt '{inside[0]}' inside a module that is trained whole")
+    config["target_modules"] = _exact_targets(targets, every)
+    if parameters:
+        config["target_parameters"] = _exact_parameters(parameters, [n for n, _ in root.named_parameters()])
+    common = Counter((p.rank, p.alpha) for p in plain).most_common(1)
+    (rank, alpha) = common[0][0] if common else (8, 8.0)
+    config.update(r=rank, lora_alpha=_tidy(alpha), lora_dropout=dropout)
+    keys = [(_config_key(p.site), p) for p in plain]
+    ranks = {k: p.rank for k, p in keys}
+    alphas = {k: _tidy(p.alpha) for k, p in keys}
+    config["rank_pattern"] = _pattern(ranks, rank)
+    config["alpha_pattern"] = _pattern(alphas, _tidy(alpha))
+    for key, value in (("use_dora", dora), ("use_rslora", stabilized)):
+        if value:
+            config[key] = True
+    if any(type(p.site.owner).__name__ == "Conv1D" for p in plain):
+        config["fan_in_fan_out"] = True
+    return {k: v for k, v in config.items() if v not in ({}, None) or k == "target_modules"}
+
+
+def _config_key(site: Site) -> str:
+    """Return the path by which PEFT looks up rank and alpha of a site: an attention module answers for both
+    its matrices.
+    """
+    return site.path.rpartition(".")[0] if site.kind.name == "packed" else site.path
+
+
+def _target_names(plain: Sequence[Plain]) -> tuple[list[str], list[str]]:
+    targets: list[str] = []
+    parameters: list[str] = []
+    packed: dict[str, list[Plain]] = {}
+    for item in plain:
+        site = item.site
+        if site.kind.name == "experts":
+            parameters.append(site.path)
+        elif site.kind.name == "packed":
+            packed.setdefault(_config_key(site), []).append(item)
+        else:
+            targets.append(site.path)
+    for owner, items in packed.items():
+        if len(items) != 2 or len({(i.rank, i.alpha) for i in items}) != 1:
+            raise NotPlain(
+                f"PEFT adapts '{owner}' only with in_proj_weight and out_proj together, of one rank and alpha"
+            )
+        targets.append(owner)
+    return targets, parameters
+
+
+def _exact_targets(targets: Sequence[str], every: Sequence[str]) -> list[str] | str:
+    """Return names, paths or, where neither is exact, a regular expression that selects the targets and no
+    other module.
+    """
+    last = sorted({t.rpartition(".")[2] for t in targets})
+    for names in (last, list(targets)):
+        if _hits_exactly(targets, names, every, lambda p, n: p == n or p.endswith(f".{n}")):
+            return names
+    return "(?:" + "|".join(re.escape(t) for t in targets) + ")"
+
+
+def _exact_parameters(parameters: Sequence[str], every: Sequence[str]) -> list[str]:
+    short = sorted({".".join(p.split(".")[-2:]) for p in parameters})
+    for names in (short, list(parameters)):
+        if _hits_exactly(parameters, names, every, lambda p, n: p == n or p.endswith(f".{n}")):
+            return names
+    raise NotPlain(f"PEFT's target_parameters would take more than {parameters}")
+
+
+def _hits_exactly(
+    wanted: Sequence[str], names: Sequence[str], every: Sequence[str], hit: Callable[[str, str], bool]
+) -> bool:
+    aim = set(wanted)
+    endings = {n.rpartition(".")[2][-1:] for n in names}
+    candidates = [p for p in every if p[-1:] in endings]
+    return all(any(hit(p, n) for n in names) == (p in aim) for p in candidates)
+
+
+def _pattern(values: Mapping[str, Any], common: Any) -> dict[str, Any]:
+    """Return PEFT's pattern for values that differ from the common one: by last name where that is exact,
+    else by whole path.
+    """
+    differing = {k: v for k, v in values.items() if v != common}
+    if not differing:
+        return {}
+    by_name: dict[str, set[Any]] = {}
+    for key, value in values.items():
+        by_name.setdefault(key.rpartition(".")[2], set()).add(value)
+    names = {k.rpartition(".")[2]: v for k, v in differing.items()}
+    short = {re.escape(n): v for n, v in names.items()}
+    if all(len(by_name[n]) == 1 for n in names):
+        return short
+    return {f"^{re.escape(k)}": v for k, v in differing.items()}
+
+
+def _tidy(alpha: float) -> float | int:
+    """Return a whole number as an int, as PEFT's own files have it."""
+    return int(alpha) if float(alpha).is_integer() else float(alpha)

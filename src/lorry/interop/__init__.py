@@ -1,1 +1,0 @@
-"""Bringing in what other libraries made, with the help of those libraries."""

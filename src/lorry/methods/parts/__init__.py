@@ -1,0 +1,1 @@
+"""What some methods share: routing, tasks, mixtures, feed-forward blocks, Kronecker products, nested ranks."""

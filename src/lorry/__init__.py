@@ -13,8 +13,9 @@ from lorry.core.errors import (
     OptionError,
     SiteError,
 )
+from lorry.core.forward.weights import BySite, ByStep, ByTimestep
 from lorry.core.life.adapter import Adapter
-from lorry.core.life.api import activate, adapters, attach, auxiliary_loss, context, methods, rows
+from lorry.core.life.api import activate, adapters, attach, auxiliary_loss, context, methods, rows, tap
 from lorry.core.life.plan import Plan, plan
 from lorry.core.method.registry import method_from
 from lorry.core.method.registry import methods as registered
@@ -30,6 +31,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Adapter",
     "AdapterError",
+    "BySite",
+    "ByStep",
+    "ByTimestep",
     "CheckpointError",
     "DoRA",
     "FingerprintError",
@@ -50,6 +54,7 @@ __all__ = [
     "methods",
     "plan",
     "rows",
+    "tap",
 ]
 
 

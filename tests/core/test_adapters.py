@@ -199,7 +199,7 @@ def test_deepcopy_of_a_model_prepared_for_compiling():
     lorry.activate(compiled, {"one": 1.0, "two": 0.5})
     twin = copy.deepcopy(model)
     assert torch.equal(logits(twin), logits(model))
-    assert state_of(twin).slot.number != state_of(model).slot.number
+    assert state_of(twin).runtimes.number != state_of(model).runtimes.number
 
 
 def test_save_pretrained_writes_a_clean_base_that_reloads(tmp_path):
@@ -432,7 +432,7 @@ def shared_method():
     """A method whose sites share one trained diagonal, with fixed random factors; registered for one test."""
     import dataclasses
 
-    from lorry.core import method as registry
+    from lorry.core.method import registry
     from lorry.core.method.families import Bottleneck
     from lorry.core.method.registry import register
     from lorry.core.method.spec import Layout, TensorSpec, kaiming
@@ -455,7 +455,7 @@ def shared_method():
             return tensors["A"] * tensors["core"][:, None], tensors["B"]
 
     yield Shared
-    del registry._REGISTRY["test-shared"]
+    del registry.METHODS._items["test-shared"]
 
 
 def test_values_keep_their_bytes_through_freezing_and_training():

@@ -5,7 +5,7 @@ import torch
 from core.tiny import clear, gradients, llama, off_zero, tokens
 
 import lorry
-from lorry.core.forward.active import for_rows
+from lorry.core.forward.compose import for_rows
 
 BATCHES = {
     "sorted": ["a", "a", None, "b", "c"],
@@ -75,9 +75,9 @@ def test_input_gradients_flow_through_every_row(model):
 
 def test_rows_of_an_adapter_are_a_slice_where_the_batch_allows_it(model):
     adapters = lorry.adapters(model)
-    rows = {p.adapter.name: p.rows for p in for_rows(BATCHES["sorted"], adapters).parts}
+    rows = {p.adapter.name: p.rows for p in for_rows(BATCHES["sorted"], adapters).portions}
     assert rows == {"a": slice(0, 2), "b": slice(3, 4), "c": slice(4, 5)}
-    scattered = {p.adapter.name: p.rows for p in for_rows(BATCHES["scattered"], adapters).parts}
+    scattered = {p.adapter.name: p.rows for p in for_rows(BATCHES["scattered"], adapters).portions}
     assert scattered["b"].tolist() == [0, 2] and scattered["a"].tolist() == [1, 4]
 
 
@@ -111,7 +111,7 @@ def test_generation_with_left_padding_and_beams(model, generation):
         ids[row, :padding], mask[row, :padding] = 0, 0
     batch = ["a", None, {"a": 0.5, "c": 1.5}, "b"]
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": 49, **generation}
-    with torch.no_grad(), lorry.rows(model, batch):
+    with torch.no_grad(), lorry.rows(model, batch, repeat=generation.get("num_beams", 1)):
         mixed = model.generate(ids, attention_mask=mask, **options)
     count = generation.get("num_return_sequences", 1)
     for row, composition in enumerate(batch):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import lorry
 from lorry.core.life.api import log_probability
 from lorry.core.life.state import state_of
-from lorry.core.method.call import Context
+from lorry.core.method.context import Context
 
 KINDS = ("linear", "conv", "embedding", "packed", "experts", "block")
 LENGTH, ROWS = 5, 4

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lorry.core.errors import CheckpointError, near_misses, some
-from lorry.core.life.adapter import Adapter, build
+from lorry.core.life.adapter import Adapter
+from lorry.core.life.build import build
 from lorry.core.life.state import ModelState, open_state
 from lorry.core.method.registry import methods
 from lorry.core.method.spec import TensorSpec

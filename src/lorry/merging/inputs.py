@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lorry.core.life.adapter import mix_seed
+from lorry.core.method.start import mix_seed
 from lorry.merging.factors import Factors, Joint
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from lorry.core.errors import AdapterError, some
 from lorry.core.forward.entry import Entry
-from lorry.core.life.adapter import Adapter, build
-from lorry.core.life.api import check_name, install
+from lorry.core.life.adapter import Adapter
+from lorry.core.life.api import adapters, check_name, install
+from lorry.core.life.build import build
 from lorry.core.life.state import open_state
 from lorry.core.method.base import Method
 from lorry.core.method.families import Bottleneck
@@ -106,7 +107,7 @@ def _member(model: nn.Module, expert: str | os.PathLike[str], number: int, loade
     """Return an adapter of the model, or one read from a file and noted in `loaded`."""
     state = open_state(model)
     if isinstance(expert, str) and expert in state.adapters:
-        return state.adapters[expert]
+        return adapters(model)[expert]
     if not Path(expert).exists():
         raise AdapterError(
             f"Expert '{expert}' is neither an adapter on this model ({some(state.adapters)}) nor a file."
@@ -133,7 +134,7 @@ def _factors(entry: Entry) -> tuple[Tensor, Tensor, float]:
     method = entry.method
     if not isinstance(method, Bottleneck) or not method.plain or entry.site.lead:
         raise AdapterError(
-            f"Adapter '{entry.adapter.name}' ({type(method).__name__}) cannot be an expert: its update at "
+            f"Adapter '{entry.name}' ({type(method).__name__}) cannot be an expert: its update at "
             f"'{entry.site.path}' is "
             "not a product of two factors."
         )

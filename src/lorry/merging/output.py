@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lorry.core.errors import CheckpointError, SiteError, some
-from lorry.core.life.adapter import Adapter, build
+from lorry.core.life.adapter import Adapter
+from lorry.core.life.build import build
 from lorry.core.method.base import Method
 from lorry.core.method.registry import method_from
 from lorry.core.method.spec import TensorSpec

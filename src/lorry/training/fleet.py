@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from lorry.core.errors import LorryError, OptionError
-from lorry.core.life.adapter import Adapter, mix_seed
+from lorry.core.life.adapter import Adapter
 from lorry.core.life.api import attach, context
 from lorry.core.life.calibrate import calibrate, needs_calibration
 from lorry.core.life.state import open_state
+from lorry.core.method.start import mix_seed
 
 from . import checkpoint
 from .batches import BatchPlan

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lorry.core.errors import LorryError
 from lorry.core.life.api import log_probability
-from lorry.core.method.call import Context
+from lorry.core.method.context import Context
 from lorry.methods.parts.routing import leave_one_out
 
 #: What a routed layer records, with the meaning that tables and plots show.

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorry.core.life.adapter import Adapter, mix_seed
+from lorry.core.life.adapter import Adapter
 from lorry.core.life.calibrate import finish_step
+from lorry.core.method.start import mix_seed
 
 from .batches import BatchCursor, BatchPlan
 from .jobs import Job

@@ -112,7 +112,7 @@ def own(pool: Pool) -> float:
 
 
 @contextmanager
-def carried(pool: Pool, merged: MergedAdapter) -> Iterator[Callable[[float], None]]:
+def carried(pool: Pool, merged: MergedAdapter) -> Iterator[Callable[[float], object]]:
     """Let the network carry a merge; gives a function that activates it at a strength."""
     adapter = merged.attach(pool.network, "merged", activate=False)
     try:

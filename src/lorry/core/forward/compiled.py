@@ -10,30 +10,29 @@ from __future__ import annotations
 import itertools
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorry.core.forward.active import Active, Portion
 from lorry.core.method.families import Bottleneck
+from lorry.core.method.layout import BatchLayout
 from lorry.core.sites.site import Site
-
-if TYPE_CHECKING:
-    from lorry.core.forward.active import Active, Part
 
 #: What is active on each model, by its slot. Compiled code must find it here: tensors that it reaches through a
 #: module are taken to have fixed shapes, and every rank would be a graph of its own.
-PACKED: dict[int, dict[str, Packed] | None] = {}
+UNIFORM: dict[int, dict[str, Uniform] | None] = {}
 _numbers = itertools.count()
 
 
 class Slot:
-    """A model's place in `PACKED`; a copied model gets a place of its own."""
+    """A model's place in `UNIFORM`; a copied model gets a place of its own."""
 
     def __init__(self) -> None:
         self.number = next(_numbers)
-        weakref.finalize(self, PACKED.pop, self.number, None)
+        weakref.finalize(self, UNIFORM.pop, self.number, None)
 
     def __reduce__(self) -> tuple[type[Slot], tuple[()]]:
         """Copy and unpickle as a new slot."""
@@ -41,7 +40,7 @@ class Slot:
 
 
 @dataclass
-class Packed:
+class Uniform:
     """Factors and gates at one site.
 
     Attributes
@@ -60,52 +59,61 @@ class Packed:
     dropout: float
 
 
-def packed_forward(site: Site, output: Tensor, x: Tensor, packed: Packed | None, training: bool) -> Tensor:
-    """Return the layer's output with the packed update; plain tensor operations for the compiler."""
-    if packed is None:
+def uniform_forward(site: Site, output: Tensor, x: Tensor, uniform: Uniform | None, training: bool) -> Tensor:
+    """Return the layer's output with the uniform update; plain tensor operations for the compiler."""
+    if uniform is None:
         return output
     kind = site.kind
     if x.is_floating_point():
         x = x.to(output.dtype)
-        if training and packed.dropout > 0:
-            x = F.dropout(x, packed.dropout)
-    h = kind.down(site, x, packed.a.to(output.dtype))
+        if training and uniform.dropout > 0:
+            x = F.dropout(x, uniform.dropout)
+    h = kind.down(site, x, uniform.a.to(output.dtype))
     # a layer may see several entries for each row (beams, flattened tokens); rows lie together
-    line = torch.arange(h.shape[0], device=h.device) * packed.gates.shape[0] // h.shape[0]
-    gates = packed.gates.index_select(0, line).to(h.dtype)
+    line = torch.arange(h.shape[0], device=h.device) * uniform.gates.shape[0] // h.shape[0]
+    gates = uniform.gates.index_select(0, line).to(h.dtype)
     h = h * gates.view(h.shape[0], *[1] * (h.ndim - 2), gates.shape[1])
-    return output + kind.up(site, h, packed.b.to(output.dtype))
+    return output + kind.up(site, h, uniform.b.to(output.dtype))
 
 
-def pack(active: Active, sites: list[Site]) -> dict[str, Packed] | None:
-    """Return the packed form of a composition at every site, or None if some adapter has no such form."""
-    parts = [p for p in active.parts if not p.adapter.merged]
-    for part in parts:
-        for entry in part.adapter.entries.values():
-            method = entry.method
-            stock = isinstance(method, Bottleneck) and method.plain and type(method).factors is Bottleneck.factors
-            if not stock or not entry.site.kind.factors_apply(entry.site):
+def uniform_form(active: Active, sites: list[Site]) -> dict[str, Uniform] | None:
+    """Return the uniform form of a composition at every site, or None if there is none: adapters or weights with code
+    of their own, or tokens of one row apart.
+    """
+    layout, portions = active.layout, [p for p in active.portions if not p.adapter.in_base]
+    if layout is not None and (layout.lengths is not None or layout.counts):
+        return None
+    for portion in portions:
+        grows = portion.weights is not None and portion.weights.requires_grad
+        if portion.kind is not None or not isinstance(portion.weight, float) or grows:
+            return None
+        for entry in portion.adapter.entries.values():
+            if not {"plain", "stored"} <= entry.method.capabilities or not entry.site.kind.factors_apply(entry.site):
                 return None
     # whatever mode this is called in, the result may serve a later training step
     with torch.inference_mode(False), torch.enable_grad():
-        table = _table(active, parts)
-        return {site.path: packed for site in sites if (packed := _pack_site(site, parts, table)) is not None}
+        table = _table(active, portions)
+        return {site.path: uniform for site in sites if (uniform := _uniform_site(site, portions, table)) is not None}
 
 
-def _table(active: Active, parts: list[Part]) -> Tensor:
-    """Return the weight of each part in each row, ``(rows, parts)``; two equal rows where all are the same."""
-    rows = active.rows or 1
-    table = torch.zeros(rows, len(parts))
-    for column, part in enumerate(parts):
-        chosen = slice(None) if part.rows is None else part.rows
-        table[chosen, column] = part.weight if part.weights is None else part.weights
-    return table if rows > 1 else table.repeat(2, 1)
+def _table(active: Active, portions: list[Portion]) -> Tensor:
+    """Return the weight of each portion in each entry of the batch, ``(entries, portions)``; two equal lines where all
+    are the same.
+    """
+    layout = active.layout if active.layout is not None else BatchLayout(1)
+    table = torch.zeros(layout.entries, len(portions))
+    for column, portion in enumerate(portions):
+        rows = layout.spread(portion.rows, 1, table.device)
+        weights = None if portion.weights is None else layout.spread_values(portion.weights.cpu(), 1)
+        number = cast(float, portion.weight)
+        table[slice(None) if rows is None else rows, column] = number if weights is None else weights
+    return table if len(table) > 1 else table.repeat(2, 1)
 
 
-def _pack_site(site: Site, parts: list[Part], table: Tensor) -> Packed | None:
+def _uniform_site(site: Site, portions: list[Portion], table: Tensor) -> Uniform | None:
     a, b, gates, dropout = [], [], [], 0.0
-    for column, part in enumerate(parts):
-        entry = part.adapter.entries.get(site.path)
+    for column, portion in enumerate(portions):
+        entry = portion.adapter.entries.get(site.path)
         if entry is None:
             continue
         entry.move(site.device)
@@ -119,8 +127,8 @@ def _pack_site(site: Site, parts: list[Part], table: Tensor) -> Packed | None:
         return None
     # a view where one adapter is alone: a parameter and a plain tensor would be two graphs
     left, right = (a[0].view_as(a[0]), b[0].view_as(b[0])) if len(a) == 1 else (torch.cat(a), torch.cat(b, 1))
-    packed = Packed(left, right, torch.cat(gates, 1).to(left.device), dropout)
-    for tensor, dims in ((packed.a, (0,)), (packed.b, (1,)), (packed.gates, (0, 1))):
+    uniform = Uniform(left, right, torch.cat(gates, 1).to(left.device), dropout)
+    for tensor, dims in ((uniform.a, (0,)), (uniform.b, (1,)), (uniform.gates, (0, 1))):
         # what torch._dynamo.maybe_mark_dynamic sets, without importing the compiler for those who do not compile
         tensor._dynamo_weak_dynamic_indices = set(dims)  # type: ignore[attr-defined]
-    return packed
+    return uniform

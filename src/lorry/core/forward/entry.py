@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,6 @@ from torch import Tensor, nn
 from lorry.core.method.base import Method
 from lorry.core.method.spec import TensorSpec
 from lorry.core.sites.site import Site
-
-if TYPE_CHECKING:
-    from lorry.core.life.adapter import Adapter
 
 
 class TensorHome:
@@ -81,28 +78,67 @@ class TensorHome:
 
 
 class Entry:
-    """One adapter at one site: the method there, and its tensors together with the shared ones."""
+    """One adapter at one site: the method there, and its tensors together with those that its sites share.
 
-    __slots__ = ("adapter", "home", "method", "sharing", "site")
+    Attributes
+    ----------
+    name
+        Of the adapter.
+    site
+        Where.
+    method
+        The method at this site.
+    home
+        The site's own tensors.
+    shared
+        Tensors that the adapter's sites share, if this one uses any.
+    """
 
-    def __init__(self, adapter: Adapter, site: Site, method: Method, home: TensorHome, sharing: bool) -> None:
-        self.adapter = adapter
+    __slots__ = ("home", "method", "name", "shared", "site")
+
+    def __init__(self, name: str, site: Site, method: Method, home: TensorHome, shared: TensorHome | None) -> None:
+        self.name = name
         self.site = site
         self.method = method
         self.home = home
-        self.sharing = sharing
+        self.shared = shared
 
     def tensors(self) -> Mapping[str, Tensor]:
         """Return the tensors that the method's functions read: the site's own, and the shared ones if it shares."""
-        own, shared = self.home.tensors(), self.adapter.shared
-        return {**shared.tensors(), **own} if self.sharing and shared is not None else own
+        own = self.home.tensors()
+        return own if self.shared is None else {**self.shared.tensors(), **own}
+
+    @property
+    def frozen(self) -> bool:
+        """Whether no gradient reaches its tensors."""
+        return not self.home.registered and (self.shared is None or not self.shared.registered)
 
     def move(self, device: torch.device) -> None:
         """Follow the model to another device."""
         self.home.move(device)
-        if self.adapter.shared is not None:
-            self.adapter.shared.move(device)
+        if self.shared is not None:
+            self.shared.move(device)
 
     def delta(self) -> Tensor:
         """Return the weight update ``(*lead, out, in)``."""
         return self.method.delta(self.tensors(), self.site)
+
+
+class Member(Protocol):
+    """What a forward pass needs to know of an adapter."""
+
+    @property
+    def name(self) -> str:
+        """Unique on its model."""
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """Site path -> the adapter there."""
+
+    @property
+    def in_base(self) -> bool:
+        """Whether its update is part of the base weights now."""
+
+    @property
+    def trainable(self) -> bool:
+        """Whether its tensors are parameters of the model that receive gradients."""

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorry.core.errors import AdapterError
 from lorry.core.forward.entry import Entry, TensorHome
+from lorry.core.life.fuse import merge_into_base
+from lorry.core.life.state import ModelState, parameter_prefix
 from lorry.core.life.writers import WRITERS
 from lorry.core.method.base import Method
-from lorry.core.method.spec import Layout, TensorSpec
+from lorry.core.method.spec import TensorSpec
+from lorry.core.method.start import joint_layout
 from lorry.core.receipt import Receipt
 from lorry.core.sites.fingerprint import Fingerprint
 from lorry.core.sites.site import Site
-
-if TYPE_CHECKING:
-    from lorry.core.life.state import ModelState
 
 
 class Adapter:
@@ -57,12 +56,16 @@ class Adapter:
         self.metadata: dict[str, Any] = dict(metadata)
         self.fingerprint: Fingerprint = state.fingerprint(sites.values())
         self.receipt = Receipt("attach", name, 0, 0, len(sites))
-        self._originals: list[tuple[nn.Module, str, nn.Parameter]] = []
+
+    @property
+    def in_base(self) -> bool:
+        """Whether its update is in the base weights now: merged, or switched on."""
+        return self.name in self.state.edits
 
     @property
     def merged(self) -> bool:
-        """Whether the adapter is part of the base weights now."""
-        return bool(self._originals)
+        """As `in_base`."""
+        return self.in_base
 
     @property
     def sites(self) -> list[Site]:
@@ -106,17 +109,16 @@ class Adapter:
         """Register its tensors as parameters that receive gradients, or freeze them and take them out of the module
         tree.
         """
-        if mode and self.merged:
+        if mode and self.in_base:
             raise AdapterError(f"Adapter '{self.name}' is merged into the base; unmerge it before training it.")
-        from lorry.core.life.state import parameter_prefix
-
         prefix = parameter_prefix(self.name)
         for path, home in self.homes():
             if mode and not home.registered:
-                module = self.state.root if path == "shared" else self.entries[path].site.owner
+                # shared tensors lie in the first site's module: its class hides them from the state dict already
+                entry = next(iter(self.entries.values())) if path == "shared" else self.entries[path]
                 # two sites of one module (packed q/k/v and output projection) need names of their own
-                own = "" if path == "shared" or self.entries[path].site.kind.additive else f"{path.rpartition('.')[2]}_"
-                home.register(module, prefix + own)
+                own = "" if entry.site.kind.additive else f"{entry.site.name}_"
+                home.register(entry.site.owner, prefix + ("shared_" if path == "shared" else own))
             elif not mode:
                 home.unregister()
         self.state.changed()
@@ -135,11 +137,22 @@ class Adapter:
     def merge(self, *, safe: bool = True) -> Receipt:
         """Add the update to the base weights; `unmerge` restores every byte.
 
-        See `lorry.core.life.fuse.merge_into_base`.
-        """
-        from lorry.core.life.fuse import merge_into_base
+        It then applies to everything the model computes, whatever is active; see `lorry.core.life.fuse`.
 
-        self._originals, receipt = merge_into_base(self, check=safe)
+        Parameters
+        ----------
+        safe
+            Refuse updates that are not finite, and measure the rounding error for the receipt.
+
+        Raises
+        ------
+        AdapterError
+            It is in the base already, its method never merges, or an update is not finite. Nothing is changed then.
+        """
+        if self.in_base:
+            raise AdapterError(f"Adapter '{self.name}' is merged already.")
+        edit, receipt = merge_into_base(self.name, list(self.entries.values()), check=safe)
+        self.state.edits.made(edit)
         self.state.changed()
         return receipt
 
@@ -149,20 +162,31 @@ class Adapter:
         Raises
         ------
         AdapterError
-            The adapter is not merged, or another one was merged after it.
+            The adapter is not in the base, another one was put into the same weights later, or the base was changed
+            since.
         """
-        from lorry.core.life.fuse import unmerge_from_base
-
-        receipt = unmerge_from_base(self, self._originals)
-        self._originals = []
+        edit = self.state.edits.undo(self.name)
         self.state.changed()
-        return receipt
+        return Receipt("unmerge", self.name, 0, 0, len(edit.places), "match")
 
-    def detach(self) -> None:
-        """Take the adapter off the model; with the last one the model is bit for bit what it was."""
+    def detach(self, *, keep: bool = False) -> None:
+        """Take the adapter off the model; with the last one the model is bit for bit what it was.
+
+        Parameters
+        ----------
+        keep
+            Leave its update in the base weights if it is there; the base is then another one for good.
+
+        Raises
+        ------
+        AdapterError
+            It is not attached any more, another adapter combines it, or it cannot be taken out of the base.
+        """
         if self.state.adapters.get(self.name) is not self:
             raise AdapterError(f"Adapter '{self.name}' is not attached any more.")
-        if self.merged:
+        if self.in_base and keep:
+            self.state.edits.forget(self.name)
+        elif self.in_base:
             self.unmerge()
         self.train(False)
         self.state.remove(self)
@@ -174,7 +198,7 @@ class Adapter:
     def deltas(self) -> Iterator[tuple[Site, Tensor]]:
         """Yield each site with its weight update ``(*lead, out, in)``; raises if the method has none."""
         for entry in self.entries.values():
-            with torch.no_grad():
+            with torch.no_grad(), self.state.edits.bare():
                 delta = entry.delta()
             # outside: the mode would stay with the caller, and wrong for good where two walks go side by side
             yield entry.site, delta
@@ -248,79 +272,3 @@ class Adapter:
     def __repr__(self) -> str:
         """Return name, method, number of sites and parameters."""
         return f"Adapter('{self.name}', {self.method}, {len(self.entries)} sites, {self.count():,} parameters)"
-
-
-def mix_seed(*parts: object) -> int:
-    """Return a seed that depends on all parts and on nothing else."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "little")
-
-
-def build(
-    state: ModelState,
-    name: str,
-    method: Method,
-    chosen: Sequence[tuple[Site, Method]],
-    *,
-    dtype: torch.dtype,
-    values: Callable[[str, TensorSpec], Tensor] | None,
-    seed: int,
-    metadata: Mapping[str, Any],
-) -> Adapter:
-    """Make an adapter that the model does not know of yet.
-
-    `chosen` gives each site with the method to use there; `values` gives each tensor by its full name (loading), and
-    without it all start afresh from `seed`.
-    """
-    sites = {site.path: site for site, _ in chosen}
-    adapter = Adapter(state, name, method, sites, metadata)
-    adapter.fingerprint = state.fingerprint(base for site, at in chosen for base in at.bases(site))
-    layout = joint_layout(chosen)
-
-    def fill(prefix: str, specs: Mapping[str, TensorSpec], device: torch.device) -> dict[str, Tensor]:
-        tensors = {}
-        for key, spec in specs.items():
-            full = f"{prefix}.{key}"
-            if values is not None and spec.saved:
-                tensors[key] = values(full, spec).to(device)
-            else:
-                tensors[key] = fresh(spec, mix_seed(seed, full), dtype).to(device)
-        return tensors
-
-    if layout.shared:
-        adapter.shared = TensorHome(layout.shared, fill("shared", layout.shared, next(iter(sites.values())).device))
-    for site, at_site in chosen:
-        own = fill(site.path, layout.sites[site.path], site.device)
-        entry = Entry(adapter, site, at_site, TensorHome(layout.sites[site.path], own), site.path in layout.sharing)
-        adapter.entries[site.path] = entry
-        if values is None and type(at_site).setup is not Method.setup:
-            at_site.setup(own, site, torch.Generator().manual_seed(mix_seed(seed, site.path, "setup")))
-    return adapter
-
-
-def joint_layout(chosen: Sequence[tuple[Site, Method]]) -> Layout:
-    """Return the layout of sites that may use different methods; each method lays out its own sites together."""
-    groups: dict[Method, list[Site]] = {}
-    for site, method in chosen:
-        groups.setdefault(method, []).append(site)
-    joint = Layout({})
-    for method, sites in groups.items():
-        layout = method.layout(sites)
-        doubled = joint.shared.keys() & layout.shared.keys()
-        if doubled:
-            raise AdapterError(
-                f"Options that differ by site do not work where sites share tensors ({sorted(doubled)})."
-            )
-        joint.sites.update(layout.sites)
-        joint.shared.update(layout.shared)
-        joint.sharing.update(layout.sites if layout.shared else ())
-    return joint
-
-
-def fresh(spec: TensorSpec, seed: int, dtype: torch.dtype) -> Tensor:
-    """Return a tensor as it starts: drawn in float32 on the CPU, whatever the target, so that a seed means one
-    thing.
-    """
-    kind = spec.dtype or torch.float32
-    tensor = torch.empty(spec.shape, dtype=kind)
-    spec.init(tensor, torch.Generator().manual_seed(seed))
-    return tensor if spec.dtype is not None else tensor.to(dtype)

@@ -6,20 +6,26 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lorry.core.errors import AdapterError, SiteError
-from lorry.core.forward.active import Composition
-from lorry.core.life.adapter import Adapter, build
-from lorry.core.life.state import ModelState, keep_state, open_state, state_of
+from lorry.core.forward.active import Active
+from lorry.core.forward.compose import Composition
+from lorry.core.forward.runtime import Runtime, Scope
+from lorry.core.forward.taps import Reader
+from lorry.core.life.adapter import Adapter
+from lorry.core.life.build import build
+from lorry.core.life.state import ModelState, keep_state, kept_state, open_state, state_of
 from lorry.core.method.base import Method, MethodInfo
-from lorry.core.method.call import Context
+from lorry.core.method.context import Context
+from lorry.core.method.layout import BatchLayout
 from lorry.core.method.registry import method_from
 from lorry.core.method.registry import methods as registered
 from lorry.core.receipt import Receipt
+from lorry.core.sites.kinds import BLOCK, KIND_NAMES
 from lorry.core.sites.site import Site
 from lorry.core.sites.targets import Targets, matches, select
 
@@ -90,12 +96,14 @@ def attach(
 def install(adapter: Adapter, *, trainable: bool, activate: bool) -> Adapter:
     """Let the model know an adapter that was built for it."""
     state = adapter.state
+    state.check_members(adapter)
     keep_state(state)
     state.add(adapter)
     if trainable:
         adapter.train()
     if activate:
-        state.activate(adapter.name)
+        # inside lorry.rows the rows stay as they are, and the adapter applies once they end
+        state.choose(state.composed(adapter.name))
     return adapter
 
 
@@ -104,8 +112,7 @@ def check_name(name: str, state: ModelState) -> None:
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name == "shared":
         raise AdapterError(
             "An adapter's name consists of letters, digits, '_', '-' and '.', begins with a letter or digit, and is "
-            "not "
-            f"'shared'; found {name!r}."
+            f"not 'shared'; found {name!r}."
         )
     if name in state.adapters:
         raise AdapterError(f"An adapter '{name}' is attached already. Detach it first, or choose another name.")
@@ -154,30 +161,64 @@ def whole_modules(state: ModelState, patterns: Sequence[str]) -> list[tuple[Site
         modules = {p: m for p, m in state.root.named_modules() if p and matches(p, pattern)}
         if not modules:
             raise SiteError(f"train_also: '{pattern}' matches no module of {type(state.root).__name__}.")
-        from lorry.core.sites.kinds import BLOCK
-
         chosen += [(next(iter(BLOCK.sites(path, module))), full) for path, module in modules.items()]
     return chosen
 
 
-def activate(model: nn.Module, composition: str | Composition | None) -> None:
-    """Let adapters apply to every row from now on.
+class Activation:
+    """What `activate` returns: used in a ``with`` statement, the composition holds until the block ends."""
+
+    def __init__(self, state: ModelState | None, active: Active | None, before: Active | None) -> None:
+        self._state = state
+        self._active = active
+        self._before = before
+        self._scope: tuple[Runtime, Scope] | None = None
+
+    def __enter__(self) -> None:
+        """Let what was active before be active again once the block ends."""
+        if self._state is not None:
+            if self._before is not self._active:
+                self._state.choose(self._before)
+            self._scope = self._state.enter(self._active)
+
+    def __exit__(self, *error: object) -> None:
+        """End the block."""
+        if self._state is not None and self._scope is not None:
+            self._state.leave(*self._scope)
+
+
+def activate(model: nn.Module, composition: str | Composition | None) -> Activation:
+    """Let adapters apply to every row from now on, or while a ``with`` block lasts.
+
+    It holds for the thread or task that calls it, and for every thread or task that has made no choice of its own.
 
     Parameters
     ----------
     model
         A model with adapters.
     composition
-        A name, ``{name: weight, ...}`` (the weighted sum of the updates), or None for the bare base.
-    """
-    if composition is None:
-        from lorry.core.life.state import unwrapped
+        A name, ``{name: weight, ...}`` (the weighted sum of the updates), ``{kind of token: composition}``, or None for
+        nothing beside what is in the base weights. A weight is a number, a floating tensor (a scalar, or one entry for
+        each row; gradients reach it), or a function of site, step and timestep; see `lorry.core.forward.weights`.
 
-        state = unwrapped(model).__dict__.get("_lorry_state")
-        if state is not None:
-            state.activate(None)
-        return
-    state_of(model).activate(composition)
+    Raises
+    ------
+    AdapterError
+        An unknown adapter, a bad weight, or a ``with`` block that decides here.
+    """
+    state = kept_state(model)
+    if state is None and composition is None:
+        return Activation(None, None, None)
+    state = state_of(model)
+    runtime = state.runtimes.own()
+    before = runtime.base
+    if runtime.scoped:
+        raise AdapterError(
+            "lorry.rows, or a with-block of lorry.activate, decides what applies here. Leave the block first; or nest "
+            "another lorry.rows."
+        )
+    state.choose(state.composed(composition))
+    return Activation(state, state.active, before)
 
 
 @contextmanager
@@ -186,6 +227,10 @@ def rows(
     compositions: Sequence[str | Composition | None],
     *,
     seeds: Mapping[str, int] | None = None,
+    repeat: int | None = None,
+    tile: int | None = None,
+    lengths: Sequence[int] | None = None,
+    counts: Mapping[str, Sequence[int]] | None = None,
 ) -> Iterator[None]:
     """Give each row of a batch its own composition of adapters while the context lasts, in training as in inference.
 
@@ -194,18 +239,37 @@ def rows(
     model
         A model with adapters.
     compositions
-        For each row a name, ``{name: weight}``, or None for the bare base. A generation that expands each row (beams,
-        several samples) keeps the row's composition.
+        For each row a composition, as `activate` takes it, or None for the bare base.
     seeds
         Adapter -> seed of its dropout in this pass; torch's global generator decides otherwise.
+    repeat
+        How often each row follows itself in what the model is given (a a b b): beams, several samples of a prompt.
+    tile
+        How often the whole batch follows itself (a b a b): classifier-free guidance. With `repeat`, the repeated batch.
+    lengths
+        Tokens of each row, where all rows lie one after another in one batch ``(1, tokens)``.
+    counts
+        Path of a module -> entries of each row in that part of the model, e.g. pictures in a vision tower.
+
+    Raises
+    ------
+    AdapterError
+        An unknown adapter, a bad weight, an adapter in the base; and in the model's forward a batch that does not fit,
+        or of which several layouts fit.
     """
     state = state_of(model)
-    before = state.active
-    state.active = state.rows(compositions, seeds)
+    layout = BatchLayout(
+        len(compositions),
+        repeat,
+        tile,
+        None if lengths is None else tuple(lengths),
+        {path: tuple(each) for path, each in (counts or {}).items()},
+    )
+    runtime, scope = state.enter(state.rows(compositions, seeds, layout))
     try:
         yield
     finally:
-        state.active = before
+        state.leave(runtime, scope)
 
 
 @contextmanager
@@ -217,18 +281,61 @@ def context(model: nn.Module, **facts: Any) -> Iterator[Context]:
     model
         A model with adapters.
     facts
-        Fields of `lorry.core.method.call.Context` (``padding_mask``, ``token_kinds``, ``task_ids``, ``timestep``,
-        ``recording``); any other name goes into ``values``.
+        Fields of `lorry.core.method.context.Context` (``padding_mask``, ``token_kinds``, ``task_ids``, ``step``,
+        ``timestep``, ``recording``); any other name goes into ``values``.
     """
-    state = state_of(model)
+    runtime = state_of(model).runtimes.own()
     known = {k: v for k, v in facts.items() if k in Context.__dataclass_fields__}
     fresh = replace(Context(), **known)
     fresh.values.update({k: v for k, v in facts.items() if k not in known})
-    before, state.context = state.context, fresh
+    outer = runtime.context
+    runtime.enter_context(fresh)
     try:
         yield fresh
     finally:
-        state.context = before
+        runtime.leave_context(fresh, outer)
+
+
+@contextmanager
+def tap(model: nn.Module, reader: Reader, targets: Targets = "all") -> Iterator[None]:
+    """Let a reader see what passes sites, apart, while the context lasts, in this thread or task.
+
+    Parameters
+    ----------
+    model
+        A model with adapters.
+    reader
+        Called with a `lorry.core.forward.taps.Tap` for each call of a site: its input, the base's output, the update of
+        each active adapter, and their sum. A tensor that it returns takes the place of the output.
+    targets
+        Which sites; see `lorry.core.sites.targets.select`. Sites without adapters may be tapped too.
+
+    Raises
+    ------
+    SiteError
+        Nothing matches, or a site whose weight a larger module uses itself.
+    """
+    state = state_of(model)
+    chosen = select(state.root, state.sites, targets, kinds=KIND_NAMES).sites
+    wrong = next((site for site in chosen if not site.kind.additive), None)
+    if wrong is not None and targets != "all":
+        raise SiteError(
+            f"'{wrong.path}' ({wrong.kind.name}) holds its weight for a larger module, so base and updates do not pass "
+            "apart there. Leave it out."
+        )
+    chosen = tuple(site for site in chosen if site.kind.additive)
+    state.link(chosen)
+    runtime = state.runtimes.own()
+    for site in chosen:
+        runtime.taps.setdefault(site.path, []).append(reader)
+    try:
+        yield
+    finally:
+        for site in chosen:
+            readers = runtime.taps[site.path]
+            readers.remove(reader)
+            if not readers:
+                del runtime.taps[site.path]
 
 
 def auxiliary_loss(model: nn.Module, adapter: str | None = None) -> Tensor | None:
@@ -237,13 +344,14 @@ def auxiliary_loss(model: nn.Module, adapter: str | None = None) -> Tensor | Non
     The penalties that methods put on the tensors of adapters in training are part of it.
     """
     state = state_of(model)
-    losses = state.context.losses
+    context = state.context
+    losses = context.losses
     chosen = [value for (owner, _, _), value in losses.items() if adapter is None or owner == adapter]
     for name in state.adapters if adapter is None else [adapter]:
-        if name in state.adapters and any(key[0] == name for key in state.context.left):
-            chosen += state.adapters[name].joint_losses(state.context.left)
+        if name in state.adapters and any(key[0] == name for key in context.left):
+            chosen += adapters(model)[name].joint_losses(context.left)
         if name in state.adapters and state.adapters[name].trainable:
-            chosen += state.adapters[name].penalties()
+            chosen += adapters(model)[name].penalties()
     return torch.stack([v.float() for v in chosen]).sum() if chosen else None
 
 
@@ -264,7 +372,7 @@ def log_probability(model: nn.Module, adapter: str) -> Tensor | None:
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """Return the adapters on a model by name; none is no error."""
-    return dict(open_state(model).adapters)
+    return cast(dict[str, Adapter], dict(open_state(model).adapters))
 
 
 def methods() -> dict[str, MethodInfo]:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from lorry.core.errors import AdapterError, SiteError
 from lorry.core.forward.entry import Entry, TensorHome
 from lorry.core.forward.exchange import exchanged
-from lorry.core.life.adapter import Adapter, fresh, mix_seed
+from lorry.core.life.adapter import Adapter
 from lorry.core.method.base import Method
 from lorry.core.method.spec import Observed
+from lorry.core.method.start import fresh, mix_seed
 from lorry.core.receipt import Receipt
 from lorry.core.sites.site import Site
 from lorry.core.sites.storage import Dense, storage_of
@@ -102,12 +103,12 @@ def _plain(adapter: Adapter) -> Iterator[None]:
     """Run the bare base in evaluation mode, so that what is seen does not depend on dropout."""
     state = adapter.state
     modes = [(module, module.training) for module in state.root.modules()]
-    active, state.active = state.active, None
+    runtime, scope = state.enter(None)
     state.root.eval()
     try:
         yield
     finally:
-        state.active = active
+        state.leave(runtime, scope)
         for module, mode in modes:
             module.training = mode
 
@@ -142,7 +143,7 @@ def _exchange(adapter: Adapter, path: str, method: Method | None, seed: int) -> 
     dtype = next(t.dtype for n, t in old.home.tensors().items() if old.home.specs[n].dtype is None)
     specs = method.layout([old.site]).sites[path]
     tensors = {k: fresh(s, mix_seed(seed, f"{path}.{k}"), dtype).to(old.site.device) for k, s in specs.items()}
-    adapter.entries[path] = Entry(adapter, old.site, method, TensorHome(specs, tensors), old.sharing)
+    adapter.entries[path] = Entry(old.name, old.site, method, TensorHome(specs, tensors), old.shared)
 
 
 class _Gradients:

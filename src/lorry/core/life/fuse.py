@@ -2,49 +2,44 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lorry.core.errors import AdapterError
 from lorry.core.forward.entry import Entry
+from lorry.core.life.base_edits import Edit, Exchanged
 from lorry.core.memory import LargePages
 from lorry.core.method.families import Bottleneck
 from lorry.core.receipt import Receipt
 from lorry.core.sites.storage import Storage, storage_of
 
-if TYPE_CHECKING:
-    from lorry.core.life.adapter import Adapter
 
-Originals = list[tuple[nn.Module, str, nn.Parameter]]
-
-
-def merge_into_base(adapter: Adapter, *, check: bool = True) -> tuple[Originals, Receipt]:
+def merge_into_base(name: str, entries: Sequence[Entry], *, check: bool = True) -> tuple[Edit, Receipt]:
     """Exchange the weight of every site for ``W + ΔW``, computed in float32 or better and rounded once.
 
-    The original parameters are kept, and put back by `unmerge_from_base`; a weight that is tied to another one is
-    untied by the exchange, so the other keeps its values.
+    The original parameters are kept, and put back by the edit's `undo`; a weight that is tied to another one is untied
+    by the exchange, so the other keeps its values.
 
     Parameters
     ----------
-    adapter
-        An adapter whose method merges.
+    name
+        Of the adapter.
+    entries
+        The adapter at its sites; its method must merge.
     check
         Refuse updates that are not finite, and measure the rounding error for the receipt.
 
     Raises
     ------
     AdapterError
-        The method never merges, the adapter is merged already, or an update is not finite. Nothing is changed then.
+        The method never merges, or an update is not finite. Nothing is changed then.
     """
-    if adapter.merged:
-        raise AdapterError(f"Adapter '{adapter.name}' is merged already.")
-    never = sorted({type(e.method).__name__ for e in adapter.entries.values() if e.method.merging == "never"})
+    never = sorted({type(e.method).__name__ for e in entries if e.method.merging == "never"})
     if never:
         raise AdapterError(
-            f"Adapter '{adapter.name}' cannot be merged: {', '.join(never)} depends on the input of the layer or "
-            "replaces its "
+            f"Adapter '{name}' cannot be merged: {', '.join(never)} depends on the input of the layer or replaces its "
             "forward, so there is no weight that does the same. Serve it unmerged."
         )
     fresh: list[tuple[Entry, nn.Parameter]] = []
@@ -52,45 +47,38 @@ def merge_into_base(adapter: Adapter, *, check: bool = True) -> tuple[Originals,
     worst = error = size = 0.0
     memory = LargePages()
     with torch.no_grad():
-        for entry in adapter.entries.values():
+        for entry in entries:
             storage = storage_of(entry.site)
             merged, deviation = _merged(entry, storage, check, memory)
             fresh.append((entry, merged))
             if deviation is not None:
                 worst, error, size = max(worst, deviation[0]), error + deviation[1], size + deviation[2]
             notes += _notes(entry, storage)
-    originals: Originals = []
+    exchanged = []
     for entry, merged in fresh:
-        holder, name = entry.site.holder, entry.site.parameter
-        originals.append((holder, name, holder._parameters[name]))  # type: ignore[arg-type]
-        holder._parameters[name] = merged
-    adapter.state.merged.append(adapter.name)
-    count = sum(len(home.specs) for _, home in adapter.homes())
+        holder, parameter = entry.site.holder, entry.site.parameter
+        original = holder._parameters[parameter]
+        holder._parameters[parameter] = merged
+        exchanged.append(Exchanged(holder, parameter, original, merged, merged._version))
+    places = tuple((e.holder, e.name) for e in exchanged)
+    edit = Edit(name, 1.0, lambda: _put_back(name, exchanged), places, tuple(exchanged))
+    homes = {id(home): home for e in entries for home in (e.home, e.shared) if home is not None}
+    count = sum(len(home.specs) for home in homes.values())
     relative = (error / size) ** 0.5 if size else 0.0
-    return originals, Receipt(
-        "merge", adapter.name, count, count, len(fresh), "match", worst, relative, tuple(dict.fromkeys(notes))
-    )
+    return edit, Receipt("merge", name, count, count, len(fresh), "match", worst, relative, tuple(dict.fromkeys(notes)))
 
 
-def unmerge_from_base(adapter: Adapter, originals: Originals) -> Receipt:
-    """Put the original parameters back.
-
-    Raises
-    ------
-    AdapterError
-        The adapter is not merged, or another adapter was merged into the same weights later.
-    """
-    if not originals:
-        raise AdapterError(f"Adapter '{adapter.name}' is not merged.")
-    mine = {(id(holder), name) for holder, name, _ in originals}
-    order = list(adapter.state.merged)
-    for other in order[order.index(adapter.name) + 1 :]:
-        if any((id(h), n) in mine for h, n, _ in adapter.state.adapters[other]._originals):
-            raise AdapterError(f"Adapter '{other}' was merged after '{adapter.name}'; unmerge it first.")
-    adapter.state.merged.remove(adapter.name)
-    for holder, name, parameter in originals:
-        holder._parameters[name] = parameter
-    return Receipt("unmerge", adapter.name, 0, 0, len(originals), "match")
+def _put_back(name: str, exchanged: Sequence[Exchanged]) -> None:
+    """Put the original parameters back, if the base is still what the merge made of it."""
+    touched = [f"'{e.name}' of {type(e.holder).__name__}" for e in exchanged if not e.untouched]
+    if touched:
+        raise AdapterError(
+            f"The base was changed after adapter '{name}' was merged into it ({len(touched)} weights, e.g. "
+            f"{touched[0]}: loaded anew, cast or overwritten), so the kept originals no longer belong to it. Unmerge "
+            "before changing the base; or detach the adapter with detach(keep=True), which leaves the base as it is."
+        )
+    for item in exchanged:
+        item.holder._parameters[item.name] = item.original
 
 
 def _merged(
@@ -104,9 +92,7 @@ def _merged(
     total = _sum(entry, base, exact, factors, memory)
     # thin factors bound their product: only where the bound is no comfort is every weight looked at
     if check and not (factors and _bounded(*factors)) and not torch.isfinite(total).all():
-        raise AdapterError(
-            f"The update of adapter '{entry.adapter.name}' at '{site.path}' is not finite; nothing was merged."
-        )
+        raise AdapterError(f"The update of adapter '{entry.name}' at '{site.path}' is not finite; nothing was merged.")
     parameter = storage.encode(site, total)
     if not check or (storage.lossless and parameter.dtype == exact):
         return parameter, None
@@ -116,7 +102,7 @@ def _merged(
     worst = float(difference.abs().max())
     if not worst < torch.inf:
         raise AdapterError(
-            f"'{site.path}' with adapter '{entry.adapter.name}' leaves the range of {parameter.dtype}; nothing was "
+            f"'{site.path}' with adapter '{entry.name}' leaves the range of {parameter.dtype}; nothing was "
             "merged. Load the base in bfloat16 or float32, or serve the adapter unmerged."
         )
     return parameter, (worst, float(difference.square().sum()), float(update.square().sum()))
@@ -125,8 +111,9 @@ def _merged(
 def _factors(entry: Entry, exact: torch.dtype) -> tuple[Tensor, Tensor, float] | None:
     """Return A (rank, in), B (out, rank) and the scale where the update is nothing but their product."""
     site, method = entry.site, entry.method
-    if not isinstance(method, Bottleneck) or not method.plain or site.lead:
+    if "plain" not in method.capabilities or site.lead:
         return None
+    assert isinstance(method, Bottleneck)
     a, b = (f.detach().to(exact) for f in method.factors(entry.tensors(), site))
     return a, b, method.scale(site)
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from lorry.core.life.adapter import joint_layout
 from lorry.core.life.api import SiteOptions, choose, whole_modules
 from lorry.core.life.state import open_state
 from lorry.core.method.base import Method
 from lorry.core.method.registry import method_from
+from lorry.core.method.start import joint_layout
 from lorry.core.sites.site import Site
 from lorry.core.sites.targets import Targets
 

@@ -1,28 +1,37 @@
-"""What Lorry keeps of one model: its sites, its adapters, what is active. One object, reached from the model and its
-layers.
+"""What Lorry keeps of one model: its sites, its adapters, what is in its weights. Reached from the model.
+
+What applies in a forward pass belongs to the thread or task that runs it; see `lorry.core.forward.runtime`.
 """
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from lorry.core.errors import AdapterError, SiteError
-from lorry.core.forward.active import Active, Composition, Part, compose, for_rows
-from lorry.core.forward.compiled import PACKED, Slot, pack
-from lorry.core.forward.history import History
-from lorry.core.forward.link import PREFIX, Adapted, Link, adapted_class, without_fusion
-from lorry.core.method.call import Context
+from lorry.core.forward.active import Active
+from lorry.core.forward.adapted import PREFIX, link_of
+from lorry.core.forward.compiled import uniform_form
+from lorry.core.forward.compose import Composition, compose, for_all, for_rows
+from lorry.core.forward.entry import Member
+from lorry.core.forward.fusion import without_fusion
+from lorry.core.forward.link import Link
+from lorry.core.forward.root import RootHooks
+from lorry.core.forward.runtime import UNIFORM_FORM, Runtime, Runtimes, Scope
+from lorry.core.life.base_edits import BaseEdits
+from lorry.core.method.context import Context
+from lorry.core.method.layout import BatchLayout
 from lorry.core.sites.fingerprint import Fingerprint, fingerprint
 from lorry.core.sites.kinds import catalogue
 from lorry.core.sites.site import Site
 
-if TYPE_CHECKING:
-    from lorry.core.life.adapter import Adapter
-
 _KEY = "_lorry_state"
+#: Compositions that are kept ready for the next time.
+_KEPT = 64
 
 
 class ModelState:
@@ -34,62 +43,136 @@ class ModelState:
         The model.
     adapters
         All adapters by name.
-    active
-        What applies now; None for the bare base.
-    history
-        What applied before, for the recomputation of checkpointed segments in a later backward pass.
-    inside
-        What applies inside a block that runs some rows of the batch alone.
-    context
-        What the present forward pass knows.
+    runtimes
+        What applies, for each thread or task.
+    edits
+        What is in the base weights now.
+    sites
+        All sites of the model by path.
+    compiled
+        Whether compositions get a form for compiled graphs.
     """
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
-        self.adapters: dict[str, Adapter] = {}
-        self.slot = Slot()
-        self._active: Active | None = None
-        self._context = Context()
-        self.history = History()
-        self.history.note(None, self._context)
-        self.inside: Active | None = None
-        #: Names of merged adapters in the order in which they were merged.
-        self.merged: list[str] = []
+        self.adapters: dict[str, Member] = {}
+        self.runtimes = Runtimes()
+        self.edits = BaseEdits()
         self.compiled = False
         self.sites: dict[str, Site] = catalogue(root)
-        self._links: dict[str, tuple[nn.Module, Link]] = {}
+        self._links: dict[str, Link] = {}
         self._hashes: dict[str, str] = {}
-        self._composed: dict[tuple[tuple[str, float], ...], Active] = {}
+        self._composed: OrderedDict[tuple[Any, ...], Active] = OrderedDict()
         self._thawed: dict[str, bool] = {}
         self._fused: list[tuple[nn.Module, str, Any]] = []
-        self._root_class: type[nn.Module] | None = None
+        self._hooks = RootHooks(self.runtimes, self._links)
+        self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy of the model takes along: no caches, nothing of a pass that is under way."""
-        fresh: dict[str, Any] = {"_composed": {}, "inside": None, "_context": Context(), "history": History()}
-        fresh["history"].note(self._active, fresh["_context"])
-        return {**self.__dict__, **fresh}
+        """Return what a copy of the model takes along: no caches."""
+        return {**self.__dict__, "_composed": OrderedDict(), "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take up what a copy brought along."""
+        self.__dict__.update(state)
+        self._lock = threading.RLock()
+
+    # -- what applies here
 
     @property
     def active(self) -> Active | None:
-        """What applies now; None for the bare base."""
-        return self._active
+        """What applies in this thread or task; None for the bare base."""
+        return self.runtimes.current().active
 
     @active.setter
     def active(self, active: Active | None) -> None:
-        self._active = active
-        self.history.note(active, self._context)
-        PACKED[self.slot.number] = None if active is None else active.packed
+        self.choose(active)
 
     @property
     def context(self) -> Context:
-        """What the present forward pass knows."""
-        return self._context
+        """What the present forward pass of this thread or task knows."""
+        return self.runtimes.current().context
 
     @context.setter
     def context(self, context: Context) -> None:
-        self._context = context
-        self.history.note(self._active, context)
+        self.runtimes.own().set_context(context)
+
+    @property
+    def merged(self) -> list[str]:
+        """Names of the adapters that are in the base weights, in the order in which they got there."""
+        return self.edits.names
+
+    def choose(self, active: Active | None) -> None:
+        """Let an active set apply from now on: here, and wherever nothing was chosen."""
+        self.runtimes.choose(active)
+        self.runtimes.publish(self.runtimes.own())
+
+    def enter(self, active: Active | None) -> tuple[Runtime, Scope]:
+        """Let an active set apply here until `leave`."""
+        runtime = self.runtimes.own()
+        scope = runtime.enter(active)
+        self.runtimes.publish(runtime)
+        return runtime, scope
+
+    def leave(self, runtime: Runtime, scope: Scope) -> None:
+        """End what `enter` began, in whatever order."""
+        runtime.leave(scope)
+        self.runtimes.publish(runtime)
+
+    def composed(self, composition: str | Composition | None) -> Active | None:
+        """Return a composition for all rows, kept for the next time if its weights are numbers."""
+        self._notice_compiling()
+        asked = compose(composition, self.adapters)
+        for name, weight, _ in asked:
+            if self.adapters[name].in_base and not (isinstance(weight, float) and weight == self.edits.weight(name)):
+                raise AdapterError(
+                    f"Adapter '{name}' is merged with weight {self.edits.weight(name):g}; unmerge it before activating "
+                    f"it with {weight if isinstance(weight, float) else 'another weight'}."
+                )
+        if not all(isinstance(weight, float) for _, weight, _ in asked):
+            return for_all(composition, self.adapters)
+        key = tuple(asked)
+        active = self._composed.get(key)
+        if active is None and key:
+            active = for_all(composition, self.adapters)
+            assert active is not None
+            self._composed[key] = self._with_form(active)
+            while len(self._composed) > _KEPT:
+                self._composed.popitem(last=False)
+        return active
+
+    def rows(
+        self,
+        compositions: Sequence[str | Composition | None],
+        seeds: Mapping[str, int] | None = None,
+        layout: BatchLayout | None = None,
+    ) -> Active:
+        """Return the active set in which each row has its own composition.
+
+        Raises
+        ------
+        AdapterError
+            An adapter is in the base, an unknown one, or a bad weight.
+        """
+        if self.edits.names:
+            raise AdapterError(
+                f"Adapter '{self.edits.names[0]}' is merged into the base, or switched on there, and would apply to "
+                "every row; unmerge it first."
+            )
+        self._notice_compiling()
+        return self._with_form(for_rows(compositions, self.adapters, seeds, layout))
+
+    def changed(self) -> None:
+        """Forget what was worked out before an adapter was removed, put into the base, or registered anew."""
+        self._composed.clear()
+        own = self.runtimes.own()
+        for runtime in self.runtimes.every():
+            runtime.refresh(runtime is own)
+            for active in runtime.actives():
+                self._with_form(active)
+        self.runtimes.publish(own)
+
+    # -- adapters
 
     @property
     def base_name(self) -> str:
@@ -98,108 +181,109 @@ class ModelState:
         return str(getattr(config, "_name_or_path", "") or type(self.root).__name__)
 
     def fingerprint(self, sites: Iterable[Site]) -> Fingerprint:
-        """Return the fingerprint of some sites, taken before anything was merged into them."""
-        return fingerprint(sites, self.base_name, self._hashes)
+        """Return the fingerprint of some sites, of the base without what is in it now."""
+        with self.edits.bare():
+            return fingerprint(sites, self.base_name, self._hashes)
 
-    def add(self, adapter: Adapter) -> None:
+    def add(self, adapter: Member) -> None:
         """Take an adapter in: link its sites and freeze the base at the first one."""
-        if not self.adapters:
-            self._freeze()
-        self.adapters[adapter.name] = adapter
+        with self._lock:
+            if not self.adapters:
+                self._freeze()
+                self._hooks.install(self.root)
+            self.adapters = {**self.adapters, adapter.name: adapter}
+            for link in self._links.values():
+                link.adapters = self.adapters
+            self.link(entry.site for entry in adapter.entries.values())
+
+    def link(self, sites: Iterable[Site]) -> None:
+        """Let modules ask what applies to them."""
         owners: dict[int, list[Site]] = {}
-        for entry in adapter.entries.values():
-            if "_lorry_link" not in entry.site.owner.__dict__:
-                owners.setdefault(id(entry.site.owner), []).append(entry.site)
-            elif entry.site.path not in {s.path for s in entry.site.owner.__dict__["_lorry_link"].sites}:
-                link: Link = entry.site.owner.__dict__["_lorry_link"]
-                link.add(entry.site)
-        for sites in owners.values():
-            owner = sites[0].owner
-            self._links[sites[0].path] = (owner, Link(self, owner, sites))
+        for site in sites:
+            link = link_of(site.owner)
+            if link is None:
+                owners.setdefault(id(site.owner), []).append(site)
+            elif site.path not in {s.path for s in link.sites}:
+                link.sites.append(site)
+        for found in owners.values():
+            self._links[found[0].path] = Link(found[0].owner, found, self.adapters, self.runtimes)
         if owners:
             self._fused += without_fusion(self.root)
-        if adapter.shared is not None and not isinstance(self.root, Adapted):
-            # shared tensors are parameters of the root, whose state dict has to leave them out too
-            self._root_class = type(self.root)
-            self.root.__class__ = adapted_class(self._root_class)
 
     def check_owners(self, sites: Iterable[Site]) -> None:
         """Raise `SiteError` if a site belongs to another state, or if a module would have to be two kinds of site."""
         kinds: dict[int, str] = {}
         for site in sites:
-            link = site.owner.__dict__.get("_lorry_link")
+            link = link_of(site.owner)
             kind = link.sites[0].kind.name if link is not None else kinds.setdefault(id(site.owner), site.kind.name)
             if kind != site.kind.name:
                 raise SiteError(
                     f"'{site.path}' would carry adapters as {kind} and as {site.kind.name} site. Train the module "
-                    "whole in all "
-                    "adapters (train_also), or in none."
+                    "whole in all adapters (train_also), or in none."
                 )
-            if link is not None and link.state is not self:
+            if link is not None and link.runtimes is not self.runtimes:
                 raise SiteError(
-                    f"'{site.path}' already carries adapters attached to {type(link.state.root).__name__}, a part or "
-                    "a parent "
-                    "of this model. Attach all adapters to the same object."
+                    f"'{site.path}' already carries adapters that were attached to a part or a parent of this model. "
+                    "Attach all adapters to the same object."
                 )
 
-    def remove(self, adapter: Adapter) -> None:
-        """Forget an adapter; with the last one the model is what it was."""
-        if self.active is not None and any(p.adapter is adapter for p in self.active.parts):
-            others = [p for p in self.active.parts if p.adapter is not adapter]
-            self.active = Active(others, self.active.rows) if others else None
-        self.last_active = None
-        del self.adapters[adapter.name]
-        self.changed()
-        if not self.adapters:
-            for owner, link in self._links.values():
-                link.remove(owner)
-            self._links.clear()
-            for module, attribute, value in self._fused:
-                module.__dict__[attribute] = value
-            if self._root_class is not None:
-                self.root.__class__ = self._root_class
-            self._thaw()
-            self.root.__dict__.pop(_KEY, None)
-
-    def changed(self) -> None:
-        """Forget compositions worked out before an adapter was removed, merged or registered anew."""
-        self._composed.clear()
-        self.history.clear()
-        self.active = None if self._active is None else self._fresh(self._active)
-
-    def _fresh(self, active: Active) -> Active:
-        return self._packed(Active(active.parts, active.rows))
-
-    def activate(self, composition: str | Composition | None) -> None:
-        """Let a composition of adapters apply to all rows; None for the bare base."""
-        self._notice_compiling()
-        weights = compose(composition, self.adapters)
-        key = tuple(weights.items())
-        active = self._composed.get(key)
-        if active is None:
-            for name, weight in key:
-                if self.adapters[name].merged and weight != 1.0:
+    def check_members(self, adapter: Member) -> None:
+        """Raise `AdapterError` if an adapter reads others that are not here or do not sit on its sites."""
+        for path, entry in adapter.entries.items():
+            for name in entry.method.members:
+                other = self.adapters.get(name)
+                if other is None or path not in other.entries:
+                    where = "is not loaded on this model" if other is None else f"does not sit on '{path}'"
                     raise AdapterError(
-                        f"Adapter '{name}' is merged with weight 1; unmerge it before activating it with {weight}."
+                        f"Adapter '{adapter.name}' combines '{name}', which {where}. Load its members on the same "
+                        "sites first."
                     )
-            active = self._composed[key] = self._packed(Active([Part(self.adapters[n], w) for n, w in key]))
-        self.active = active if key else None
 
-    def rows(self, compositions: Sequence[str | Composition | None], seeds: Mapping[str, int] | None = None) -> Active:
-        """Return the active set in which each row has its own composition."""
-        merged = [n for n, a in self.adapters.items() if a.merged]
-        if merged:
-            raise AdapterError(
-                f"Adapter '{merged[0]}' is merged into the base and would apply to every row; unmerge it first."
-            )
-        self._notice_compiling()
-        return self._packed(for_rows(compositions, self.adapters, seeds))
+    def remove(self, adapter: Member) -> None:
+        """Forget an adapter; with the last one the model is what it was."""
+        with self._lock:
+            users = [a.name for a in self.adapters.values() if a is not adapter and adapter.name in _members(a)]
+            if users:
+                raise AdapterError(f"Adapter '{adapter.name}' is combined by '{users[0]}'; detach '{users[0]}' first.")
+            self.adapters = {n: a for n, a in self.adapters.items() if a is not adapter}
+            for link in self._links.values():
+                link.adapters = self.adapters
+            own = self.runtimes.own()
+            for runtime in self.runtimes.every():
+                runtime.drop(adapter, runtime is own)
+            self.changed()
+            if not self.adapters:
+                self._release()
 
-    def _packed(self, active: Active) -> Active:
-        # of several adapters the packed form is a copy, which would not follow the steps of those in training
-        live = active.rows is None and len(active.parts) > 1 and any(p.adapter.trainable for p in active.parts)
+    def _release(self) -> None:
+        """Give the model back what it had before the first adapter."""
+        for link in self._links.values():
+            link.remove()
+        self._links.clear()
+        self._hooks.remove()
+        for module, attribute, value in self._fused:
+            module.__dict__[attribute] = value
+        self._fused = []
+        for name, parameter in self.root.named_parameters():
+            if name in self._thawed:
+                parameter.requires_grad_(True)
+        self.root.__dict__.pop(_KEY, None)
+
+    def _freeze(self) -> None:
+        # parameters of adapters on a part of this model are left as they are
+        base = {n: p for n, p in self.root.named_parameters() if not n.rpartition(".")[2].startswith(PREFIX)}
+        self._thawed = {n: True for n, p in base.items() if p.requires_grad}
+        for parameter in base.values():
+            parameter.requires_grad_(False)
+
+    # -- compiled graphs
+
+    def _with_form(self, active: Active) -> Active:
+        """Return an active set with its form for compiled graphs, where there are any."""
+        # of several adapters the form is a copy, which would not follow the steps of those in training
+        live = active.layout is None and len(active.portions) > 1 and any(p.adapter.trainable for p in active.portions)
         if self.compiled and not live:
-            active.packed = pack(active, [link.sites[0] for _, link in self._links.values()])
+            active.kept[UNIFORM_FORM] = uniform_form(active, [link.sites[0] for link in self._links.values()])
         return active
 
     def _notice_compiling(self) -> None:
@@ -213,17 +297,9 @@ class ModelState:
             self.compiled = True
             self.changed()
 
-    def _freeze(self) -> None:
-        # parameters of adapters on a part of this model are left as they are
-        base = {n: p for n, p in self.root.named_parameters() if not n.rpartition(".")[2].startswith(PREFIX)}
-        self._thawed = {n: True for n, p in base.items() if p.requires_grad}
-        for parameter in base.values():
-            parameter.requires_grad_(False)
 
-    def _thaw(self) -> None:
-        for name, parameter in self.root.named_parameters():
-            if name in self._thawed:
-                parameter.requires_grad_(True)
+def _members(adapter: Member) -> set[str]:
+    return {name for entry in adapter.entries.values() for name in entry.method.members}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -240,6 +316,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def kept_state(model: nn.Module) -> ModelState | None:
+    """Return the state of a model, or None if it carries no adapters."""
+    state = unwrapped(model).__dict__.get(_KEY)
+    return state if isinstance(state, ModelState) else None
+
+
 def state_of(model: nn.Module) -> ModelState:
     """Return the state of a model that carries adapters.
 
@@ -248,8 +330,8 @@ def state_of(model: nn.Module) -> ModelState:
     AdapterError
         The model carries none.
     """
-    state = unwrapped(model).__dict__.get(_KEY)
-    if not isinstance(state, ModelState):
+    state = kept_state(model)
+    if state is None:
         raise AdapterError(
             f"This {type(unwrapped(model)).__name__} carries no adapters. Attach one with lorry.attach or load one "
             "with lorry.load."
@@ -259,11 +341,10 @@ def state_of(model: nn.Module) -> ModelState:
 
 def open_state(model: nn.Module) -> ModelState:
     """Return the model's state, or a new one that is not yet kept by the model."""
-    model = unwrapped(model)
     if not isinstance(model, nn.Module):
         raise SiteError(f"Expected a torch.nn.Module, found {type(model).__name__}.")
-    state = model.__dict__.get(_KEY)
-    return state if isinstance(state, ModelState) else ModelState(model)
+    state = kept_state(model)
+    return ModelState(unwrapped(model)) if state is None else state
 
 
 def keep_state(state: ModelState) -> None:

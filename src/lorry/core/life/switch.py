@@ -6,12 +6,14 @@ Merging exchanges whole weights; here the bytes touched are those of the adapter
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from lorry.core.errors import AdapterError
 from lorry.core.life.adapter import Adapter
+from lorry.core.life.base_edits import Edit
 from lorry.core.method.families import WeightDelta
 from lorry.core.sites.site import Site
 from lorry.core.sites.storage import Dense, storage_of
@@ -23,11 +25,16 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Patch:
     """What a switch writes into one weight.
 
-    Attributes:
-        site: the weight.
-        index: positions in the memory of the stored weight, ascending in the order of the adapter.
-        own: the base's values there.
-        new: the values with the adapter, rounded once.
+    Attributes
+    ----------
+    site
+        The weight.
+    index
+        Positions in the memory of the stored weight, ascending in the order of the adapter.
+    own
+        The base's values there.
+    new
+        The values with the adapter, rounded once.
     """
 
     site: Site
@@ -39,10 +46,15 @@ class Patch:
 class Switch:
     """A sparse adapter made ready to be written into its base, and taken out, as often as one likes."""
 
-    def __init__(self, adapter: Adapter, patches: list[Patch]) -> None:
+    def __init__(self, adapter: Adapter, patches: list[Patch], weight: float) -> None:
         self.adapter = adapter
         self.patches = patches
-        self.written = False
+        self.weight = weight
+
+    @property
+    def written(self) -> bool:
+        """Whether the adapter's values are in the base."""
+        return self.adapter.in_base
 
     @property
     def nbytes(self) -> int:
@@ -50,52 +62,67 @@ class Switch:
         return sum(p.index.nbytes + 2 * p.new.nbytes for p in self.patches)
 
     def on(self) -> None:
-        """Write the adapter's values into the base.
+        """Write the adapter's values into the base; until `off` it applies to everything the model computes.
 
-        Raises:
-            AdapterError: an adapter is in the base already (two sets of overwritten values would be mixed up), or this
-                one is active and would count twice.
+        Raises
+        ------
+        AdapterError
+            An adapter is in the base already (two sets of overwritten values would be mixed up), or this one is active
+            here and would count twice.
         """
-        state, name = self.adapter.state, self.adapter.name
+        state = self.adapter.state
         _check_bare(self.adapter)
-        if state.active is not None and any(part.adapter is self.adapter for part in state.active.parts):
+        if state.active is not None and self.adapter.name in state.active.members:
             raise AdapterError(
-                f"Adapter '{name}' is active and would count twice; call lorry.activate(model, None) first."
+                f"Adapter '{self.adapter.name}' is active and would count twice; call lorry.activate(model, None) "
+                "first."
             )
-        for patch in self.patches:
-            _write(patch.site, patch.index, patch.new)
-        state.merged.append(name)
-        self.written = True
+        self._write_new()
+        places = tuple((p.site.holder, p.site.parameter) for p in self.patches)
+        state.edits.made(Edit(self.adapter.name, self.weight, self._write_own, places, again=self._write_new))
+        state.changed()
 
     def off(self) -> None:
         """Put the base's own values back.
 
-        Raises:
-            AdapterError: the adapter's values are not in the base.
+        Raises
+        ------
+        AdapterError
+            The adapter's values are not in the base.
         """
         if not self.written:
             raise AdapterError(f"The values of adapter '{self.adapter.name}' are not in the base.")
+        self.adapter.unmerge()
+
+    def _write_new(self) -> None:
+        for patch in self.patches:
+            _write(patch.site, patch.index, patch.new)
+
+    def _write_own(self) -> None:
         for patch in self.patches:
             _write(patch.site, patch.index, patch.own)
-        self.adapter.state.merged.remove(self.adapter.name)
-        self.written = False
 
 
 def make_switch(adapter: Adapter, weight: float = 1.0) -> Switch:
     """Make a sparse adapter ready to be switched in place.
 
-    Args:
-        adapter: an adapter whose method gives `WeightDelta.sparse`, on a dense base.
-        weight: strength of the update.
+    Parameters
+    ----------
+    adapter
+        An adapter whose method gives `WeightDelta.sparse`, on a dense base.
+    weight
+        Strength of the update.
 
-    Raises:
-        AdapterError: the update is not sparse, the base is quantised, or an adapter is in the base now.
+    Raises
+    ------
+    AdapterError
+        The update is not sparse, the base is quantised, or an adapter is in the base now.
     """
     _check_bare(adapter)
     patches = []
     for entry in adapter.entries.values():
         method, site = entry.method, entry.site
-        found = method.sparse(entry.tensors(), site) if isinstance(method, WeightDelta) else None
+        found = cast(WeightDelta, method).sparse(entry.tensors(), site) if "sparse" in method.capabilities else None
         if found is None or not isinstance(storage_of(site), Dense):
             raise AdapterError(f"The update at '{site.path}' is not sparse on a dense weight; use adapter.merge().")
         index = _in_memory(site, found[0])
@@ -103,12 +130,12 @@ def make_switch(adapter: Adapter, weight: float = 1.0) -> Switch:
         exact = torch.promote_types(own.dtype, torch.float32)
         new = (own.to(exact) + weight * found[1].detach().to(exact)).to(own.dtype)
         patches.append(Patch(site, index, own, new))
-    return Switch(adapter, patches)
+    return Switch(adapter, patches, weight)
 
 
 def _check_bare(adapter: Adapter) -> None:
-    if adapter.state.merged:
-        other = adapter.state.merged[-1]
+    if adapter.state.edits.names:
+        other = adapter.state.edits.names[-1]
         raise AdapterError(f"Adapter '{other}' is in the base; take it out before '{adapter.name}' is written.")
 
 

@@ -10,6 +10,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal, Self
 
 from torch import Generator, Tensor, nn
@@ -21,6 +22,18 @@ from lorry.core.options import check_options, from_options
 from lorry.core.sites.site import Site
 
 MergeClass = Literal["exact", "approximate", "never"]
+#: What the rest of Lorry may rely on; families derive it from what a method overrides, and nothing else is asked.
+#:
+#: - ``plain``: the update is ``scale · B A`` and nothing else
+#: - ``gained``: ``g ⊙ (W + scale · B A)`` with a factor for each output channel
+#: - ``gated``: the update depends on the token, so there is no weight that does the same
+#: - ``delta``: there is an update of the weight
+#: - ``sparse``: the update of the weight is zero but at few places
+#: - ``stored``: A and B are the method's own tensors, not made from others at each call
+#: - ``summed``: the update is applied as one product with ``W + ΔW`` where that is possible
+#: - ``block``: it runs a whole module
+#: - ``combined``: it makes one update of those of other adapters
+Capability = Literal["plain", "gained", "gated", "delta", "sparse", "stored", "summed", "block", "combined"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +97,16 @@ class Method(ABC):
     def merging(self) -> MergeClass:
         """How this method merges with these options; the registration says it for the method as such."""
         return self.info.merge
+
+    @cached_property
+    def capabilities(self) -> frozenset[Capability]:
+        """What may be relied on with these options; see `Capability`."""
+        return frozenset()
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Names of other adapters whose updates this one reads (`Call.update_of`)."""
+        return ()
 
     def bases(self, site: Site) -> Sequence[Site]:
         """Return the sites whose weights the method builds on, by which the base is recognised."""

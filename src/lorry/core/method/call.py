@@ -1,4 +1,4 @@
-"""One call of one layer, as a method sees it, and the context of the forward pass around it."""
+"""One call of one layer, as a method sees it."""
 
 from __future__ import annotations
 
@@ -9,59 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorry.core.errors import AdapterError
+from lorry.core.method.context import Context, at_positions
+from lorry.core.method.layout import BatchLayout, Pass
 from lorry.core.sites.site import Site
 from lorry.kernels.dropout import dropout
-
-
-@dataclass
-class Context:
-    """What a forward pass knows besides its input, and where layers leave what they want to tell.
-
-    Attributes
-    ----------
-    padding_mask
-        Boolean ``(batch, length)``, True at real tokens; None if all are real.
-    token_kinds
-        Integers ``(batch, length)``: the modality or role of each token.
-    task_ids
-        Integers ``(batch,)``.
-    timestep
-        Diffusion time of each row, ``(batch,)`` or a scalar.
-    values
-        Anything else that a method reads, by name.
-    losses
-        Auxiliary losses left by layers in this pass: ``(adapter, place, name) -> scalar tensor``, the place
-        being a site path or what several sites share.
-    left
-        Other tensors with a gradient that a loss is made of after the pass (log-probabilities, pooled loads),
-        keyed likewise.
-    makers
-        Which site left the entry of `losses` or `left` under a key.
-    records
-        Statistics (routing loads, log-probabilities, drawn routes), keyed likewise; kept only if `recording`.
-    recording
-        Whether to keep records that nobody needs for the arithmetic.
-    """
-
-    padding_mask: Tensor | None = None
-    token_kinds: Tensor | None = None
-    task_ids: Tensor | None = None
-    timestep: Tensor | None = None
-    values: dict[str, Any] = field(default_factory=dict)
-    losses: dict[tuple[str, str, str], Tensor] = field(default_factory=dict)
-    left: dict[tuple[str, str, str], Tensor] = field(default_factory=dict)
-    makers: dict[tuple[str, str, str], str] = field(default_factory=dict)
-    records: dict[tuple[str, str, str], Tensor] = field(default_factory=dict)
-    routes: dict[tuple[str, str, str], Tensor] = field(default_factory=dict)
-    recording: bool = False
-
-    def clear(self) -> None:
-        """Forget what layers left behind; the inputs stay."""
-        self.losses.clear()
-        self.left.clear()
-        self.makers.clear()
-        self.records.clear()
-        self.routes.clear()
 
 
 def recomputing() -> bool:
@@ -84,7 +36,7 @@ class Call:
     adapter
         The adapter's name.
     rows
-        Indices into the batch of the rows in `x`; None if these are all rows.
+        Indices of what is in `x` among the layer's entries (or tokens); None if that is all.
     training
         Whether the layer is in training mode (dropout, noise, load counts).
     seed
@@ -92,7 +44,15 @@ class Call:
     context
         The forward pass around the call.
     batch
-        Length of the layer's whole batch, of which `x` may be some rows.
+        Number of the layer's entries, or of its tokens, of which `x` may be some.
+    tokens
+        Whether `rows` are tokens, ``x`` being ``(tokens, in)``, and not entries of the first dimension.
+    layout
+        How the batch lies, where rows have compositions of their own.
+    seen
+        What the root was given in this pass, where the pass went through the root.
+    update_of
+        Gives the update of another adapter of the model for the same input, by name.
     """
 
     site: Site
@@ -104,6 +64,10 @@ class Call:
     seed: Callable[[], int]
     context: Context
     batch: int = 0
+    tokens: bool = False
+    layout: BatchLayout | None = None
+    seen: Pass | None = None
+    update_of: Callable[[str], Tensor] | None = None
     owed: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def dropout(self, p: float) -> Tensor:
@@ -122,29 +86,58 @@ class Call:
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def of_rows(self, values: Tensor | None) -> Tensor | None:
-        """Restrict a per-row tensor of the context to the rows of this call; layers may see each row several
-        times (beams).
+        """Return values given for each row ``(rows, ...)`` for what is in `x`; layers may see each row several times.
+
+        Raises
+        ------
+        AdapterError
+            The layer's batch cannot be made of as many rows, or the layout of their copies was not stated.
         """
         if values is None:
             return None
-        values = values.to(self.output.device)
-        if self.batch > len(values) and self.batch % len(values) == 0:
-            values = values.repeat_interleave(self.batch // len(values), 0)
-        return values if self.rows is None else values[self.rows]
+        spread = self._spread(values.to(self.output.device), self.batch)
+        if spread is None:
+            raise AdapterError(
+                f"'{self.site.path}' sees a batch of {self.batch}, but lorry.context was given values for "
+                f"{len(values)} rows. Give one for each row of the batch; where rows are seen several times, state the "
+                "layout with lorry.rows(..., repeat=... or tile=...)."
+            )
+        return self._chosen(spread)
 
     def of_tokens(self, values: Tensor | None) -> Tensor | None:
-        """Restrict a per-token tensor ``(batch, length, ...)`` of the context to the tokens of this call, in
-        the layout of its input.
+        """Return values given for each position ``(rows, positions, ...)`` for the tokens in `x`, in its layout.
 
-        Returns None where the layer does not see these tokens (another length: a vision tower, a cached step;
-        a convolution).
+        Returns None where the layer does not see these tokens (another length: a vision tower; a convolution).
         """
-        if values is None or self.site.kind.name == "conv":
+        if values is None or not self.site.kind.position_wise:
             return None
-        if self.x.ndim == 2 and self.x.is_floating_point() and self.batch == values.shape[0] * values.shape[1]:
-            return self.of_rows(values.flatten(0, 1))
-        fits = self.x.ndim >= 2 and self.x.shape[1] == values.shape[1] and self.batch % len(values) == 0
-        return self.of_rows(values) if fits else None
+        values = at_positions(values.to(self.output.device), self.seen)
+        length = values.shape[1]
+        if self.tokens or (self.x.ndim == 2 and self.x.is_floating_point()):
+            entries, rest = divmod(self.batch, length)
+            spread = None if rest else self._spread(values, entries)
+            return None if spread is None else self._chosen(spread.flatten(0, 1))
+        if self.x.ndim < 2 or self.x.shape[1] != length:
+            return None
+        spread = self._spread(values, self.batch)
+        return None if spread is None else self._chosen(spread)
+
+    def _chosen(self, values: Tensor) -> Tensor:
+        return values if self.rows is None else values[self.rows]
+
+    def _spread(self, values: Tensor, entries: int) -> Tensor | None:
+        """Return values of each row for the entries of the layer's batch, or None if that is not one way only."""
+        given, layout = len(values), self.layout
+        if given == entries:
+            return values
+        if layout is not None and given == layout.rows:
+            if layout.lengths is not None and entries == layout.entries:
+                return values.repeat_interleave(torch.tensor(layout.lengths, device=values.device), 0)
+            per, rest = divmod(entries, layout.entries)
+            return None if rest or not per else layout.spread_values(values, per)
+        per, rest = divmod(entries, given)
+        one_way = self.seen is None or self.seen.batch == given
+        return values.repeat_interleave(per, 0) if per and not rest and one_way else None
 
     def add_loss(self, name: str, value: Tensor, at: str | None = None) -> None:
         """Leave an auxiliary loss for the training engine.

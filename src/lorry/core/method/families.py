@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lorry.core.errors import AdapterError, SiteError
-from lorry.core.method.base import MergeClass, Method
+from lorry.core.method.base import Capability, MergeClass, Method
 from lorry.core.method.call import Call
 from lorry.core.method.spec import Tensors
 from lorry.core.sites.site import Site
@@ -76,6 +77,23 @@ class Bottleneck(Method):
     def plain(self) -> bool:
         """Whether the update is exactly ``scale · B A``: constant, and without an output gain."""
         return self.constant and type(self).gain is Bottleneck.gain
+
+    @cached_property
+    def capabilities(self) -> frozenset[Capability]:
+        """Derived from what is overridden; a method that is constant, but says it is not plain, computes its own way
+        (it withholds a gradient, or leaves a loss).
+        """
+        cls = type(self)
+        if not self.constant:
+            return frozenset({"gated"})
+        found: set[Capability] = {"delta"}
+        if self.plain:
+            found.add("plain")
+        elif cls.gain is not Bottleneck.gain:
+            found.add("gained")
+        if cls.factors is Bottleneck.factors:
+            found.add("stored")
+        return frozenset(found)
 
     def apply(self, call: Call, tensors: Tensors) -> Tensor:
         """Return the update of the layer's output."""
@@ -151,6 +169,17 @@ class WeightDelta(Method):
         """
         return None
 
+    @cached_property
+    def capabilities(self) -> frozenset[Capability]:
+        """Derived from what is overridden."""
+        cls = type(self)
+        found: set[Capability] = {"delta"}
+        if cls.sparse is not WeightDelta.sparse:
+            found.add("sparse")
+        if cls.apply is WeightDelta.apply and (cls.bypass is WeightDelta.bypass or "sparse" in found):
+            found.add("summed")
+        return frozenset(found)
+
     def bypass(self, x: Tensor, tensors: Tensors, site: Site) -> Tensor:
         """Return ``ΔW x`` in the layer's output layout."""
         return site.kind.dense(site, x, self.delta(tensors, site).to(x.dtype if x.is_floating_point() else None))
@@ -171,6 +200,11 @@ class Block(Method):
     family: ClassVar[str] = "block"
     merges: ClassVar[MergeClass] = "never"
 
+    @cached_property
+    def capabilities(self) -> frozenset[Capability]:
+        """It runs a whole module."""
+        return frozenset({"block"})
+
     @abstractmethod
     def forward(self, base: Callable[..., Any], call: Call, tensors: Tensors, *args: Any, **kwargs: Any) -> Any:
         """Return the module's output; `base` runs the module as it is on the same arguments."""
@@ -178,6 +212,39 @@ class Block(Method):
     def apply(self, call: Call, tensors: Tensors) -> Tensor:
         """Not used: a block has its own forward."""
         raise AdapterError(f"{type(self).__name__} is a block method; it has no update of a layer's output.")
+
+
+class Combiner(Method):
+    """A method that makes one update of those of other adapters at the same site (a gate over adapters).
+
+    It is attached like any adapter, on the sites where its members sit; its tensors are trained and saved like any
+    other's. A method gives `tensors`, `members` (an option, usually) and `combine`.
+    """
+
+    family: ClassVar[str] = "combiner"
+    merges: ClassVar[MergeClass] = "never"
+
+    @cached_property
+    def capabilities(self) -> frozenset[Capability]:
+        """It reads other adapters, token by token."""
+        return frozenset({"combined", "gated"})
+
+    @abstractmethod
+    def combine(self, call: Call, updates: Mapping[str, Tensor], tensors: Tensors) -> Tensor:
+        """Return the update of the layer's output, given that of each member, in the layer's output layout."""
+
+    def apply(self, call: Call, tensors: Tensors) -> Tensor:
+        """Return the update of the layer's output."""
+        assert call.update_of is not None
+        return self.combine(call, {name: call.update_of(name) for name in self.members}, tensors)
+
+    def check_site(self, site: Site) -> None:
+        """Refuse sites where updates of the output cannot be told apart."""
+        if not site.kind.additive:
+            raise SiteError(
+                f"{type(self).__name__} needs the update of each adapter apart, but a larger module uses the weight of "
+                f"'{site.path}' ({site.kind.name}) itself. Leave the site out."
+            )
 
 
 def _squares(site: Site, weight: Tensor) -> Tensor:

@@ -25,6 +25,12 @@ class Kind(ABC):
     name: str
     #: Whether ``forward(x)`` can be followed by ``+ up(down(x))``; otherwise the weight itself is exchanged.
     additive: bool = True
+    #: Whether each position of the output comes from the same position of the input, features last.
+    position_wise: bool = True
+    #: Whether the kernel for low-rank updates of linear layers serves it.
+    folds: bool = False
+    #: Whether a site is a whole module, without a weight of its own.
+    whole: bool = False
 
     @abstractmethod
     def sites(self, path: str, module: nn.Module) -> Iterator[Site]:
@@ -67,6 +73,7 @@ class LinearKind(Kind):
     """``nn.Linear`` and its subclasses, any storage."""
 
     name = "linear"
+    folds = True
 
     def sites(self, path: str, module: nn.Module) -> Iterator[Site]:
         """Yield the module itself."""
@@ -106,6 +113,7 @@ class ConvKind(Kind):
     """``nn.Conv1d/2d/3d``; A is a convolution to `rank` channels, B a pointwise one."""
 
     name = "conv"
+    position_wise = False
 
     def sites(self, path: str, module: nn.Module) -> Iterator[Site]:
         """Yield the module itself (transposed convolutions are not carried)."""
@@ -273,6 +281,7 @@ class BlockKind(Kind):
 
     name = "block"
     additive = False
+    whole = True
 
     def sites(self, path: str, module: nn.Module) -> Iterator[Site]:
         """Yield the module itself, whatever it is."""

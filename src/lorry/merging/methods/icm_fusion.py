@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from lorry.core.errors import OptionError
-from lorry.core.life.adapter import mix_seed
+from lorry.core.method.start import mix_seed
 from lorry.merging.factors import Factors
 from lorry.merging.inputs import Pool, SiteInput
 from lorry.merging.registry import Knob, merge_method

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import torch
 
 from lorry.core.errors import OptionError
-from lorry.core.life.adapter import mix_seed
+from lorry.core.method.start import mix_seed
 from lorry.merging.factors import Factors, stack
 from lorry.merging.inputs import Pool, SiteInput
 from lorry.merging.methods.linear import combined

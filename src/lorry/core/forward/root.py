@@ -1,0 +1,160 @@
+"""What the root of a model tells of each pass: how many rows, which positions; and which sites were passed by."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lorry.core.errors import AdapterError, some
+from lorry.core.forward.active import Active
+from lorry.core.forward.link import Link
+from lorry.core.forward.runtime import Runtime, Runtimes
+from lorry.core.method.call import recomputing
+from lorry.core.method.context import Context
+from lorry.core.method.layout import Pass
+
+#: Arguments that hold one row for each row of the batch, with positions in their second dimension.
+_TOKENS = ("input_ids", "inputs_embeds", "decoder_input_ids")
+_EXPECTED = ("expected", "")
+
+
+class RootHooks:
+    """Hooks around the forward of a model's root.
+
+    Parameters
+    ----------
+    runtimes
+        Of the model.
+    links
+        Adapted modules by the path of their first site.
+    """
+
+    def __init__(self, runtimes: Runtimes, links: Mapping[str, Link]) -> None:
+        self.runtimes = runtimes
+        self.links = links
+        self._names: list[str] = []
+        self._root: nn.Module | None = None
+        self._handles: list[RemovableHandle] = []
+        self._suspects: dict[str, RemovableHandle] = {}
+        self._parents_ran: set[str] = set()
+        self._judged: set[str] = set()
+
+    def install(self, root: nn.Module) -> None:
+        """Watch the root from now on."""
+        self._root = root
+        self._names = list(inspect.signature(type(root).forward).parameters)[1:]
+        self._handles = [
+            root.register_forward_pre_hook(self._before, with_kwargs=True),
+            root.register_forward_hook(self._after, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Leave the root as it was."""
+        for handle in (*self._handles, *self._suspects.values()):
+            handle.remove()
+        self._handles, self._suspects, self._root = [], {}, None
+        self._judged.clear()
+
+    def _before(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling() or recomputing():
+            return
+        runtime = self.runtimes.own()
+        if runtime.active is not None or runtime.taps or runtime.passing is not None:
+            values = {**dict(zip(self._names, args, strict=False)), **kwargs}
+            dim = 1 if getattr(root, "batch_first", True) is False else 0  # torch's attention may have the length first
+            runtime.begin(_pass(values, runtime.context, dim))
+
+    def _after(self, root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.compiler.is_compiling() or recomputing():
+            return
+        runtime = self.runtimes.own()
+        seen = runtime.passing
+        if seen is None:
+            return
+        runtime.end()
+        active = runtime.active
+        if output is not None and active is not None and seen.outer is None:
+            self._judge(active, seen, runtime)
+
+    # -- sites that were passed by
+
+    def _judge(self, active: Active, seen: Pass, runtime: Runtime) -> None:
+        """Look for sites whose adapters had no effect because something read the weight past the layer."""
+        expected = active.kept.get(_EXPECTED)
+        if expected is None:
+            expected = active.kept[_EXPECTED] = self._expected(active)
+        if self._suspects:
+            self._warn(seen)
+        if len(seen.called) >= len(expected) and expected <= seen.called:
+            return
+        assert self._root is not None
+        for path in sorted(expected - seen.called - self._judged):
+            parent = self._root.get_submodule(path.rpartition(".")[0]) if "." in path else None
+            if parent is None or parent is self._root:
+                continue
+            if getattr(parent, "fused_projections", False):
+                raise AdapterError(
+                    f"'{path}' carries an adapter that is active, but its module was fused with others "
+                    "(fuse_qkv_projections) and no longer runs, so the adapter had no effect. Undo the fusion "
+                    "(unfuse_qkv_projections), or merge the adapter into the base before fusing."
+                )
+            self._judged.add(path)
+            mark = path
+
+            def ran(module: nn.Module, args: Any, mark: str = mark) -> None:
+                self._parents_ran.add(mark)
+
+            self._suspects[path] = parent.register_forward_pre_hook(ran)
+
+    def _expected(self, active: Active) -> frozenset[str]:
+        """Return the first sites of the modules on which adapters act."""
+        paths = {p for q in active.portions if not q.adapter.in_base for p in q.adapter.entries}
+        return frozenset(first for first, link in self.links.items() if any(s.path in paths for s in link.sites))
+
+    def _warn(self, seen: Pass) -> None:
+        """Say which sites did not run although the module around them did; each once."""
+        passed_by = [p for p in self._suspects if p in self._parents_ran and p not in seen.called]
+        for handle in self._suspects.values():
+            handle.remove()
+        self._suspects, self._parents_ran = {}, set()
+        if passed_by:
+            warnings.warn(
+                f"{len(passed_by)} sites with an active adapter did not run although the module around them did: "
+                f"{some(passed_by)}. Something reads their weights past the layer (another attention processor, a "
+                "fused path), or has no use for them in this pass; in the first case the adapter has no effect there: "
+                "merge it into the base, or put the original processor back.",
+                stacklevel=4,
+            )
+
+
+def _pass(values: Mapping[str, Any], context: Context, dim: int) -> Pass:
+    """Return what the arguments of the root tell, rows being in dimension `dim`."""
+    tensors = {n: v for n, v in values.items() if isinstance(v, Tensor) and v.ndim}
+    name = next((n for n in _TOKENS if n in tensors), None) or next(iter(tensors), None)
+    if name is None:
+        return Pass(0)
+    main = tensors[name]
+    if dim and main.ndim > 2:
+        return Pass(main.shape[dim])
+    uneven = next(
+        (len(t) for t in tensors.values() if t.ndim > 1 and t.is_floating_point() and len(t) not in (1, len(main))), 0
+    )
+    if name not in _TOKENS or main.ndim < 2:
+        return Pass(len(main), uneven=uneven)
+    return Pass(len(main), main.shape[1], _offset(values) if context.by_position() else 0, uneven)
+
+
+def _offset(values: Mapping[str, Any]) -> int:
+    """Return how many positions lie in a cache."""
+    cache = values.get("past_key_values")
+    length = getattr(cache, "get_seq_length", None)
+    if callable(length):
+        return int(length())
+    position = values.get("cache_position")
+    return int(position[0]) if isinstance(position, Tensor) and position.numel() else 0

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from core.tiny import clear, llama, off_zero, same_bytes, snapshot, tokens, unchanged
+from core.tiny import clear, llama, off_zero, same_bytes, tokens
 from hypothesis import given, note
 from hypothesis import strategies as st
 from laws.drawing import effort, options_of, refused, without_tasks
@@ -53,6 +53,26 @@ def apart(found: Tensor, wanted: Tensor, adapter: lorry.Adapter) -> float:
     return float((found.double() - exact).square().mean().sqrt()) / size / max(torch.finfo(k).eps for k in kinds)
 
 
+def bytes_of(model: Any) -> dict[str, Tensor]:
+    """Copies of all base tensors by name, and of the scales of quantised ones. The state dict is not asked for those:
+    bitsandbytes rounds scales when it writes one.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if "lorry_" in name:
+            continue
+        state = getattr(tensor, "quant_state", None)
+        parts = {"qdata": tensor.qdata, "scale": tensor.scale} if hasattr(tensor, "qdata") else {"data": tensor.data}
+        parts |= {} if state is None else {"absmax": state.absmax}
+        found |= {f"{name}.{key}": part.clone() for key, part in parts.items()}
+    return found
+
+
+def unchanged(model: Any, before: dict[str, Tensor]) -> bool:
+    now = bytes_of(model)
+    return now.keys() == before.keys() and all(same_bytes(now[k], before[k]) for k in before)
+
+
 def run(model: Any, ids: Tensor) -> Tensor:
     with torch.no_grad():
         found = model(ids)
@@ -62,7 +82,7 @@ def run(model: Any, ids: Tensor) -> Tensor:
 def check_laws(model: Any, options: dict[str, Any], targets: Any, ids: Tensor, dtype: torch.dtype, quant: bool) -> None:
     """Attach, and look at everything that holds for every adapter."""
     plain = copy.deepcopy(model)
-    before, bare = snapshot(model), run(model, ids)
+    before, bare = bytes_of(model), run(model, ids)
     try:
         one = lorry.attach(model, options, targets=targets, name="one", seed=1, dtype=dtype)
     except lorry.LorryError as refusal:
@@ -188,14 +208,15 @@ def quantized(storage: str, dtype: torch.dtype) -> Any:
                 new = bnb.nn.Linear8bitLt(*shape, bias=False, has_fp16_weights=False)
                 new.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
             else:
-                new = bnb.nn.Linear4bit(*shape, bias=False, quant_type="nf4")
-                new.weight = bnb.nn.Params4bit(weight, quant_type="nf4", module=new)
+                new = bnb.nn.Linear4bit(*shape, bias=False, quant_type="nf4", compress_statistics=False)
+                new.weight = bnb.nn.Params4bit(weight, quant_type="nf4", compress_statistics=False, module=new)
             model.model.set_submodule(path, new.to("cpu"))
-    return model.eval()
+    run(model.eval(), tokens(ROWS, 4))  # on some processors weights are repacked in the first evaluation
+    return model
 
 
 @over_methods
-@effort(4)
+@effort(8)
 @given(data=st.data())
 def test_drawn_options_on_quantized_bases(slug, data):
     options = without_tasks(data.draw(options_of(slug), "options"))

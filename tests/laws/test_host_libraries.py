@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from core.tiny import llama, off_zero, tokens
+from core.tiny import clear, llama, off_zero, tokens
 from laws.fitting import merges, small, with_dense_updates
 from torch import Tensor, nn
 
@@ -259,3 +259,51 @@ def test_a_module_that_is_no_transformer_keeps_its_signature_too():
         assert inspect.signature(model.forward) == wanted and inspect.signature(type(model).forward).parameters
         assert inspect.signature(model.inner.forward) == inspect.signature(nn.Linear(1, 1).forward)
         torch.testing.assert_close(model(x=torch.ones(1, 8), scale=2.0), 2 * model(torch.ones(1, 8)))
+
+
+def four_bit_layer(nested: bool) -> Any:
+    """A layer of two blocks of 64 in every row, whose scales differ by row and by block."""
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    weight = torch.randn(64, 128) * torch.rand(64, 1) * torch.cat([torch.ones(64), 3 * torch.ones(64)])
+    layer = bnb.nn.Linear4bit(128, 64, bias=False, quant_type="nf4", compress_statistics=nested)
+    layer.weight = bnb.nn.Params4bit(weight, quant_type="nf4", compress_statistics=nested, module=layer)
+    return nn.Sequential(nn.Linear(64, 128), layer.to("cpu"), nn.Linear(64, 8))
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_an_evaluation_does_not_change_what_is_read_of_a_four_bit_weight(nested):
+    """On some processors bitsandbytes repacks the weight and its scales in the first evaluation."""
+    model = four_bit_layer(nested)
+    adapter = off_zero(lorry.attach(model, lorry.LoRA(rank=2), targets=["1"]), 1, 0.1)
+    site = adapter.sites[0]
+    before = site.matrix().float().clone()
+    model.eval()
+    with torch.no_grad():
+        layer = model[1](torch.eye(128)).T - adapter.entries["1"].delta()
+        found = site.matrix().float()
+        torch.testing.assert_close(layer, before, atol=0.02, rtol=0.02)
+        torch.testing.assert_close(found, before, atol=0.02, rtol=0.02)
+        wanted = model(torch.ones(1, 64))
+        adapter.merge()
+        merged = model(torch.ones(1, 64))
+    assert (merged - wanted).norm() < 0.3 * wanted.norm()
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_an_evaluation_does_not_change_the_gradients_of_training_on_a_four_bit_base(nested):
+    """Runs evaluate between their steps; the gradient to earlier layers passes through the repacked weight."""
+    model = four_bit_layer(nested)
+    adapter = off_zero(lorry.attach(model, lorry.LoRA(rank=2)), 1, 0.1)
+    results = []
+    for _ in range(2):
+        clear(model)
+        model.train()
+        model(torch.ones(3, 64)).square().mean().backward()
+        results.append({n: p.grad.clone() for n, p in adapter.named_parameters()})
+        model.eval()
+        with torch.no_grad():
+            model(torch.ones(3, 64))
+    for name, gradient in results[0].items():
+        size = float(gradient.abs().max())
+        torch.testing.assert_close(results[1][name], gradient, atol=0.05 * size, rtol=0.05)

@@ -34,7 +34,10 @@ class Segment:
 
     def factor(self, dtype: torch.dtype) -> float | Tensor:
         """Return scale and weights together: a number, or one for each row."""
-        return self.scale if self.weights is None else (self.weights * self.scale).to(dtype)
+        if self.weights is None:
+            return self.scale
+        exact = torch.promote_types(dtype, self.weights.dtype)
+        return (self.weights.to(exact) * self.scale).to(dtype)
 
 
 @dataclass(frozen=True)

@@ -57,9 +57,10 @@ class CoMoL(Bottleneck):
             "A": TensorSpec((r, site.in_features), kaiming, self.train_factors),
             "B": TensorSpec((site.out_features, r), zeros if up else kaiming, self.train_factors),
             "cores": TensorSpec((n, r, r), core),
-            "router": TensorSpec((n, r if self.router_input == "core" else site.in_features), normal(self.router_std)),
         }
-        return {**specs, "router_bias": TensorSpec((n,))} if self.router_bias else specs
+        width, choice = r if self.router_input == "core" else site.in_features, not self.constant
+        specs["router"] = TensorSpec((n, width), normal(self.router_std), trained=choice)
+        return {**specs, "router_bias": TensorSpec((n,), trained=choice)} if self.router_bias else specs
 
     def with_experts(self, ranks: Sequence[int]) -> Self:
         """Return the method with a core for each LoRA, in the code of the first, A and B frozen."""

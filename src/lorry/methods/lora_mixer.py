@@ -76,7 +76,7 @@ class LoRAMixer(Bottleneck):
             "A": TensorSpec((total, width), kaiming, self.train_experts),
             "B": TensorSpec((site.out_features, total), trained=self.train_experts),
             "scales": TensorSpec((self.experts,), constant(scale), trained=False, dtype=torch.float32),
-            "router": TensorSpec((self.experts, width), normal(0.02)),
+            "router": TensorSpec((self.experts, width), normal(0.02), trained=not self.constant),
         }
         if self.preserve:
             specs |= {f"{n}0": TensorSpec(specs[n].shape, trained=False) for n in ("A", "B")}

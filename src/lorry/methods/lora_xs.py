@@ -40,5 +40,6 @@ class LoRAXS(LoRA):
 
     def factors(self, tensors: Tensors, site: Site) -> tuple[Tensor, Tensor]:
         """Return the pair with the core multiplied into the thinner factor."""
-        a, b, core = tensors["A"], tensors["B"], tensors["core"]
+        a, b = tensors["A"], tensors["B"]
+        core = tensors["core"].to(a.dtype)  # a model that is cast takes what is trained along, and not the frozen pair
         return (a, b @ core) if site.out_features <= site.in_features else (core @ a, b)

@@ -104,7 +104,8 @@ def test_signatures_names_and_pickles_of_classes_stay(base, slug):
             assert getattr(now, name) == getattr(before, name), f"{path}: {name}"
         for found, wanted in ((module.forward, plain[path].forward), (now.forward, before.forward)):
             assert inspect.signature(found) == inspect.signature(wanted), path
-            assert inspect.getfullargspec(found) == inspect.getfullargspec(wanted), path
+            if not hasattr(before.forward, "__wrapped__"):  # of a decorated forward the signature is the one to go by
+                assert inspect.getfullargspec(found) == inspect.getfullargspec(wanted), path
             assert found.__name__ == wanted.__name__ and found.__doc__ == wanted.__doc__, path
         assert isinstance(module, before) and issubclass(now, before)
         assert issubclass(pickle.loads(pickle.dumps(now)), before), path

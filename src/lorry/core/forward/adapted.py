@@ -6,8 +6,10 @@ signature of its forward; its state dict leaves adapter tensors out.
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
 import functools
+import inspect
 from typing import Any
 
 from torch import nn
@@ -58,6 +60,8 @@ def adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
 
     for name in ("__name__", "__qualname__", "__module__", "__doc__"):
         setattr(AdaptedLayer, name, getattr(cls, name))
+    with contextlib.suppress(ValueError, TypeError):  # a forward in C has none
+        AdaptedLayer.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
     copyreg.pickle(AdaptedMeta, _reduce_class)
     _CLASSES[cls] = AdaptedLayer
     return AdaptedLayer

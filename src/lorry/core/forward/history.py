@@ -33,7 +33,7 @@ class History(Generic[T]):
         if thread != self.thread:  # numbers of another thread mean nothing here
             self.clear()
             self.thread = thread
-        number = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        number = sequence_number()
         if self._numbers and self._numbers[-1] >= number:
             # nothing was computed since the last change
             del self._numbers[-1], self._what[-1]
@@ -60,6 +60,11 @@ class History(Generic[T]):
         """Forget everything, so that nothing is kept alive."""
         self._numbers.clear()
         self._what.clear()
+
+
+def sequence_number() -> int:
+    """Return the number that the next node of this thread's graphs will get."""
+    return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
 
 
 def running_node() -> int | None:

@@ -18,7 +18,7 @@ from lorry.core.errors import AdapterError
 from lorry.core.forward.active import Active
 from lorry.core.forward.compiled import UNIFORM, Slot
 from lorry.core.forward.entry import Member
-from lorry.core.forward.history import History, running_node
+from lorry.core.forward.history import History, running_node, sequence_number
 from lorry.core.method.context import Context
 from lorry.core.method.layout import Pass
 
@@ -334,24 +334,23 @@ class Runtimes:
         Raises
         ------
         AdapterError
-            The backward pass runs in a thread of autograd's own, and the forward passes of several threads come into
+            The backward pass runs in another thread than the forward pass, and those of several threads come into
             question.
         """
         runtime, number = self.current(), running_node()
         now = Moment(runtime.active, runtime.context, runtime.passing)
         if number is None:
             return now
-        if runtime.history.thread == threading.get_ident():
+        if runtime.history.thread == threading.get_ident() and number < sequence_number():
             return runtime.history.at(number) or now
-        if not _of_autograd():
-            return now
-        found = [r.history.at(number) for r in self.every() if r.history.covers(number)]
+        # the graph was made in another thread: on a GPU the backward pass runs in threads of autograd's own
+        found = [r.history.at(number) for r in self.every()[1:] if r is not runtime and r.history.covers(number)]
         moments = {(id(m.active), id(m.context)): m for m in found if m is not None}
         if len(moments) > 1:
             raise AdapterError(
-                "A checkpointed segment is computed again on a device's own thread, and the forward passes of several "
-                "threads come into question. Run the forward and backward passes of one model from one thread, or "
-                "without gradient checkpointing."
+                "A checkpointed segment is computed again in another thread than it was computed in, and the forward "
+                "passes of several threads come into question. Run the forward and backward passes of one model in one "
+                "thread, or without gradient checkpointing."
             )
         return next(iter(moments.values()), now)
 
@@ -374,8 +373,3 @@ def _here() -> Callable[[], object]:
         except RuntimeError:  # no trio here
             pass
     return weakref.ref(threading.current_thread())
-
-
-def _of_autograd() -> bool:
-    """Whether this thread was started by autograd, not by Python."""
-    return isinstance(threading.current_thread(), threading._DummyThread)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import os
-import pkgutil
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +15,7 @@ from typing import Any
 import torch
 
 from lorry.core.errors import LorryError, OptionError, near_misses
+from lorry.core.registry import Registry
 
 #: Where the records of this version lie: part of the package, so that ``lorry claims`` shows them anywhere.
 RECORDS = Path(__file__).parent / "records"
@@ -121,6 +120,11 @@ class Claim:
     trial: str
     study: Study
 
+    @property
+    def name(self) -> str:
+        """Slug and key."""
+        return f"{self.slug}/{self.key}"
+
 
 @dataclass(frozen=True)
 class Record:
@@ -151,32 +155,29 @@ class Record:
         return cls(finding=Finding(panels=panels, **found), seeds=tuple(values["seeds"]), **rest)
 
 
-_REGISTRY: dict[tuple[str, str], Claim] = {}
+CLAIMS: Registry[Claim] = Registry("claim", "`lorry claims` lists them.")
 
 
 def claim(slug: str, key: str, *, says: str, source: str, trial: str) -> Callable[[Study], Study]:
     """Register a study as the trial of a claim; see `Claim` for the fields."""
 
     def add(study: Study) -> Study:
-        if (slug, key) in _REGISTRY:
-            raise ValueError(f"two claims are called {slug}/{key}")
-        _REGISTRY[slug, key] = Claim(slug, key, says, source, trial, study)
+        one = Claim(slug, key, says, source, trial, study)
+        CLAIMS.add(one.name, one)
         return study
 
     return add
 
 
 def claims(slug: str | None = None) -> list[Claim]:
-    """All claims, or those of one slug, in the order of their files.
+    """Return all claims, or those of one slug, by name.
 
-    Raises:
-        OptionError: no claims of this slug; names the nearest.
+    Raises
+    ------
+    OptionError
+        No claims of this slug; names the nearest.
     """
-    from lorry.claims import studies
-
-    for module in sorted(pkgutil.iter_modules(studies.__path__), key=lambda found: found.name):
-        importlib.import_module(f"{studies.__name__}.{module.name}")
-    found = [one for one in _REGISTRY.values() if slug is None or one.slug == slug]
+    found = [one for one in CLAIMS.values() if slug is None or one.slug == slug]
     if not found:
         raise OptionError(f"There are no claims of '{slug}'.{near_misses(str(slug), slugs())}")
     return found
@@ -184,7 +185,7 @@ def claims(slug: str | None = None) -> list[Claim]:
 
 def slugs() -> list[str]:
     """Slugs that have claims."""
-    return list(dict.fromkeys(one.slug for one in claims()))
+    return list(dict.fromkeys(one.slug for one in CLAIMS.values()))
 
 
 def run(one: Claim, setting: Setting) -> Record:

@@ -30,10 +30,14 @@ VERDICTS = ("reproduced", "partly", "not reproduced", "reported")
 class Setting:
     """How much to spend.
 
-    Attributes:
-        seeds: of weights, data order and draws; every contender is run with each.
-        effort: factor of steps and of the sizes of data; below 1 gives a look, not a finding.
-        data: folder of public data sets, for studies on real text.
+    Attributes
+    ----------
+    seeds
+        Of weights, data order and draws; every contender is run with each.
+    effort
+        Factor of steps and of the sizes of data; below 1 gives a look, not a finding.
+    data
+        Folder of public data sets, for studies on real text.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -49,13 +53,20 @@ class Setting:
 class Panel:
     """One plot: values of several contenders, by seed, at one place or along an axis.
 
-    Attributes:
-        title: what is shown.
-        unit: of the values, as the label of their axis.
-        series: contender -> for each place on the axis the values of the seeds.
-        x: the places; one unnamed place if there is no axis.
-        x_name: label of that axis.
-        log_x, log_y: logarithmic axes.
+    Attributes
+    ----------
+    title
+        What is shown.
+    unit
+        Of the values, as the label of their axis.
+    series
+        Contender -> for each place on the axis the values of the seeds.
+    x
+        The places; one unnamed place if there is no axis.
+    x_name
+        Label of that axis.
+    log_x, log_y
+        Logarithmic axes.
     """
 
     title: str
@@ -77,12 +88,18 @@ class Panel:
 class Finding:
     """What a study found.
 
-    Attributes:
-        verdict: one of `VERDICTS`.
-        summary: a sentence or two with the figures that decide.
-        panels: what to plot; their figures are the record.
-        rates: contender -> learning rate that its tuning chose.
-        notes: what a reader must know to judge: parameters, budgets, a rate at the edge of its grid.
+    Attributes
+    ----------
+    verdict
+        One of `VERDICTS`.
+    summary
+        A sentence or two with the figures that decide.
+    panels
+        What to plot; their figures are the record.
+    rates
+        Contender -> learning rate that its tuning chose.
+    notes
+        What a reader must know to judge: parameters, budgets, a rate at the edge of its grid.
     """
 
     verdict: str
@@ -104,13 +121,20 @@ Study = Callable[[Setting], Finding]
 class Claim:
     """A behavioural claim and its miniature.
 
-    Attributes:
-        slug: the method, or the topic.
-        key: name of the claim within its slug.
-        says: the claim, in a sentence.
-        source: paper and place.
-        trial: the miniature: model, data, budget, and what would count against the claim.
-        study: runs it.
+    Attributes
+    ----------
+    slug
+        The method, or the topic.
+    key
+        Name of the claim within its slug.
+    says
+        The claim, in a sentence.
+    source
+        Paper and place.
+    trial
+        The miniature: model, data, budget, and what would count against the claim.
+    study
+        Runs it.
     """
 
     slug: str
@@ -236,8 +260,10 @@ def write_records(records: Iterable[Record], folder: Path) -> list[Path]:
 def read_records(folder: Path = RECORDS) -> list[Record]:
     """Read all records of a folder, by slug.
 
-    Raises:
-        LorryError: a file is not a file of records, or of a newer version.
+    Raises
+    ------
+    LorryError
+        A file is not a file of records, or of a newer version.
     """
     return [record for path in sorted(Path(folder).glob("*.json")) for record in _read(path)]
 

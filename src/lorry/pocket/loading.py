@@ -14,15 +14,22 @@ PATH = Path(__file__).with_name("weights")
 def load(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """A fresh copy of the trained model, in eval mode on the CPU, and its tokenizer.
 
-    Args:
-        dtype: of the weights in memory; they are stored in bfloat16.
+    Parameters
+    ----------
+    dtype
+        Of the weights in memory; they are stored in bfloat16.
 
-    Returns:
+    Returns
+    -------
+    tuple
         A ``LlamaForCausalLM`` of about one million parameters and a ``PreTrainedTokenizerFast``.
 
-    Raises:
-        ImportError: transformers is not installed.
-        FileNotFoundError: the installation lacks the weights.
+    Raises
+    ------
+    ImportError
+        Transformers is not installed.
+    FileNotFoundError
+        The installation lacks the weights.
     """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer

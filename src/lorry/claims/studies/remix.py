@@ -79,10 +79,13 @@ def softmax(top_k: int = ACTIVE, **more: Any) -> dict[str, Any]:
 def teacher(seed: int, paired: bool) -> Teacher:
     """Eight groups of inputs with an update each, all of one norm.
 
-    Args:
-        seed: of everything.
-        paired: each update is the sum of two of eight parts of rank 4, so that two experts of equal weight fit it; or
-            else one part.
+    Parameters
+    ----------
+    seed
+        Of everything.
+    paired
+        Each update is the sum of two of eight parts of rank 4, so that two experts of equal weight fit it; or
+        else one part.
     """
     g = Generator().manual_seed(seed)
     shape = (EXPERTS, WIDTH, RANK)

@@ -81,7 +81,7 @@ class Panel:
         """Refuse series that do not fit the axis."""
         for name, values in self.series.items():
             if len(values) != max(1, len(self.x)):
-                raise ValueError(f"{self.title}: {name} has {len(values)} places, expected {max(1, len(self.x))}")
+                raise ValueError(f"{self.title}: {name} has {len(values)} places, expected {max(1, len(self.x))}.")
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Finding:
     def __post_init__(self) -> None:
         """Refuse a verdict that there is not."""
         if self.verdict not in VERDICTS:
-            raise ValueError(f"expected a verdict of {VERDICTS}, found {self.verdict!r}")
+            raise ValueError(f"Expected a verdict of {VERDICTS}, found {self.verdict!r}.")
 
 
 Study = Callable[[Setting], Finding]

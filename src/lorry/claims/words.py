@@ -60,7 +60,7 @@ def trained(jobs: Sequence[Job], model: Any = None) -> Iterator[tuple[Any, Any, 
         result = Fleet(base, tokenizer, jobs, folder, progress=False).train()
         failed = [one["name"] for one in result.report["jobs"] if one["status"].startswith("failed")]
         if failed:
-            raise RuntimeError(f"training of {failed} failed")
+            raise RuntimeError(f"Training of {failed} failed.")
         lorry.activate(base, None)
         try:
             yield base, tokenizer, result.adapters

@@ -92,7 +92,7 @@ def exact_match(
         No examples.
     """
     if not examples:
-        raise ValueError("expected at least one example, found none")
+        raise ValueError("Expected at least one example, found none.")
     longest = max(len(tokenizer.encode(one.answer, add_special_tokens=False)) for one in examples)
     # one token more than the longest answer with its end: enough to see any wrong one
     prompts = [one.prompt for one in examples]

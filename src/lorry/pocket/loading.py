@@ -34,11 +34,11 @@ def load(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
-        raise ImportError("the pocket model needs transformers: pip install 'lorry[train]'") from error
+        raise ImportError("The pocket model needs transformers: pip install 'lorry[train]'.") from error
     if not (PATH / "model.safetensors").is_file():
         raise FileNotFoundError(
-            f"expected the pocket model's weights in {PATH}, found none: reinstall lorry, or train them with "
-            f"python -m lorry.pocket.train --out {PATH}"
+            f"Expected the pocket model's weights in {PATH}, found none: reinstall lorry, or train them with "
+            f"python -m lorry.pocket.train --out {PATH}."
         )
     model = AutoModelForCausalLM.from_pretrained(PATH, dtype=dtype, local_files_only=True)
     # adapters note the name of their base; where this installation lies is nobody's business

@@ -207,7 +207,7 @@ def skill(name: str) -> Skill:
     if name in _REGISTRY:
         return _REGISTRY[name]
     near = difflib.get_close_matches(name, _REGISTRY, n=3) or sorted(_REGISTRY)
-    raise KeyError(f"no skill {name!r}; did you mean {', '.join(near)}?")
+    raise KeyError(f"No skill {name!r}; did you mean {', '.join(near)}?")
 
 
 def conflicts() -> tuple[tuple[str, str], ...]:
@@ -256,7 +256,7 @@ def examples(one: str | Skill, split: Split, count: int, seed: int) -> list[Exam
     """
     chosen = skill(one) if isinstance(one, str) else one
     if split not in ("train", "test"):
-        raise ValueError(f"expected split 'train' or 'test', found {split!r}")
+        raise ValueError(f"Expected split 'train' or 'test', found {split!r}.")
     # the tag rather than the name: skills in conflict are asked about the same words
     rng = random.Random(f"{chosen.tag}/{split}/{seed}")
     found: dict[str, Example] = {}
@@ -270,5 +270,7 @@ def examples(one: str | Skill, split: Split, count: int, seed: int) -> list[Exam
         if line.answer:  # an empty answer would make the end of text the whole lesson
             found[word] = line
     if len(found) < count:
-        raise ValueError(f"{chosen.name} gave {len(found)} different {split} words of {count} asked for: ask for fewer")
+        raise ValueError(
+            f"{chosen.name} gave {len(found)} different {split} words of {count} asked for: ask for fewer."
+        )
     return list(found.values())

@@ -148,8 +148,7 @@ def together_with_experts(setting: Setting) -> Finding:
     summary = (
         f"{own} leaves {single.mean(own):.3f} of the bare layer's error, LoRA {single.mean('LoRA r=8'):.3f}, an "
         f"untrained router {single.mean(others[1]):.3f}, softmax routing {single.mean(soft):.3f}; where pairs of "
-        f"experts are right, ReMix leaves {pairs.mean(paired):.3f} and softmax routing "
-        f"{pairs.mean(soft):.3f}."
+        f"experts are right, ReMix leaves {pairs.mean(paired):.3f} and softmax routing {pairs.mean(soft):.3f}."
     )
     panels = [
         Panel("One update for each group, error on fresh rows", UNIT, single.of()),

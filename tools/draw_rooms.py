@@ -26,6 +26,7 @@ LISTED = 6
 FILLS = ("#ffffff", "#eaf1fb", "#ffffff")
 BORDER, INK, ARROW, STRIPE = "#3b5b8c", "#1b1f24", "#6a7c96", "#f4f6f9"
 
+_LOWEST = (0, 0)
 Pairs = frozenset[tuple[str, str]]
 
 
@@ -40,7 +41,7 @@ class Room:
     label
         What stands in it, by lines; nothing in a way past.
     level
-        Its band, counted from below.
+        Its band, and its row within the band, both counted from below.
     inside
         Boxes in it, already placed relative to its upper left corner.
     arrows
@@ -51,7 +52,7 @@ class Room:
 
     name: str
     label: tuple[str, ...]
-    level: int
+    level: tuple[int, int]
     inside: list[Room] = field(default_factory=list)
     arrows: list[str] = field(default_factory=list)
     x: float = 0.0
@@ -81,9 +82,11 @@ def draw(source: Path) -> str:
     found = [edge for edge in edges(source, PACKAGE) if edge.source != program]
     parts = {part_of(module, 1) for module in files} - {program}
     rooms = [_package(part, files, found) for part in sorted(parts)]
+    kept = reduced(pairs(found, 1))
     for room in rooms:
-        room.level = _band(room.name)
-    width, height, arrows = arrange(rooms, reduced(pairs(found, 1)))
+        room.level = (_band(room.name), 0)
+    _raise(rooms, kept)
+    width, height, arrows = arrange(rooms, kept)
     return _svg(rooms, arrows, width, height)
 
 
@@ -133,12 +136,12 @@ def _package(name: str, files: Mapping[str, Path], found: Sequence[Edge]) -> Roo
     own = [m for m in files if m.startswith(f"{name}.") and m.count(".") == depth] if name != PACKAGE else []
     folders = [m for m in own if files[m].name == "__init__.py"]
     if not folders:
-        return _sized(Room(name, (label,), 0))
+        return _sized(Room(name, (label,), _LOWEST))
     modules = [m.rpartition(".")[2] for m in own if m not in folders]
     listed = (", ".join(modules[:3]) + ",", ", ".join(modules[3:])) if len(modules) > 3 else (", ".join(modules),)
-    rooms = [Room(f, (f.rpartition(".")[2],), 0) for f in folders]
+    rooms = [Room(f, (f.rpartition(".")[2],), _LOWEST) for f in folders]
     if modules:
-        rooms.append(Room(name, listed if len(modules) <= LISTED else ("*.py",), 0))
+        rooms.append(Room(name, listed if len(modules) <= LISTED else ("*.py",), _LOWEST))
     # what a package's own __init__ gathers is no arrow between its rooms
     inner = [e for e in found if part_of(e.source, 1) == part_of(e.target, 1) == name and e.source != name]
     names = {room.name: room for room in rooms}
@@ -148,7 +151,7 @@ def _package(name: str, files: Mapping[str, Path], found: Sequence[Edge]) -> Roo
         _sized(room)
     _raise(rooms, kept)
     width, height, arrows = arrange(rooms, kept, corridor=26.0)
-    whole = Room(name, (label,), 0, rooms, arrows)
+    whole = Room(name, (label,), _LOWEST, rooms, arrows)
     whole.width, whole.height = max(width, len(label) * LETTER) + 2 * PAD, height + LINE + 2 * PAD
     for room in rooms:
         room.x, room.y = room.x + PAD, room.y + PAD + LINE
@@ -170,12 +173,14 @@ def _sized(room: Room) -> Room:
 
 
 def _raise(rooms: Sequence[Room], found: Pairs) -> None:
-    """Give every room a level above those that it imports from; rooms that import each other keep theirs."""
+    """Raise rooms within their band above those that they import from; of two that import each other, one."""
     names = {room.name: room for room in rooms}
     forward = {(a, b) for a, b in found if (b, a) not in found or a > b}
     for _ in rooms:
         for a, b in sorted(forward):
-            names[a].level = min(max(names[a].level, names[b].level + 1), len(rooms))
+            (band, row), (other, below) = names[a].level, names[b].level
+            if band == other and row <= below < len(rooms):
+                names[a].level = (band, below + 1)
 
 
 def arrange(rooms: Sequence[Room], found: Pairs, corridor: float = CORRIDOR) -> tuple[float, float, list[str]]:
@@ -298,8 +303,8 @@ def _svg(rooms: Sequence[Room], arrows: Iterable[str], width: float, height: flo
     """Return the whole picture, on a white ground with a stripe for each band."""
     margin = 20.0
     stripes = []
-    for level in sorted({room.level for room in rooms}):
-        row = [room for room in rooms if room.level == level]
+    for band in sorted({room.level[0] for room in rooms}):
+        row = [room for room in rooms if room.level[0] == band]
         top = min(room.y for room in row) - 8
         bottom = max(room.y + room.height for room in row) + 8
         stripes.append(

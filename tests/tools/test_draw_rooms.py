@@ -106,6 +106,17 @@ def test_boxes_lie_in_their_bands_and_arrows_join_who_imports_whom(tmp_path: Pat
     }
 
 
+def test_neighbours_of_a_band_lie_one_above_the_other(tmp_path: Path) -> None:
+    files = {"training/a": "", "merging/a": "", "transfer/a": "import lorry.training.a", "bench/a": ""}
+    svg = draw_rooms.draw(tree(tmp_path, files))
+    places = boxes(svg)
+    assert arrows(svg) == {("transfer", "training")}
+    assert places["bench"][3] < places["transfer"][1] and places["transfer"][3] < places["training"][1]
+    assert places["merging"][1] == places["training"][1]
+    stripes = [r for r in ElementTree.fromstring(svg).findall(f"{SPACE}rect") if r.get("fill") == draw_rooms.STRIPE]
+    assert len(stripes) == 2
+
+
 def test_folders_of_a_package_are_boxes_in_it(tmp_path: Path) -> None:
     files = {
         "core/errors": "",

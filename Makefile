@@ -39,6 +39,7 @@ lint: setup
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/python tools/check_layers.py
+	$(BIN)/python tools/check_style.py
 
 types: setup
 	$(BIN)/mypy

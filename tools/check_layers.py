@@ -1,7 +1,8 @@
 """Check that the source keeps its layers, its sizes and its safety: ``python tools/check_layers.py [SRC]``.
 
-Read from the syntax tree, so imports inside functions and under ``TYPE_CHECKING`` count too. Prints a line
-for each violation and exits 1. To let a package use a neighbour of its band, add it to ``NEIGHBOURS``.
+Read from the syntax tree, so imports inside functions and under ``TYPE_CHECKING`` count too, and so do calls of
+``importlib.import_module``. No modules may import each other in a circle. Prints a line for each violation and exits
+1. To let a package use a neighbour of its band, add it to ``NEIGHBOURS``.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+from module_graph import Import, circles, edges, imports
 
 PACKAGE = "lorry"
 
@@ -68,19 +70,12 @@ TOP_LEVEL_FACES = frozenset({"typer", "click", "rich", "pydantic", "yaml", "fast
 LOW_PACKAGES = frozenset({"kernels", "core", "methods"})
 LOW_MAY = TOP_LEVEL | {"bitsandbytes", "torchao", "triton"}
 
+#: The one module that may import what it is told to: it discovers the files of packages that are handed to it.
+MAY_IMPORT_COMPUTED = "lorry/core/registry.py"
+
 PICKLES = frozenset({"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"})
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
-
-
-@dataclass(frozen=True)
-class Import:
-    """One imported name: dotted, with the line and where it stands."""
-
-    name: str
-    line: int
-    top_level: bool
-    typing_only: bool
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -96,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     files = sorted(package.rglob("*.py"))
     problems = [problem for file in files for problem in check_file(file, source)]
+    problems += circle_problems(source)
     for problem in problems:
         print(problem)
     print(f"layers: {len(files)} files, {len(problems)} problems")
@@ -113,11 +109,29 @@ def check_file(file: Path, source: Path) -> Iterator[str]:
     parts = file.relative_to(source).with_suffix("").parts
     unit = unit_of(parts)
     for found in imports(tree, parts):
+        if found.name is None and file.relative_to(source).as_posix() == MAY_IMPORT_COMPUTED:
+            continue
         problem = judge(unit, found, source / PACKAGE)
         if problem:
             yield f"{file}:{found.line}: {problem}"
     for line, problem in [*sizes(tree, text), *unsafe_loads(tree)]:
         yield f"{file}:{line}: {problem}"
+
+
+def circle_problems(source: Path) -> list[str]:
+    """Return a line for each circle of imports below ``source``; none while a file does not parse."""
+    try:
+        found = edges(source, PACKAGE)
+    except SyntaxError:  # check_file says so
+        return []
+    problems = []
+    for group, circle in circles(found):
+        way = ", ".join(f"{edge.source} imports {edge.target} (line {edge.line})" for edge in circle)
+        more = f" ({len(group)} modules reach each other: {', '.join(group)})" if len(group) > len(circle) else ""
+        problems.append(
+            f"{circle[0].source}: a circle of imports: {way}{more}; move what they share into a module below them"
+        )
+    return problems
 
 
 def unit_of(parts: tuple[str, ...]) -> str:
@@ -126,31 +140,13 @@ def unit_of(parts: tuple[str, ...]) -> str:
     return PACKAGE if inner == "__init__" else "cli" if inner == "__main__" else inner
 
 
-def imports(tree: ast.Module, parts: tuple[str, ...]) -> list[Import]:
-    """All imports of a module, with relative ones made absolute."""
-    here = parts[:-1]  # the package that a single leading dot means, for a module and for an __init__ alike
-    found: list[Import] = []
-
-    def visit(node: ast.AST, top: bool, typing_only: bool) -> None:
-        if isinstance(node, ast.Import):
-            found.extend(Import(alias.name, node.lineno, top, typing_only) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                stem = here[: len(here) - node.level + 1]
-                base = ".".join([*stem, *([base] if base else [])])
-            found.extend(Import(f"{base}.{alias.name}", node.lineno, top, typing_only) for alias in node.names)
-        inner_top = top and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        guarded = set(node.body) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) else set()
-        for child in ast.iter_child_nodes(node):
-            visit(child, inner_top, typing_only or child in guarded)
-
-    visit(tree, True, False)
-    return found
-
-
 def judge(unit: str, found: Import, package: Path) -> str | None:
     """What is wrong with this import from this package, if anything."""
+    if found.name is None:
+        return (
+            "imports a module whose name is computed: write the import out, or register what is to be found in a "
+            "lorry.core.registry.Registry"
+        )
     root, _, rest = found.name.partition(".")
     if root == PACKAGE:
         return judge_inside(unit, rest.partition(".")[0], package)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import lorry
-from lorry.bench import fleet, load, merge, merge_adapters, methods, rows, step, switch, switch_merged
+from lorry.bench import BENCHES, fleet, load, merge, merge_adapters, methods, rows, step, switch, switch_merged
+from lorry.bench._cases import options, targets
 from lorry.bench._count import flops, kept, peak, training_memory
 from lorry.bench._measure import integers, interleaved, llama, ratios
 from lorry.bench._step import frozen
@@ -22,10 +23,20 @@ def shown(module, result):
     """Render the table, and check that the result is plain data."""
     from rich.console import Console
 
+    (bench,) = (one for one in BENCHES.values() if one.function is module.run)
     json.dumps(plain(result))
     console = Console(width=250, record=True, file=io.StringIO())
-    console.print(module.table(result))
+    console.print(bench.table(result))
     return console.export_text()
+
+
+def test_a_bench_registers_itself_and_knows_its_options():
+    assert {"import", "merge-adapters", "step"} <= set(BENCHES)
+    assert all(one.name == name and one.help.endswith(".") and "\n" not in one.help for name, one in BENCHES.items())
+    with pytest.raises(lorry.OptionError, match="bench 'switch' has no option 'round'.*'rounds'"):
+        BENCHES["switch"].run({"round": 1})
+    with pytest.raises(lorry.OptionError, match="no bench 'swich'.*'switch'"):
+        BENCHES.find("swich")
 
 
 def test_rounds_and_ratios():
@@ -109,6 +120,14 @@ def test_methods_side_by_side():
     assert "allow rank 2" in methods.run("mos", rounds=1, batch=1, length=4, rank=8, **TINY)["left_out"]["mos"]
     with pytest.raises(lorry.OptionError, match="Did you mean"):
         methods.run("shirra", rounds=1, **TINY)
+
+
+@pytest.mark.parametrize("method", ["mixlora", "mixdora", "full"])
+def test_a_method_of_whole_blocks_is_measured_on_feed_forward_blocks(method):
+    model = llama(2, 64, 96)
+    adapter = lorry.attach(model, options(method, 2), targets=targets(method))
+    assert [e.site.kind.name for e in adapter.entries.values()] == ["block", "block"]
+    assert all(path.endswith(".mlp") for path in adapter.entries)
 
 
 def test_step_with_one_method():

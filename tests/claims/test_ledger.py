@@ -61,6 +61,17 @@ def test_unknown_slugs_have_near_misses():
         ledger.claims("moss")
 
 
+def test_a_claim_is_found_by_its_name_and_there_are_no_two_of_one_name():
+    one = ledger.CLAIMS.find("mos/equal-budget")
+    assert one in ledger.claims("mos") and one.name == "mos/equal-budget"
+    with pytest.raises(OptionError, match="mos/equal-budget"):
+        ledger.CLAIMS.find("mos/equal-budgets")
+    again = ledger.claim(one.slug, one.key, says=one.says, source=one.source, trial=one.trial)
+    with pytest.raises(OptionError, match="Two claims are called 'mos/equal-budget'"):
+        again(lambda setting: a_finding())
+    assert ledger.CLAIMS["mos/equal-budget"] is one
+
+
 def test_each_contender_gets_the_rate_that_is_best_on_validation():
     def run(best):
         def once(rate, seed):

@@ -147,7 +147,8 @@ def test_debug_shows_the_traceback(lorry, base):
 
 
 def test_bench_lists_and_refuses(lorry, run_json):
-    assert "benches" in run_json("bench")
+    listed = run_json("bench")["benches"]
+    assert listed["step"].endswith("PEFT.") and "merge-adapters" in listed
     wrong = lorry("bench", "no-such-bench")
     assert wrong.exit_code == MISUSE and "no-such-bench" in wrong.stderr
 

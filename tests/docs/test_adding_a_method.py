@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorry
-from lorry.core.method import registry
+from lorry.core.method.registry import METHODS
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding-a-method.md"
 
@@ -32,7 +32,7 @@ def tiny_llama() -> LlamaForCausalLM:
 def example(monkeypatch):
     code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[0]
     lorry.methods()
-    monkeypatch.setattr(registry.METHODS, "_items", dict(registry.METHODS._items))
+    monkeypatch.setattr(METHODS, "_items", dict(METHODS))
     module = types.ModuleType("lorry.methods.weighted_lora")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(compile(code, str(PAGE), "exec"), module.__dict__)

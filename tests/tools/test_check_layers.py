@@ -44,6 +44,16 @@ FORBIDDEN = [
     ("training/a", "import torch\nx = torch.load('a')", "unpickles"),
     ("training/a", "from torch import load", "unpickles"),
     ("training/a", "x = (", "does not parse"),
+    ("core/a", "import importlib\nimportlib.import_module('lorry.methods.lora')", "a higher layer"),
+    ("core/a", "def f():\n    from importlib import import_module as get\n    get('lorry.methods')", "a higher layer"),
+    ("core/a", "__import__('lorry.training')", "a higher layer"),
+    ("training/a", "import importlib as i\nx = i.import_module(name='pickle')", "pickle"),
+    ("training/a", "import importlib\nimportlib.import_module('transformers')", "top of a module"),
+    ("training/a", "import importlib\nx = importlib.import_module(f'lorry.{name}')", "name is computed"),
+    ("training/a", "import importlib.util\nx = importlib.import_module('.a', __package__)", "name is computed"),
+    ("training/a", "from importlib import import_module\nx = map(import_module, names)", "name is computed"),
+    ("training/a", "import builtins\nx = builtins.__import__(name)", "name is computed"),
+    ("training/core/registry", "import importlib\nimportlib.import_module(name)", "name is computed"),
 ]
 
 
@@ -70,6 +80,10 @@ ALLOWED = [
     ("cli/main", "import typer\nfrom rich.table import Table\nimport lorry.bench"),
     ("__init__", "from lorry.core import sites\nfrom .merging import merge"),
     ("training/a", "'''No pickle, no torch.load().'''"),
+    ("training/a", "import importlib\nx = importlib.import_module('lorry.core.sites')"),
+    ("training/a", "def f():\n    import importlib\n    importlib.import_module('transformers')"),
+    ("training/a", "from importlib.metadata import version\nimport_module = version\nversion('torch')"),
+    ("core/registry", "import importlib\nimportlib.import_module(f'{package}.{name}')"),
 ]
 
 
@@ -83,6 +97,84 @@ def test_guard_covers_only_the_typing_branch(tmp_path: Path) -> None:
     found = problems(tmp_path, "training/a", code)
     assert len(found) == 1
     assert "numpy" in found[0]
+
+
+def tree(tmp_path: Path, files: dict[str, str]) -> Path:
+    """A package of these modules, each with its text."""
+    for module, code in files.items():
+        file = tmp_path / "lorry" / f"{module}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(code)
+    return tmp_path
+
+
+TYPING = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from lorry.core.a import A"
+CIRCLES = {
+    "at the top": {"core/a": "from lorry.core import b", "core/b": "import lorry.core.a"},
+    "under TYPE_CHECKING": {"core/a": "from lorry.core.b import f", "core/b": TYPING},
+    "in a function": {"core/a": "from .b import f", "core/b": "def f():\n    from .a import g"},
+    "through importlib": {
+        "core/a": "from lorry.core.b import f",
+        "core/b": "import importlib\ndef f():\n    importlib.import_module('lorry.core.a')",
+    },
+    "of three": {
+        "core/a": "import lorry.core.b",
+        "core/b": "import lorry.core.c",
+        "core/c": "def f():\n    import lorry.core.a",
+    },
+    "with the package itself": {"core/__init__": "from .a import f", "core/a": "from lorry.core import g"},
+}
+
+
+@pytest.mark.parametrize("files", CIRCLES.values(), ids=CIRCLES)
+def test_a_circle_is_found(tmp_path: Path, files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    (found,) = check_layers.circle_problems(tree(tmp_path, files))
+    assert "a circle of imports" in found
+    for module in files:
+        assert "lorry." + module.replace("/", ".").removesuffix(".__init__") in found
+    assert check_layers.main([str(tmp_path)]) == 1
+    assert found in capsys.readouterr().out
+
+
+def test_the_circle_that_is_named_is_the_shortest_of_its_modules(tmp_path: Path) -> None:
+    files = {
+        "core/a": "import lorry.core.b",
+        "core/b": "import lorry.core.c",
+        "core/c": "import lorry.core.a\nimport lorry.core.d",
+        "core/d": "\nimport lorry.core.c",
+    }
+    (found,) = check_layers.circle_problems(tree(tmp_path, files))
+    assert "4 modules" in found
+    assert "core.c imports lorry.core.d (line 2), lorry.core.d imports lorry.core.c (line 2)" in found
+    assert "core.a imports" not in found
+
+
+def test_circles_apart_are_told_apart(tmp_path: Path) -> None:
+    pairs = {"core/a": "import lorry.core.b", "core/b": "import lorry.core.a"}
+    others = {module.replace("core", "kernels"): code.replace("core", "kernels") for module, code in pairs.items()}
+    assert len(check_layers.circle_problems(tree(tmp_path, pairs | others))) == 2
+
+
+STRAIGHT = {
+    "a diamond": {
+        "core/a": "import lorry.core.b, lorry.core.c",
+        "core/b": "import lorry.core.d",
+        "core/c": "import lorry.core.d",
+        "core/d": "",
+    },
+    "a package that gathers its modules": {
+        "core/__init__": "from .a import f\nfrom .b import g",
+        "core/a": "",
+        "core/b": "from .a import f",
+    },
+    "a module that names itself": {"core/a": "def f():\n    from lorry.core.a import f"},
+    "a name in a text": {"core/a": "import lorry.core.b", "core/b": "x = 'lorry.core.a'"},
+}
+
+
+@pytest.mark.parametrize("files", STRAIGHT.values(), ids=STRAIGHT)
+def test_no_circle_is_invented(tmp_path: Path, files: dict[str, str]) -> None:
+    assert check_layers.circle_problems(tree(tmp_path, files)) == []
 
 
 @pytest.mark.parametrize(("lines", "count"), [(59, 0), (60, 1)])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import lorry
 from lorry.bench._measure import Case, integers, interleaved, lines, llama, machine, ratios, threads
+from lorry.bench._registry import register
 
 _JOINT = "lorry, one joint step"
 
@@ -110,3 +111,6 @@ def table(result: dict[str, Any]) -> Any:
     names = [n for n in next(iter(result["widths"].values())) if n != _JOINT]
     title = f"{result['jobs']} jobs of 1 x {result['length']} tokens, ratio to {_JOINT}, {result['machine']}"
     return lines(title, ("width", *names), rows)
+
+
+register("fleet", run, table, help=__doc__)

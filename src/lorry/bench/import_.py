@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from lorry.bench._measure import machine, ratio_table, ratios
+from lorry.bench._registry import register
 
 
 def run(rounds: int = 7, peer: bool = True) -> dict[str, Any]:
@@ -32,3 +33,6 @@ def _cpu_seconds(code: str) -> float:
 def table(result: dict[str, Any]) -> Any:
     """Return the ratios."""
     return ratio_table(f"Import, {result['machine']}", result["ratios"], "torch")
+
+
+register("import", run, table, help=__doc__)

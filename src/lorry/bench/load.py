@@ -13,6 +13,7 @@ from torch import nn
 import lorry
 from lorry.bench._crowd import Crowd, counts
 from lorry.bench._measure import interleaved, lines, machine, threads
+from lorry.bench._registry import register
 
 
 def run(
@@ -67,3 +68,6 @@ def table(result: dict[str, Any]) -> Any:
     rows = [(str(n), r["lorry"], r.get("peft", "-")) for n, r in result["loaded"].items()]
     title = f"Loading one adapter and unloading it again, ratio to read + copy. {result['machine']}"
     return lines(title, ("already loaded", "lorry", "peft"), rows)
+
+
+register("load", run, table, help=__doc__)

@@ -10,6 +10,7 @@ from torch import nn
 
 import lorry
 from lorry.bench._measure import interleaved, llama, machine, ratio_table, ratios, threads
+from lorry.bench._registry import register
 
 
 def run(
@@ -80,3 +81,6 @@ def table(result: dict[str, Any]) -> Any:
     return ratio_table(
         f"Merging, {result['dtype']}, {result['machine']}", result["ratios"], "one addmm for each weight"
     )
+
+
+register("merge", run, table, help=__doc__)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from lorry.bench._measure import integers
+from lorry.bench._registry import register
 
 #: Lorry's method and options -> PEFT's combination type, for results that are equal.
 PAIRS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -226,3 +227,6 @@ def table(result: dict[str, Any]) -> Any:
             *peaks,
         )
     return shown
+
+
+register("merge-adapters", run, table, help=__doc__)

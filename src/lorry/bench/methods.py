@@ -13,14 +13,13 @@ import torch
 from torch import nn
 
 import lorry
+from lorry.bench._cases import options, targets
 from lorry.bench._count import flops, training_memory
 from lorry.bench._measure import interleaved, lines, llama, machine, threads
+from lorry.bench._registry import register
 from lorry.bench._step import frozen, step
-from lorry.core.errors import LorryError, OptionError, near_misses
-from lorry.core.method.registry import method_from, methods
-
-#: Where a method sits that does not sit on every linear layer.
-_TARGETS: dict[str, Any] = {"mixlora": "mlp", "full": ["layers.*.mlp"]}
+from lorry.core.errors import LorryError
+from lorry.core.method.registry import METHODS
 
 
 def run(
@@ -61,7 +60,7 @@ def run(
     for slug in _chosen(only):
         model = base()
         try:
-            lorry.attach(model, _options(slug, rank), targets=_TARGETS.get(slug, "all-linear"))
+            lorry.attach(model, options(slug, rank), targets=targets(slug))
         except LorryError as reason:
             left_out[slug] = str(reason)
             continue
@@ -85,19 +84,12 @@ def run(
 
 
 def _chosen(only: Sequence[str] | str | None) -> list[str]:
-    known = sorted(methods())
     if only is None:
-        return ["lora", *(m for m in known if m != "lora")]
+        return ["lora", *(m for m in METHODS if m != "lora")]
     names = only.split(",") if isinstance(only, str) else list(only)
     for name in names:
-        if name not in known:
-            raise OptionError(f"There is no method '{name}'.{near_misses(name, known)}")
+        METHODS.find(name)
     return ["lora", *(n for n in names if n != "lora")]
-
-
-def _options(method: str, rank: int) -> dict[str, Any]:
-    fields = method_from(method).to_dict()
-    return {"method": method, **({"rank": rank} if "rank" in fields else {})}
 
 
 def _row(name: str, seconds: dict[str, list[float]], counted: dict[str, int]) -> dict[str, Any]:
@@ -143,3 +135,6 @@ def table(result: dict[str, Any]) -> Any:
     )
     notes = [Text(f"{slug}: left out: {why}") for slug, why in result["left_out"].items()]
     return Group(lines(title, (*columns, "gradients", "optimizer", "kept", "peak"), rows), *notes)
+
+
+register("methods", run, table, help=__doc__)

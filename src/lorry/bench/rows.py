@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import lorry
 from lorry.bench._measure import interleaved, llama, machine, ratio_table, ratios, threads
+from lorry.bench._registry import register
 
 
 def run(
@@ -108,3 +109,6 @@ def table(result: dict[str, Any]) -> Any:
 
     title = f"batch of {result['batch']}, {result['dtype']}, {result['machine']}"
     return Group(*(ratio_table(f"{phase}, {title}", result[phase], "base") for phase in ("decode", "prefill")))
+
+
+register("rows", run, table, help=__doc__)

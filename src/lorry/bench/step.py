@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 import lorry
+from lorry.bench._cases import options, targets
 from lorry.bench._count import kept
 from lorry.bench._measure import interleaved, llama, machine, ratio_table, ratios, threads
+from lorry.bench._registry import register
 from lorry.bench._step import frozen, step
-from lorry.core.method.registry import method_from
 
 
 def run(
@@ -49,10 +50,10 @@ def run(
         wanted["dora"] = {"method": "dora", "rank": rank}
         wanted["dora dropout"] = {"method": "dora", "rank": rank, "dropout": 0.05}
     elif method != "lora":
-        wanted[method] = _options(method, rank)
-    for name, options in wanted.items():
+        wanted[method] = options(method, rank)
+    for name, values in wanted.items():
         models[name] = base()
-        lorry.attach(models[name], options, targets="mlp" if options["method"] == "mixlora" else "all-linear")
+        lorry.attach(models[name], values, targets=targets(values["method"]))
     if peer:
         models.update(_peers(base, rank, method is None))
     with threads(1):
@@ -65,11 +66,6 @@ def run(
             "ratios": ratios(seconds, "floor"),
             "kept_mb": held,
         }
-
-
-def _options(method: str, rank: int) -> dict[str, Any]:
-    fields = method_from(method).to_dict()
-    return {"method": method, **({"rank": rank} if "rank" in fields else {})}
 
 
 def _peers(base: Any, rank: int, everything: bool) -> dict[str, nn.Module]:
@@ -90,3 +86,6 @@ def table(result: dict[str, Any]) -> Any:
     """Return the ratios as a rich table."""
     rows = {f"{name} ({result['kept_mb'][name]:.0f} MB kept)": values for name, values in result["ratios"].items()}
     return ratio_table(f"Training step, {result['dtype']}, {result['machine']}", rows, "floor")
+
+
+register("step", run, table, help=__doc__)

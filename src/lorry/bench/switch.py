@@ -10,6 +10,7 @@ from typing import Any
 import lorry
 from lorry.bench._crowd import Crowd, counts
 from lorry.bench._measure import interleaved, lines, machine, threads
+from lorry.bench._registry import register
 
 
 def run(
@@ -53,3 +54,6 @@ def table(result: dict[str, Any]) -> Any:
     """Return milliseconds of a switch, and how many times longer PEFT takes."""
     rows = [(str(n), r["lorry_ms"], r.get("peft_ms", "-"), r.get("ratio", "-")) for n, r in result["loaded"].items()]
     return lines(f"Switching, {result['machine']}", ("loaded", "lorry ms", "peft ms", "peft / lorry"), rows)
+
+
+register("switch", run, table, help=__doc__)

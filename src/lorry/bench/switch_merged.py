@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import lorry
 from lorry.bench._measure import Case, integers, interleaved, lines, machine, ratios, threads
+from lorry.bench._registry import register
 from lorry.core.life.adapter import Adapter
 from lorry.core.life.switch import Switch, make_switch
 from lorry.kernels.products import add_product
@@ -210,3 +211,6 @@ def table(result: dict[str, Any]) -> Any:
 
 def _spread(ratio: dict[str, float]) -> str:
     return f"{ratio['ratio']:.1f} ({ratio['least']:.1f} - {ratio['most']:.1f})"
+
+
+register("switch-merged", run, table, help=__doc__)

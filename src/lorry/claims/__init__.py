@@ -7,6 +7,7 @@ records, ``lorry claims page`` draws them as a document.
 
 from __future__ import annotations
 
+from . import studies  # noqa: F401  says where the files of claims are
 from .ledger import Claim, Finding, Panel, Record, Setting, claim, claims, read_records, run, slugs
 from .verdicts import Trial, compare, tune
 

@@ -53,10 +53,14 @@ class Task:
 def new_network(seed: int = 0, width: int = WIDTH, hidden: int = 2) -> nn.Sequential:
     """A fresh perceptron, 64 - width - ... - width - 10.
 
-    Args:
-        seed: of the weights.
-        width: of the hidden layers.
-        hidden: number of hidden layers; methods that share between layers of one shape want four or more.
+    Parameters
+    ----------
+    seed
+        Of the weights.
+    width
+        Of the hidden layers.
+    hidden
+        Number of hidden layers; methods that share between layers of one shape want four or more.
     """
     widths = [64, *[width] * hidden, 10]
     with torch.random.fork_rng(devices=[]):
@@ -78,10 +82,14 @@ def _images() -> tuple[Tensor, Tensor]:
 def task(change: str, seed: int = 0, relabel: int = 0) -> Task:
     """The digits under a change: 1,000 rows to train, 397 to validate, 400 to test, split the same for all tasks.
 
-    Args:
-        change: a key of `CHANGES`.
-        seed: of what is random in the change.
-        relabel: added to every label, modulo 10, for tasks in conflict.
+    Parameters
+    ----------
+    change
+        A key of `CHANGES`.
+    seed
+        Of what is random in the change.
+    relabel
+        Added to every label, modulo 10, for tasks in conflict.
     """
     images, labels = _images()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(7))

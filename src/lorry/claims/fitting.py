@@ -29,15 +29,24 @@ def train(
 ) -> list[float]:
     """Train parameters by Adam, with a cosine from the rate to nothing.
 
-    Args:
-        parameters: what is trained.
-        loss: of each step.
-        steps: how many.
-        rate: at the start.
-        inside: context of each step's forward and backward pass.
-        after: called between the optimizer's step and the next one, with the step and what `inside` gave.
+    Parameters
+    ----------
+    parameters
+        What is trained.
+    loss
+        Of each step.
+    steps
+        How many.
+    rate
+        At the start.
+    inside
+        Context of each step's forward and backward pass.
+    after
+        Called between the optimizer's step and the next one, with the step and what `inside` gave.
 
-    Returns:
+    Returns
+    -------
+    list
         The loss at each step.
     """
     optimizer = torch.optim.Adam(parameters, lr=rate)
@@ -59,13 +68,20 @@ def train_adapter(
 ) -> list[float]:
     """Train an attached adapter: auxiliary losses and the updates outside the gradient of its method are included.
 
-    Args:
-        model: carries the adapter, which is active.
-        adapter: what is trained.
-        loss: the loss of the data at each step.
-        steps: how many.
-        rate: at the start; a cosine takes it to nothing.
-        recording: let routed layers keep their statistics in the context.
+    Parameters
+    ----------
+    model
+        Carries the adapter, which is active.
+    adapter
+        What is trained.
+    loss
+        The loss of the data at each step.
+    steps
+        How many.
+    rate
+        At the start; a cosine takes it to nothing.
+    recording
+        Let routed layers keep their statistics in the context.
     """
 
     def whole(step: int) -> Tensor:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import os
-import pkgutil
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +15,7 @@ from typing import Any
 import torch
 
 from lorry.core.errors import LorryError, OptionError, near_misses
+from lorry.core.registry import Registry
 
 #: Where the records of this version lie: part of the package, so that ``lorry claims`` shows them anywhere.
 RECORDS = Path(__file__).parent / "records"
@@ -31,10 +30,14 @@ VERDICTS = ("reproduced", "partly", "not reproduced", "reported")
 class Setting:
     """How much to spend.
 
-    Attributes:
-        seeds: of weights, data order and draws; every contender is run with each.
-        effort: factor of steps and of the sizes of data; below 1 gives a look, not a finding.
-        data: folder of public data sets, for studies on real text.
+    Attributes
+    ----------
+    seeds
+        Of weights, data order and draws; every contender is run with each.
+    effort
+        Factor of steps and of the sizes of data; below 1 gives a look, not a finding.
+    data
+        Folder of public data sets, for studies on real text.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -50,13 +53,20 @@ class Setting:
 class Panel:
     """One plot: values of several contenders, by seed, at one place or along an axis.
 
-    Attributes:
-        title: what is shown.
-        unit: of the values, as the label of their axis.
-        series: contender -> for each place on the axis the values of the seeds.
-        x: the places; one unnamed place if there is no axis.
-        x_name: label of that axis.
-        log_x, log_y: logarithmic axes.
+    Attributes
+    ----------
+    title
+        What is shown.
+    unit
+        Of the values, as the label of their axis.
+    series
+        Contender -> for each place on the axis the values of the seeds.
+    x
+        The places; one unnamed place if there is no axis.
+    x_name
+        Label of that axis.
+    log_x, log_y
+        Logarithmic axes.
     """
 
     title: str
@@ -71,19 +81,25 @@ class Panel:
         """Refuse series that do not fit the axis."""
         for name, values in self.series.items():
             if len(values) != max(1, len(self.x)):
-                raise ValueError(f"{self.title}: {name} has {len(values)} places, expected {max(1, len(self.x))}")
+                raise ValueError(f"{self.title}: {name} has {len(values)} places, expected {max(1, len(self.x))}.")
 
 
 @dataclass(frozen=True)
 class Finding:
     """What a study found.
 
-    Attributes:
-        verdict: one of `VERDICTS`.
-        summary: a sentence or two with the figures that decide.
-        panels: what to plot; their figures are the record.
-        rates: contender -> learning rate that its tuning chose.
-        notes: what a reader must know to judge: parameters, budgets, a rate at the edge of its grid.
+    Attributes
+    ----------
+    verdict
+        One of `VERDICTS`.
+    summary
+        A sentence or two with the figures that decide.
+    panels
+        What to plot; their figures are the record.
+    rates
+        Contender -> learning rate that its tuning chose.
+    notes
+        What a reader must know to judge: parameters, budgets, a rate at the edge of its grid.
     """
 
     verdict: str
@@ -95,7 +111,7 @@ class Finding:
     def __post_init__(self) -> None:
         """Refuse a verdict that there is not."""
         if self.verdict not in VERDICTS:
-            raise ValueError(f"expected a verdict of {VERDICTS}, found {self.verdict!r}")
+            raise ValueError(f"Expected a verdict of {VERDICTS}, found {self.verdict!r}.")
 
 
 Study = Callable[[Setting], Finding]
@@ -105,13 +121,20 @@ Study = Callable[[Setting], Finding]
 class Claim:
     """A behavioural claim and its miniature.
 
-    Attributes:
-        slug: the method, or the topic.
-        key: name of the claim within its slug.
-        says: the claim, in a sentence.
-        source: paper and place.
-        trial: the miniature: model, data, budget, and what would count against the claim.
-        study: runs it.
+    Attributes
+    ----------
+    slug
+        The method, or the topic.
+    key
+        Name of the claim within its slug.
+    says
+        The claim, in a sentence.
+    source
+        Paper and place.
+    trial
+        The miniature: model, data, budget, and what would count against the claim.
+    study
+        Runs it.
     """
 
     slug: str
@@ -120,6 +143,11 @@ class Claim:
     source: str
     trial: str
     study: Study
+
+    @property
+    def name(self) -> str:
+        """Slug and key."""
+        return f"{self.slug}/{self.key}"
 
 
 @dataclass(frozen=True)
@@ -151,32 +179,29 @@ class Record:
         return cls(finding=Finding(panels=panels, **found), seeds=tuple(values["seeds"]), **rest)
 
 
-_REGISTRY: dict[tuple[str, str], Claim] = {}
+CLAIMS: Registry[Claim] = Registry("claim", "`lorry claims` lists them.")
 
 
 def claim(slug: str, key: str, *, says: str, source: str, trial: str) -> Callable[[Study], Study]:
     """Register a study as the trial of a claim; see `Claim` for the fields."""
 
     def add(study: Study) -> Study:
-        if (slug, key) in _REGISTRY:
-            raise ValueError(f"two claims are called {slug}/{key}")
-        _REGISTRY[slug, key] = Claim(slug, key, says, source, trial, study)
+        one = Claim(slug, key, says, source, trial, study)
+        CLAIMS.add(one.name, one)
         return study
 
     return add
 
 
 def claims(slug: str | None = None) -> list[Claim]:
-    """All claims, or those of one slug, in the order of their files.
+    """Return all claims, or those of one slug, by name.
 
-    Raises:
-        OptionError: no claims of this slug; names the nearest.
+    Raises
+    ------
+    OptionError
+        No claims of this slug; names the nearest.
     """
-    from lorry.claims import studies
-
-    for module in sorted(pkgutil.iter_modules(studies.__path__), key=lambda found: found.name):
-        importlib.import_module(f"{studies.__name__}.{module.name}")
-    found = [one for one in _REGISTRY.values() if slug is None or one.slug == slug]
+    found = [one for one in CLAIMS.values() if slug is None or one.slug == slug]
     if not found:
         raise OptionError(f"There are no claims of '{slug}'.{near_misses(str(slug), slugs())}")
     return found
@@ -184,7 +209,7 @@ def claims(slug: str | None = None) -> list[Claim]:
 
 def slugs() -> list[str]:
     """Slugs that have claims."""
-    return list(dict.fromkeys(one.slug for one in claims()))
+    return list(dict.fromkeys(one.slug for one in CLAIMS.values()))
 
 
 def run(one: Claim, setting: Setting) -> Record:
@@ -235,8 +260,10 @@ def write_records(records: Iterable[Record], folder: Path) -> list[Path]:
 def read_records(folder: Path = RECORDS) -> list[Record]:
     """Read all records of a folder, by slug.
 
-    Raises:
-        LorryError: a file is not a file of records, or of a newer version.
+    Raises
+    ------
+    LorryError
+        A file is not a file of records, or of a newer version.
     """
     return [record for path in sorted(Path(folder).glob("*.json")) for record in _read(path)]
 

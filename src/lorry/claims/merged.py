@@ -95,12 +95,18 @@ def merged(model: nn.Module, adapters: Mapping[str, Adapter], one: Try, /, **nee
 class Scene:
     """Trained adapters of several tasks on one model, and how well anything does on them.
 
-    Attributes:
-        model: carries the adapters, none of them active.
-        adapters: task -> its adapter.
-        scores: tasks, and whether validation is asked for -> share of right answers by task.
-        losses: task -> loss of the model on a few support examples.
-        checkpoints: task -> folders of its adapter from the end of its training, the last one being the adapter.
+    Attributes
+    ----------
+    model
+        Carries the adapters, none of them active.
+    adapters
+        Task -> its adapter.
+    scores
+        Tasks, and whether validation is asked for -> share of right answers by task.
+    losses
+        Task -> loss of the model on a few support examples.
+    checkpoints
+        Task -> folders of its adapter from the end of its training, the last one being the adapter.
     """
 
     model: nn.Module
@@ -141,19 +147,32 @@ def train_together(
 ) -> tuple[dict[str, Adapter], dict[str, list[Path]]]:
     """Train one adapter for each task, all from one start, in joint passes; every row has its task's adapter.
 
-    Args:
-        model: the frozen base.
-        tasks: their names.
-        method: of all adapters.
-        targets: of all adapters.
-        loss: step and the adapters' names, one for each task -> sum over the tasks of their losses.
-        steps: of all adapters.
-        rate: of all adapters.
-        seed: of the start, the same for all tasks: merges of factors need it.
-        folder: for checkpoints.
-        kept: checkpoints of each adapter, from the last tenth of the training.
+    Parameters
+    ----------
+    model
+        The frozen base.
+    tasks
+        Their names.
+    method
+        Of all adapters.
+    targets
+        Of all adapters.
+    loss
+        Step and the adapters' names, one for each task -> sum over the tasks of their losses.
+    steps
+        Of all adapters.
+    rate
+        Of all adapters.
+    seed
+        Of the start, the same for all tasks: merges of factors need it.
+    folder
+        For checkpoints.
+    kept
+        Checkpoints of each adapter, from the last tenth of the training.
 
-    Returns:
+    Returns
+    -------
+    tuple
         The adapters, frozen and not active, and the folders of their checkpoints.
     """
     adapters = {t: lorry.attach(model, method, targets=targets, name=t, seed=seed, activate=False) for t in tasks}
@@ -182,13 +201,20 @@ def contest(
 ) -> dict[str, Any]:
     """Tune every method on the validation data of the first seed, and try it with all seeds.
 
-    Args:
-        scenes: seed -> the trained adapters.
-        mixtures: sets of tasks that no method was tuned on.
-        seeds: at least one.
-        listed: method -> settings to choose from; the same number for all.
+    Parameters
+    ----------
+    scenes
+        Seed -> the trained adapters.
+    mixtures
+        Sets of tasks that no method was tuned on.
+    seeds
+        At least one.
+    listed
+        Method -> settings to choose from; the same number for all.
 
-    Returns:
+    Returns
+    -------
+    dict
         ``chosen`` (method -> `Try`), ``all`` and ``unseen`` (contender -> mean test score of each seed).
     """
     best: dict[str, Try] = {}

@@ -38,9 +38,12 @@ def table_rows(records: Sequence[Record]) -> list[tuple[str, str, str]]:
 def markdown(records: Sequence[Record], pictures: str = "claims") -> str:
     """Write the document.
 
-    Args:
-        records: in the order in which they appear.
-        pictures: folder of the plots, relative to the document.
+    Parameters
+    ----------
+    records
+        In the order in which they appear.
+    pictures
+        Folder of the plots, relative to the document.
     """
     lines = [INTRODUCTION, "", "| claim | verdict | what came out |", "|---|---|---|"]
     lines += [f"| [{n}](#{_anchor(n)}) | {verdict} | {_cell(summary)} |" for n, verdict, summary in table_rows(records)]

@@ -22,11 +22,16 @@ ROWS, HELD = 128, 2000
 class Teacher:
     """What is to be learned: ``y = W x + update(x, group)``.
 
-    Attributes:
-        weight: of the frozen layer, ``(out, in)``.
-        centres: mean input of each group of rows, ``(groups, in)``; rows are a centre plus noise.
-        update: inputs ``(rows, in)`` and groups ``(rows,)`` to what the layer lacks, ``(rows, out)``.
-        noise: standard deviation of the inputs around their centre.
+    Attributes
+    ----------
+    weight
+        Of the frozen layer, ``(out, in)``.
+    centres
+        Mean input of each group of rows, ``(groups, in)``; rows are a centre plus noise.
+    update
+        Inputs ``(rows, in)`` and groups ``(rows,)`` to what the layer lacks, ``(rows, out)``.
+    noise
+        Standard deviation of the inputs around their centre.
     """
 
     weight: Tensor

@@ -14,10 +14,14 @@ Run = Callable[[float, int], Mapping[str, float]]
 class Trial:
     """What tuned contenders reached.
 
-    Attributes:
-        metrics: contender -> metric -> value of each seed, at the contender's best rate.
-        rates: contender -> that rate.
-        notes: contenders whose best rate lies at the edge of the grid.
+    Attributes
+    ----------
+    metrics
+        Contender -> metric -> value of each seed, at the contender's best rate.
+    rates
+        Contender -> that rate.
+    notes
+        Contenders whose best rate lies at the edge of the grid.
     """
 
     metrics: Mapping[str, Mapping[str, list[float]]]
@@ -41,10 +45,14 @@ class Trial:
 def tune(contenders: Mapping[str, Run], rates: Sequence[float], seeds: Sequence[int]) -> Trial:
     """Run every contender at every rate with every seed, and keep its best rate by mean ``validation``.
 
-    Args:
-        contenders: name -> run; each run returns ``validation`` and further metrics (``test``, ...).
-        rates: the same grid for all, ascending.
-        seeds: the same for all.
+    Parameters
+    ----------
+    contenders
+        Name -> run; each run returns ``validation`` and further metrics (``test``, ...).
+    rates
+        The same grid for all, ascending.
+    seeds
+        The same for all.
     """
     results = {
         name: {rate: [dict(run(rate, seed)) for seed in seeds] for rate in rates} for name, run in contenders.items()
@@ -55,8 +63,10 @@ def tune(contenders: Mapping[str, Run], rates: Sequence[float], seeds: Sequence[
 def chosen(results: Mapping[str, Mapping[float, Sequence[Mapping[str, float]]]]) -> Trial:
     """Keep each contender's best rate by mean ``validation``.
 
-    Args:
-        results: contender -> rate -> metrics of each seed, for studies that run many at once.
+    Parameters
+    ----------
+    results
+        Contender -> rate -> metrics of each seed, for studies that run many at once.
     """
     metrics, best, notes = {}, {}, []
     for name, by_rate in results.items():
@@ -71,7 +81,9 @@ def chosen(results: Mapping[str, Mapping[float, Sequence[Mapping[str, float]]]])
 def compare(differences: Sequence[float], margin: float = 0.0) -> str:
     """Judge a claimed gain from paired differences, positive where the claim holds.
 
-    Returns:
+    Returns
+    -------
+    str
         ``reproduced`` if every seed is above the margin, ``partly`` if only the mean is, else ``not reproduced``.
     """
     if min(differences) > margin:

@@ -47,9 +47,12 @@ def job(
 def trained(jobs: Sequence[Job], model: Any = None) -> Iterator[tuple[Any, Any, dict[str, Adapter]]]:
     """Train jobs together on the pocket model; gives model, tokenizer and adapters, none of them active.
 
-    Args:
-        jobs: with names of their own.
-        model: a pocket model to train on; a fresh one if not given. The adapters leave it afterwards.
+    Parameters
+    ----------
+    jobs
+        With names of their own.
+    model
+        A pocket model to train on; a fresh one if not given. The adapters leave it afterwards.
     """
     fresh, tokenizer = pocket.load()
     base = fresh if model is None else model
@@ -57,7 +60,7 @@ def trained(jobs: Sequence[Job], model: Any = None) -> Iterator[tuple[Any, Any, 
         result = Fleet(base, tokenizer, jobs, folder, progress=False).train()
         failed = [one["name"] for one in result.report["jobs"] if one["status"].startswith("failed")]
         if failed:
-            raise RuntimeError(f"training of {failed} failed")
+            raise RuntimeError(f"Training of {failed} failed.")
         lorry.activate(base, None)
         try:
             yield base, tokenizer, result.adapters

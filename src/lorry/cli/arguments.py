@@ -22,9 +22,8 @@ TargetsOption = Annotated[
     typer.Option(
         "--targets",
         "-t",
-        help="Preset (all-linear, attention, mlp, ...), name, suffix, pattern with *, kind:NAME or "
-        "re:REGEX; repeatable, "
-        "or separated by commas.",
+        help="Preset (all-linear, attention, mlp, ...), name, suffix, pattern with *, kind:NAME or re:REGEX; "
+        "repeatable, or separated by commas.",
     ),
 ]
 ExcludeOption = Annotated[

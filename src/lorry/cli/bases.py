@@ -49,9 +49,8 @@ def folder_of(name: str) -> Path:
     path = Path(name).expanduser()
     if not path.is_dir():
         raise CheckpointError(
-            f"There is no folder {path}. Expected 'pocket' or a local Hugging Face model folder; nothing "
-            "is downloaded here "
-            f"(`hf download {name} --local-dir DIR` does that)."
+            f"There is no folder {path}. Expected 'pocket' or a local Hugging Face model folder; nothing is downloaded "
+            f"here (`hf download {name} --local-dir DIR` does that)."
         )
     if not (path / "config.json").is_file():
         hint = (

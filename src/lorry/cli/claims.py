@@ -51,16 +51,11 @@ def run(
     from dataclasses import asdict
 
     from lorry.claims import ledger
-    from lorry.core.errors import OptionError, near_misses
 
-    name, _, key = slug.partition("/")
-    chosen = [one for one in ledger.claims(name) if key in ("", one.key)]
-    if not chosen:
-        keys = [one.key for one in ledger.claims(name)]
-        raise OptionError(f"'{name}' has no claim '{key}'.{near_misses(key, keys)} There is: {', '.join(keys)}.")
+    chosen = [ledger.CLAIMS.find(slug)] if "/" in slug else ledger.claims(slug)
     found = []
     for one in chosen:
-        note(f"{one.slug}/{one.key}: {one.says}")
+        note(f"{one.name}: {one.says}")
         record = ledger.run(one, ledger.Setting(tuple(range(seeds)), effort, data))
         found.append(record)
         for path in ledger.write_records([record], records):

@@ -36,9 +36,8 @@ def generate(
             "--prompt",
             "-p",
             metavar="[NAME[:W][+NAME[:W]]::]TEXT",
-            help="Prompt; repeatable. `math::2+2=` uses one adapter, `math:0.7+story:0.3::text` a "
-            "mixture, `none::text` the bare "
-            "base, and plain text all given adapters. `::text` keeps any `::` in the text.",
+            help="Prompt; repeatable. `math::2+2=` uses one adapter, `math:0.7+story:0.3::text` a mixture, "
+            "`none::text` the bare base, and plain text all given adapters. `::text` keeps any `::` in the text.",
         ),
     ] = None,
     prompts: Annotated[
@@ -131,9 +130,8 @@ def _checked(composition: Mapping[str, Any], loaded: Mapping[str, float], where:
         if name not in loaded:
             there = ", ".join(loaded) or "none"
             raise OptionError(
-                f"{where}: no adapter '{name}' is given (given: {there}).{near_misses(str(name), loaded)} "
-                "For a text that "
-                "contains '::', begin it with '::'."
+                f"{where}: no adapter '{name}' is given (given: {there}).{near_misses(str(name), loaded)} For a text "
+                "that contains '::', begin it with '::'."
             )
     return {str(k): float(v) for k, v in composition.items()}
 

@@ -8,7 +8,6 @@ import typer
 
 from lorry.cli.arguments import Json
 from lorry.cli.output import out, print_json, table
-from lorry.core.errors import OptionError, near_misses
 
 
 def methods(
@@ -18,14 +17,13 @@ def methods(
     as_json: Json = False,
 ) -> None:
     """List the methods: paper, family, site kinds, options, and what can be done with each."""
-    from lorry.core.method.registry import methods as registered
-    from lorry.core.method.registry import presets
+    from lorry.core.method.registry import METHODS, presets
 
-    known = {name: info.to_dict() for name, info in registered().items()}
+    known = {name: info.to_dict() for name, info in METHODS.items()}
     named = {name: {"of": p.of, "paper": p.paper, "options": dict(p.options)} for name, p in presets().items()}
     if slug is not None:
-        if slug not in known and slug not in named:
-            raise OptionError(f"There is no method '{slug}'.{near_misses(slug, [*known, *named])}")
+        if slug not in named:
+            METHODS.find(slug, also=named)
         known = {k: v for k, v in known.items() if k in (slug, named.get(slug, {}).get("of"))}
         named = {k: v for k, v in named.items() if k == slug}
     if as_json:

@@ -94,8 +94,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
 
 def _origin(item: object) -> str:
-    """Return where a thing was defined, as text."""
+    """Return where a thing was defined, as text; of plain data, which is defined nowhere, what it says."""
     cls = getattr(item, "cls", None)
     item = cls if isinstance(cls, type) else item
-    named = item if hasattr(item, "__qualname__") else type(item)
-    return f"{named.__module__}.{named.__qualname__}"
+    return f"{item.__module__}.{item.__qualname__}" if hasattr(item, "__qualname__") else repr(item)

@@ -145,7 +145,7 @@ def train(demo: Demo, model: Any, tokenizer: Any, steps: int, bars: bool | None)
     report = fleet.train().report
     for job in report["jobs"]:
         if job["status"].startswith("failed"):
-            raise RuntimeError(f"training '{job['name']}' {job['status']}")
+            raise RuntimeError(f"Training '{job['name']}' {job['status']}.")
         rows = read_metrics(demo.folder / "training" / job["name"] / "metrics.jsonl")
         demo.curves[job["name"]] = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     demo.facts["training"] = report

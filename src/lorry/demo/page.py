@@ -27,13 +27,10 @@ def text(demo: Demo) -> str:
     steps = max((job["steps"] for job in jobs.values()), default=0)
     parts = [
         "# Lorry demo",
-        f"Four LoRA adapters (rank {RANK}, alpha {ALPHA:g}, all linear layers) were trained at once on one "
-        f"frozen pocket model: {steps} steps of "
-        f"{BATCH} lines each at rate {RATE:g}, every job with its own data, optimizer, schedule and seed. "
-        "Everything on this page was "
-        f"measured in one run of {demo.seconds:.0f} seconds; exact match is over "
-        f"{demo.facts.get('test_rows', TEST_ROWS)} test words "
-        "for each skill, none of which was trained on.",
+        f"Four LoRA adapters (rank {RANK}, alpha {ALPHA:g}, all linear layers) were trained at once on one frozen "
+        f"pocket model: {steps} steps of {BATCH} lines each at rate {RATE:g}, every job with its own data, optimizer, "
+        f"schedule and seed. Everything on this page was measured in one run of {demo.seconds:.0f} seconds; exact "
+        f"match is over {demo.facts.get('test_rows', TEST_ROWS)} test words for each skill; none was trained on.",
         "## Before and after",
         _table(
             ("adapter", "example", "before", "after", "loss at the start", "loss at the end", "parameters"),
@@ -83,11 +80,9 @@ def _merge(demo: Demo) -> list[str]:
     back = "bit for bit what it was" if merge["base_restored"] else "NOT what it was"
     return [
         "## Two adapters merged",
-        f"`{merge['composition']}`: composed without merging (`lorry.activate(model, {{a: 1, b: 1}})`), "
-        "then merged into the base "
-        "weights. Largest difference of logits between the two: "
-        f"{merge['max_difference_merged_composed']:.1e}. After unmerging, the "
-        f"base was {back}.",
+        f"`{merge['composition']}`: composed without merging (`lorry.activate(model, {{a: 1, b: 1}})`), then merged "
+        "into the base weights. Largest difference of logits between the two: "
+        f"{merge['max_difference_merged_composed']:.1e}. After unmerging, the base was {back}.",
         _table(("skill", "its adapter alone", "both composed", "both merged"), rows),
         "Merging is exact; what two skills do to each other in so small a model is another matter. Adding "
         "two updates that were trained apart lets them interfere, as the table shows; giving each "
@@ -105,8 +100,7 @@ def _files(demo: Demo) -> list[str]:
     return [
         "## Saved and loaded",
         "Every adapter was saved, and loaded into a fresh copy of the base: the logits differ by "
-        f"{demo.reload_max_difference:.1e} at "
-        f"most; {peft}.",
+        f"{demo.reload_max_difference:.1e} at most; {peft}.",
         f"```\n{receipts}\n```",
     ]
 

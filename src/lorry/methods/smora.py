@@ -45,15 +45,13 @@ class SMoRA(Bottleneck):
         """
         if self.top_k > self.rank or self.rank % self.partition or self.top_k % self.partition:
             raise OptionError(
-                f"SMoRA: partition must divide rank and top_k, and top_k be at most rank; found "
-                f"rank={self.rank}, "
+                f"SMoRA: partition must divide rank and top_k, and top_k be at most rank; found rank={self.rank}, "
                 f"top_k={self.top_k}, partition={self.partition}."
             )
         if self.top_k == self.partition and self.rank > self.partition:
             warnings.warn(
-                f"SMoRA: with a single active expert (top_k={self.top_k}, partition={self.partition}) every "
-                f"gate is exactly 1 and "
-                "the router gets no gradient; choose top_k of at least twice the partition.",
+                f"SMoRA: with a single active expert (top_k={self.top_k}, partition={self.partition}) every gate is "
+                "exactly 1 and the router gets no gradient; choose top_k of at least twice the partition.",
                 stacklevel=4,
             )
 

@@ -24,16 +24,25 @@ def answer(
 ) -> list[str]:
     """Continue each prompt greedily until the end of text, in left-padded batches with a KV cache.
 
-    Args:
-        model: a Hugging Face causal language model; put in eval mode for the call.
-        tokenizer: its tokenizer, with a padding and an end-of-text token.
-        prompts: any number of them.
-        max_new_tokens: the longest answer looked for, with its end of text.
-        batch_size: prompts in one batch, taken in the order given.
-        rows: context for each batch, for instance
-            ``lambda start, stop: lorry.rows(model, names[start:stop])``.
+    Parameters
+    ----------
+    model
+        A Hugging Face causal language model; put in eval mode for the call.
+    tokenizer
+        Its tokenizer, with a padding and an end-of-text token.
+    prompts
+        Any number of them.
+    max_new_tokens
+        The longest answer looked for, with its end of text.
+    batch_size
+        Prompts in one batch, taken in the order given.
+    rows
+        Context for each batch, for instance
+        ``lambda start, stop: lorry.rows(model, names[start:stop])``.
 
-    Returns:
+    Returns
+    -------
+    list
         The answers in the order of the prompts, without the end of text.
     """
     was_training = model.training
@@ -77,11 +86,13 @@ def exact_match(
 
     Arguments as in :func:`answer`. An answer that is right but does not end is wrong.
 
-    Raises:
-        ValueError: no examples.
+    Raises
+    ------
+    ValueError
+        No examples.
     """
     if not examples:
-        raise ValueError("expected at least one example, found none")
+        raise ValueError("Expected at least one example, found none.")
     longest = max(len(tokenizer.encode(one.answer, add_special_tokens=False)) for one in examples)
     # one token more than the longest answer with its end: enough to see any wrong one
     prompts = [one.prompt for one in examples]

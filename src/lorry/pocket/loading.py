@@ -14,24 +14,31 @@ PATH = Path(__file__).with_name("weights")
 def load(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """A fresh copy of the trained model, in eval mode on the CPU, and its tokenizer.
 
-    Args:
-        dtype: of the weights in memory; they are stored in bfloat16.
+    Parameters
+    ----------
+    dtype
+        Of the weights in memory; they are stored in bfloat16.
 
-    Returns:
+    Returns
+    -------
+    tuple
         A ``LlamaForCausalLM`` of about one million parameters and a ``PreTrainedTokenizerFast``.
 
-    Raises:
-        ImportError: transformers is not installed.
-        FileNotFoundError: the installation lacks the weights.
+    Raises
+    ------
+    ImportError
+        Transformers is not installed.
+    FileNotFoundError
+        The installation lacks the weights.
     """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
-        raise ImportError("the pocket model needs transformers: pip install 'lorry[train]'") from error
+        raise ImportError("The pocket model needs transformers: pip install 'lorry[train]'.") from error
     if not (PATH / "model.safetensors").is_file():
         raise FileNotFoundError(
-            f"expected the pocket model's weights in {PATH}, found none: reinstall lorry, or train them with "
-            f"python -m lorry.pocket.train --out {PATH}"
+            f"Expected the pocket model's weights in {PATH}, found none: reinstall lorry, or train them with "
+            f"python -m lorry.pocket.train --out {PATH}."
         )
     model = AutoModelForCausalLM.from_pretrained(PATH, dtype=dtype, local_files_only=True)
     # adapters note the name of their base; where this installation lies is nobody's business

@@ -53,13 +53,20 @@ def batch(
 ) -> dict[str, torch.Tensor]:
     """One padded training batch in which only the answers and their end of text are learned.
 
-    Args:
-        tokenizer: any Hugging Face tokenizer with a padding and an end-of-text token.
-        lines: at least one example.
-        padding_side: ``left`` or ``right``.
-        device: where the tensors go.
+    Parameters
+    ----------
+    tokenizer
+        Any Hugging Face tokenizer with a padding and an end-of-text token.
+    lines
+        At least one example.
+    padding_side
+        ``left`` or ``right``.
+    device
+        Where the tensors go.
 
-    Returns:
+    Returns
+    -------
+    dict
         ``input_ids``, ``attention_mask`` and ``labels``, int64, each (rows, longest row); labels are -100 on
         prompts and padding.
     """

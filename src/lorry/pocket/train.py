@@ -91,13 +91,20 @@ def loss_of(model: Any, lines: dict[str, torch.Tensor]) -> torch.Tensor:
 def train(steps: int = 7000, rows: int = 32, rate: float = 2e-3, seed: int = 0) -> tuple[Any, Any]:
     """Train a pocket model from nothing, on the CPU.
 
-    Args:
-        steps: optimizer steps.
-        rows: lines in one batch.
-        rate: peak learning rate of AdamW.
-        seed: of the weights, the words and their order.
+    Parameters
+    ----------
+    steps
+        Optimizer steps.
+    rows
+        Lines in one batch.
+    rate
+        Peak learning rate of AdamW.
+    seed
+        Of the weights, the words and their order.
 
-    Returns:
+    Returns
+    -------
+    tuple
         The model in bfloat16, as it is stored, and its tokenizer.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

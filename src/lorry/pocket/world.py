@@ -39,13 +39,20 @@ class Example:
 class Skill:
     """A function on words, with the tag that calls it.
 
-    Attributes:
-        name: unique key, for example ``edge-front``.
-        tag: what stands before the colon in the prompt; skills in conflict share it.
-        kind: ``base``, ``held-out`` or ``two-part``.
-        apply: word to answer.
-        words: draws one word; some skills need words rich in vowels, repeats or palindromes.
-        parts: for two-part skills, the names of the two skills, the first applied first.
+    Attributes
+    ----------
+    name
+        Unique key, for example ``edge-front``.
+    tag
+        What stands before the colon in the prompt; skills in conflict share it.
+    kind
+        ``base``, ``held-out`` or ``two-part``.
+    apply
+        Word to answer.
+    words
+        Draws one word; some skills need words rich in vowels, repeats or palindromes.
+    parts
+        For two-part skills, the names of the two skills, the first applied first.
     """
 
     name: str
@@ -192,13 +199,15 @@ def skills(kind: Kind | None = None) -> tuple[Skill, ...]:
 def skill(name: str) -> Skill:
     """The skill of this name.
 
-    Raises:
-        KeyError: no such skill; names the nearest ones.
+    Raises
+    ------
+    KeyError
+        No such skill; names the nearest ones.
     """
     if name in _REGISTRY:
         return _REGISTRY[name]
     near = difflib.get_close_matches(name, _REGISTRY, n=3) or sorted(_REGISTRY)
-    raise KeyError(f"no skill {name!r}; did you mean {', '.join(near)}?")
+    raise KeyError(f"No skill {name!r}; did you mean {', '.join(near)}?")
 
 
 def conflicts() -> tuple[tuple[str, str], ...]:
@@ -227,19 +236,27 @@ def example(one: str | Skill, word: str) -> Example:
 def examples(one: str | Skill, split: Split, count: int, seed: int) -> list[Example]:
     """Draw ``count`` examples with different words; the same arguments give the same list everywhere.
 
-    Args:
-        one: a skill or its name.
-        split: ``train`` or ``test``; no word is in both, for all skills together.
-        count: how many.
-        seed: which draw.
+    Parameters
+    ----------
+    one
+        A skill or its name.
+    split
+        ``train`` or ``test``; no word is in both, for all skills together.
+    count
+        How many.
+    seed
+        Which draw.
 
-    Raises:
-        KeyError: no skill of this name.
-        ValueError: an unknown split, or more words asked for than this skill can give.
+    Raises
+    ------
+    KeyError
+        No skill of this name.
+    ValueError
+        An unknown split, or more words asked for than this skill can give.
     """
     chosen = skill(one) if isinstance(one, str) else one
     if split not in ("train", "test"):
-        raise ValueError(f"expected split 'train' or 'test', found {split!r}")
+        raise ValueError(f"Expected split 'train' or 'test', found {split!r}.")
     # the tag rather than the name: skills in conflict are asked about the same words
     rng = random.Random(f"{chosen.tag}/{split}/{seed}")
     found: dict[str, Example] = {}
@@ -253,5 +270,7 @@ def examples(one: str | Skill, split: Split, count: int, seed: int) -> list[Exam
         if line.answer:  # an empty answer would make the end of text the whole lesson
             found[word] = line
     if len(found) < count:
-        raise ValueError(f"{chosen.name} gave {len(found)} different {split} words of {count} asked for: ask for fewer")
+        raise ValueError(
+            f"{chosen.name} gave {len(found)} different {split} words of {count} asked for: ask for fewer."
+        )
     return list(found.values())

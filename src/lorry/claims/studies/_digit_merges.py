@@ -43,11 +43,16 @@ Way = tuple[str, Mapping[str, Any]]
 class Pool:
     """Adapters on the frozen network that they were trained on, none of them active.
 
-    Attributes:
-        network: carries them.
-        tasks: by name.
-        adapters: by the name of their task.
-        seed: of everything.
+    Attributes
+    ----------
+    network
+        Carries them.
+    tasks
+        By name.
+    adapters
+        By the name of their task.
+    seed
+        Of everything.
     """
 
     network: nn.Module
@@ -69,12 +74,18 @@ def trained(
 ) -> Pool:
     """Train one adapter for each view, each on rows drawn in the same order.
 
-    Args:
-        seed: of base, noise, start and order of the rows.
-        steps: of each adapter.
-        rates: one for all, or one for each view.
-        views: keys of `digits.CHANGES`.
-        rank: of the adapters.
+    Parameters
+    ----------
+    seed
+        Of base, noise, start and order of the rows.
+    steps
+        Of each adapter.
+    rates
+        One for all, or one for each view.
+    views
+        Keys of `digits.CHANGES`.
+    rank
+        Of the adapters.
     """
     network, tasks, adapters = base(seed), {view: task(view, seed) for view in views}, {}
     for view, one in tasks.items():

@@ -24,16 +24,26 @@ def tuned(
 ) -> dict[str, Trial]:
     """Tune every contender on every task.
 
-    Args:
-        contenders: name -> method.
-        tasks: keys of `digits.CHANGES`.
-        rates: the grid of all, ascending.
-        setting: seeds and effort.
-        steps: of a run, at full effort.
-        new_base: gives the trained network of a seed.
-        targets: the sites of the adapters.
+    Parameters
+    ----------
+    contenders
+        Name -> method.
+    tasks
+        Keys of `digits.CHANGES`.
+    rates
+        The grid of all, ascending.
+    setting
+        Seeds and effort.
+    steps
+        Of a run, at full effort.
+    new_base
+        Gives the trained network of a seed.
+    targets
+        The sites of the adapters.
 
-    Returns:
+    Returns
+    -------
+    dict
         Task -> what the contenders reached: ``validation``, ``test`` and ``parameters``.
     """
 

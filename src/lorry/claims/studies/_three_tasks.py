@@ -49,12 +49,18 @@ def fit(
 ) -> tuple[nn.Module, list[Adapter]]:
     """Train an adapter for each task on one network; none is active afterwards.
 
-    Args:
-        method: of the task of a number.
-        steps: of each adapter.
-        rate: of all.
-        seed: of the network; rows and starts have seeds made from it.
-        same_start: let all adapters start from, and draw, the same.
+    Parameters
+    ----------
+    method
+        Of the task of a number.
+    steps
+        Of each adapter.
+    rate
+        Of all.
+    seed
+        Of the network; rows and starts have seeds made from it.
+    same_start
+        Let all adapters start from, and draw, the same.
     """
     network, found = digits.base(seed), []
     for number, (name, one) in enumerate(tasks().items()):

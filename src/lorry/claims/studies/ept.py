@@ -41,10 +41,13 @@ def ept(kernels: tuple[int, ...]) -> dict[str, Any]:
 def teacher(seed: int, structured: bool) -> Teacher:
     """Four groups of inputs with an update each, all of one norm.
 
-    Args:
-        seed: of everything.
-        structured: Kronecker products with kernels of size 2, 4, 6 and 8 that share a seed of rank 4, or else
-            matrices of rank 8 between random subspaces.
+    Parameters
+    ----------
+    seed
+        Of everything.
+    structured
+        Kronecker products with kernels of size 2, 4, 6 and 8 that share a seed of rank 4, or else
+        matrices of rank 8 between random subspaces.
     """
     g = Generator().manual_seed(seed)
     a, b = torch.randn(RANK, WIDTH // 2, generator=g), torch.randn(WIDTH // 2, RANK, generator=g)

@@ -120,7 +120,9 @@ def train_router(bench: Bench, mixture: Adapter, lines: int, steps: int, rate: f
 def routes(bench: Bench, mixture: Adapter, count: int) -> dict[str, float]:
     """What the routers do with test lines, means over routers and real tokens.
 
-    Returns:
+    Returns
+    -------
+    dict
         ``information`` of the task and the best expert and ``entropy`` of the probabilities, in bits, and
         ``mass``, the probability that the kept experts have.
     """

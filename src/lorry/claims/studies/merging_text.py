@@ -76,9 +76,12 @@ def balanced(pairs: Pairs, seed: int) -> Pairs:
 class Batch:
     """Rows as they enter the layers that carry adapters.
 
-    Attributes:
-        arguments, options: of the call of layer `FIRST`; the first argument is the hidden state.
-        labels: ``(rows,)``.
+    Attributes
+    ----------
+    arguments, options
+        Of the call of layer `FIRST`; the first argument is the hidden state.
+    labels
+        ``(rows,)``.
     """
 
     arguments: tuple[Any, ...]

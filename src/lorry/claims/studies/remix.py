@@ -79,10 +79,13 @@ def softmax(top_k: int = ACTIVE, **more: Any) -> dict[str, Any]:
 def teacher(seed: int, paired: bool) -> Teacher:
     """Eight groups of inputs with an update each, all of one norm.
 
-    Args:
-        seed: of everything.
-        paired: each update is the sum of two of eight parts of rank 4, so that two experts of equal weight fit it; or
-            else one part.
+    Parameters
+    ----------
+    seed
+        Of everything.
+    paired
+        Each update is the sum of two of eight parts of rank 4, so that two experts of equal weight fit it; or
+        else one part.
     """
     g = Generator().manual_seed(seed)
     shape = (EXPERTS, WIDTH, RANK)
@@ -145,8 +148,7 @@ def together_with_experts(setting: Setting) -> Finding:
     summary = (
         f"{own} leaves {single.mean(own):.3f} of the bare layer's error, LoRA {single.mean('LoRA r=8'):.3f}, an "
         f"untrained router {single.mean(others[1]):.3f}, softmax routing {single.mean(soft):.3f}; where pairs of "
-        f"experts are right, ReMix leaves {pairs.mean(paired):.3f} and softmax routing "
-        f"{pairs.mean(soft):.3f}."
+        f"experts are right, ReMix leaves {pairs.mean(paired):.3f} and softmax routing {pairs.mean(soft):.3f}."
     )
     panels = [
         Panel("One update for each group, error on fresh rows", UNIT, single.of()),

@@ -115,7 +115,7 @@ def lorahub(
     if evaluations:
         objective = pool.objective
         if objective is None:
-            raise OptionError("lorahub needs an objective to search by.")
+            raise OptionError("The merge method 'lorahub' needs an objective to search by.")
 
         def score(vector: Vector) -> float:
             return objective(candidate(vector)) + penalty * sum(abs(v) for v in vector) / len(vector)

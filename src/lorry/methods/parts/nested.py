@@ -83,7 +83,7 @@ def aurac(ranks: Sequence[int], accuracies: Sequence[float], axis: str = "log2")
     """Return the area under accuracy over rank (trapezoids) by the length of the axis, "log2" or "linear"."""
     if len(ranks) != len(accuracies) or not ranks or list(ranks) != sorted(set(ranks)) or ranks[0] < 1:
         raise OptionError(
-            f"aurac needs ascending ranks from 1 with one accuracy each, found {list(ranks)} and {len(accuracies)}."
+            f"`aurac` needs ascending ranks from 1 with one accuracy each, found {list(ranks)} and {len(accuracies)}."
         )
     x = [math.log2(r) if axis == "log2" else float(r) for r in ranks]
     pairs = zip(x, x[1:], accuracies, accuracies[1:], strict=False)

@@ -203,7 +203,7 @@ class Active:
             weight = portion.weight
             while isinstance(weight, BySite):
                 weight = weight.of(site)
-            if weight == 0.0 and isinstance(weight, float):
+            if isinstance(weight, float) and weight == 0.0:
                 continue
             entry.move(device)
             terms.append(Term(entry, weight, rows, weights, portion.seed))  # type: ignore[arg-type]

@@ -44,6 +44,7 @@ class RootHooks:
         self._suspects: dict[str, RemovableHandle] = {}
         self._parents_ran: set[str] = set()
         self._judged: set[str] = set()
+        self._ran: dict[str, int] = {}  # sites that ran -> what read them then
 
     def install(self, root: nn.Module) -> None:
         """Watch the root from now on."""
@@ -60,6 +61,7 @@ class RootHooks:
             handle.remove()
         self._handles, self._suspects, self._root = [], {}, None
         self._judged.clear()
+        self._ran.clear()
 
     def _before(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling() or recomputing():
@@ -91,6 +93,9 @@ class RootHooks:
             expected = active.kept[_EXPECTED] = self._expected(active)
         if self._suspects:
             self._warn(seen)
+        if not self._ran.keys() >= seen.called:
+            for path in seen.called - self._ran.keys():
+                self._ran[path] = self._reader(path)
         if len(seen.called) >= len(expected) and expected <= seen.called:
             return
         assert self._root is not None
@@ -98,6 +103,8 @@ class RootHooks:
             parent = self._root.get_submodule(path.rpartition(".")[0]) if "." in path else None
             if parent is None or parent is self._root:
                 continue
+            if self._ran.get(path) == self._reader(path):
+                continue  # it ran before: keys and values of a cross-attention lie in a cache later
             if getattr(parent, "fused_projections", False):
                 raise AdapterError(
                     f"'{path}' carries an adapter that is active, but its module was fused with others "
@@ -111,6 +118,12 @@ class RootHooks:
                 self._parents_ran.add(mark)
 
             self._suspects[path] = parent.register_forward_pre_hook(ran)
+
+    def _reader(self, path: str) -> int:
+        """Return what tells the code around a site from other code that may have taken its place."""
+        assert self._root is not None
+        parent = self._root.get_submodule(path.rpartition(".")[0])
+        return hash((id(parent.__dict__.get("processor")), id(parent.__dict__.get("forward")), type(parent)))
 
     def _expected(self, active: Active) -> frozenset[str]:
         """Return the first sites of the modules on which adapters act."""

@@ -1,0 +1,75 @@
+"""Sites whose weights something reads past the layer: the adapter would be lost in silence."""
+
+import pytest
+import torch
+from core.tiny import llama, off_zero, tokens
+
+import lorry
+
+
+def unet():
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    return diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=12,
+        attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ).eval()
+
+
+INPUTS = (torch.randn(2, 4, 8, 8), 5, torch.randn(2, 3, 12))
+
+
+def test_fused_projections_are_noticed_with_what_to_do():
+    model = unet()
+    off_zero(lorry.attach(model, lorry.LoRA(rank=2), targets="attention"), 1, 0.3)
+    with torch.no_grad():
+        wanted = model(*INPUTS).sample
+        model.fuse_qkv_projections()
+        with pytest.raises(lorry.AdapterError, match="unfuse_qkv_projections"):
+            model(*INPUTS)
+        model.unfuse_qkv_projections()
+        torch.testing.assert_close(model(*INPUTS).sample, wanted)
+        model.fuse_qkv_projections()
+        lorry.activate(model, None)
+        model(*INPUTS)
+
+
+def test_a_processor_that_reads_the_weights_itself_is_noticed():
+    model = unet()
+    lorry.attach(model, lorry.LoRA(rank=2), targets="attention")
+
+    class Own:
+        """Multiplies by the weight of ``to_q`` and does not call the layer."""
+
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, **more):
+            context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+            q = torch.nn.functional.linear(hidden_states, attn.to_q.weight)
+            q, k, v = (attn.head_to_batch_dim(t) for t in (q, attn.to_k(context), attn.to_v(context)))
+            out = attn.batch_to_head_dim(attn.get_attention_scores(q, k) @ v)
+            return attn.to_out[1](attn.to_out[0](out))
+
+    model.set_attn_processor(Own())
+    with torch.no_grad(), pytest.warns(UserWarning, match="did not run although.*to_q"):
+        model(*INPUTS)
+        model(*INPUTS)
+
+
+def test_parts_that_a_pass_does_not_need_are_no_reason_to_warn(recwarn):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = T5Config(d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2, vocab_size=40, decoder_start_token_id=0)
+    t5 = T5ForConditionalGeneration(config).eval()
+    lorry.attach(t5, lorry.LoRA(rank=2), targets="all-linear")
+    model, ids = llama(), tokens(2)
+    lorry.attach(model, lorry.LoRA(rank=2))
+    for _ in range(3):
+        t5.generate(torch.randint(1, 40, (2, 4)), max_new_tokens=4, do_sample=False)
+        model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert not [w for w in recwarn if "did not run although" in str(w.message)]

@@ -12,7 +12,7 @@ from lorry.core.sites.targets import select
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj"}
-EVERY = ("linear", "conv", "embedding", "packed", "experts", "block")
+EVERY = ("linear", "conv", "embedding", "qkv", "experts", "block")
 
 
 @pytest.fixture(scope="module")

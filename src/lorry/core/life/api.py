@@ -154,9 +154,9 @@ def whole_modules(state: ModelState, patterns: Sequence[str]) -> list[tuple[Site
         modules = {p: m for p, m in state.root.named_modules() if p and matches(p, pattern)}
         if not modules:
             raise SiteError(f"train_also: '{pattern}' matches no module of {type(state.root).__name__}.")
-        from lorry.core.sites.kinds import BLOCK
+        from lorry.core.sites.kinds.block import BLOCK
 
-        chosen += [(next(iter(BLOCK.sites(path, module))), full) for path, module in modules.items()]
+        chosen += [(BLOCK.site(path, module), full) for path, module in modules.items()]
     return chosen
 
 

@@ -59,6 +59,7 @@ def merge_into_base(adapter: Adapter, *, check: bool = True) -> tuple[Originals,
             if deviation is not None:
                 worst, error, size = max(worst, deviation[0]), error + deviation[1], size + deviation[2]
             notes += _notes(entry, storage)
+    adapter.state.hashes.hold(adapter.sites)
     originals: Originals = []
     for entry, merged in fresh:
         holder, name = entry.site.holder, entry.site.parameter
@@ -88,6 +89,7 @@ def unmerge_from_base(adapter: Adapter, originals: Originals) -> Receipt:
         if any((id(h), n) in mine for h, n, _ in adapter.state.adapters[other]._originals):
             raise AdapterError(f"Adapter '{other}' was merged after '{adapter.name}'; unmerge it first.")
     adapter.state.merged.remove(adapter.name)
+    adapter.state.hashes.release(adapter.sites)
     for holder, name, parameter in originals:
         holder._parameters[name] = parameter
     return Receipt("unmerge", adapter.name, 0, 0, len(originals), "match")

@@ -15,7 +15,7 @@ from lorry.core.forward.compiled import PACKED, Slot, pack
 from lorry.core.forward.history import History
 from lorry.core.forward.link import PREFIX, Adapted, Link, adapted_class, without_fusion
 from lorry.core.method.call import Context
-from lorry.core.sites.fingerprint import Fingerprint, fingerprint
+from lorry.core.sites.fingerprint import Fingerprint, FingerprintCache, fingerprint
 from lorry.core.sites.kinds import catalogue
 from lorry.core.sites.site import Site
 
@@ -58,7 +58,7 @@ class ModelState:
         self.compiled = False
         self.sites: dict[str, Site] = catalogue(root)
         self._links: dict[str, tuple[nn.Module, Link]] = {}
-        self._hashes: dict[str, str] = {}
+        self.hashes = FingerprintCache()
         self._composed: dict[tuple[tuple[str, float], ...], Active] = {}
         self._thawed: dict[str, bool] = {}
         self._fused: list[tuple[nn.Module, str, Any]] = []
@@ -99,7 +99,7 @@ class ModelState:
 
     def fingerprint(self, sites: Iterable[Site]) -> Fingerprint:
         """Return the fingerprint of some sites, taken before anything was merged into them."""
-        return fingerprint(sites, self.base_name, self._hashes)
+        return fingerprint(sites, self.base_name, self.hashes)
 
     def add(self, adapter: Adapter) -> None:
         """Take an adapter in: link its sites and freeze the base at the first one."""

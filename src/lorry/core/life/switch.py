@@ -62,6 +62,7 @@ class Switch:
             raise AdapterError(
                 f"Adapter '{name}' is active and would count twice; call lorry.activate(model, None) first."
             )
+        state.hashes.hold(p.site for p in self.patches)
         for patch in self.patches:
             _write(patch.site, patch.index, patch.new)
         state.merged.append(name)
@@ -78,6 +79,7 @@ class Switch:
         for patch in self.patches:
             _write(patch.site, patch.index, patch.own)
         self.adapter.state.merged.remove(self.adapter.name)
+        self.adapter.state.hashes.release(p.site for p in self.patches)
         self.written = False
 
 

@@ -6,14 +6,14 @@ encoder under another head has the same fingerprint. A site is written as ``SHAP
 - ``SHAPE``: hash of the shape, 8 hexadecimal digits;
 - ``SAMPLE``: hash of 16 of the weights in bfloat16, 8 digits. Files of the first edition have ``SHAPE:SAMPLE`` alone
   and are compared by the sample. Empty for quantised weights and those on the meta device;
-- ``MARKS``, joined by ``.``: ``b`` and the checksum of all values in bfloat16; ``s``, ``d`` and those in float32 and
-  float64 where these say more; ``h`` for a weight in float16; ``q`` and the checksum of the stored bytes of a quantised
-  weight. See `lorry.core.sites.checksum`.
+- ``MARKS``, joined by ``.``: ``b`` and the checksum of all values in bfloat16, ``s`` and that in float32, ``d`` and
+  that in float64, ``h`` and that in float16, as far as the weight's own type goes; ``q`` and the checksum of the stored
+  bytes of a quantised weight. See `lorry.core.sites.checksum`.
 
-A float32, a float64 and a bfloat16 copy of one model agree: what both hold is compared, at least the values in
-bfloat16. A float16 copy rounds and clips otherwise: it is compared in full with float16 copies and with whatever holds
-the same values, and against other copies that differ it says that the weights cannot be compared. So does a quantised
-weight whose bytes differ, since processors and versions quantise differently.
+What both sides hold is compared: two float32 weights bit by bit, a float32 and a bfloat16 copy of one model by the
+values in bfloat16. A float16 copy of a model in another type rounds and clips in its own way: where the values in
+bfloat16 differ, it says that the weights cannot be compared. So does a quantised weight whose bytes differ, since
+processors and versions quantise differently.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from lorry.core.sites.site import Site
 from lorry.core.sites.storage import find_storage
 
 _SAMPLES = 16
+_MARKS = {torch.bfloat16: "b", torch.float32: "s", torch.float64: "d", torch.float16: "h"}
 Verdict = FingerprintVerdict | Literal["differs"]
 
 
@@ -96,8 +97,7 @@ def compare_sites(one: str, other: str) -> Literal["match", "quantized", "differ
         return "differs"
     if "b" in marks and "b" in other_marks:
         half = ("h" in marks) != ("h" in other_marks)
-        levels = ("b",) if half else ("b", "s", "d")
-        same = all(marks[k] == other_marks[k] for k in levels if k in marks and k in other_marks)
+        same = all(marks[key] == other_marks[key] for key in marks.keys() & other_marks.keys())
         return "match" if same else "quantized" if half else "differs"
     if "q" in marks and marks["q"] == other_marks.get("q"):
         return "match"
@@ -208,10 +208,7 @@ def _hash(site: Site) -> str:
     if not storage.lossless:
         codes = storage.codes(site)
         return "" if codes is None else f":q{checksum_of(codes)}"
-    sums = checksums(stored)
-    marks = [f"b{sums.rounded}"]
-    marks += [f"{name}{value}" for name, value in (("s", sums.single), ("d", sums.double)) if value]
-    marks += ["h"] if stored.dtype == torch.float16 else []
+    marks = [f"{_MARKS[kind]}{value}" for kind, value in checksums(stored).items()]
     return f"{_sample(stored)}:{'.'.join(marks)}"
 
 

@@ -10,7 +10,7 @@ and `up` (scale, gates, masks) is the same code for all kinds.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
 
@@ -64,6 +64,10 @@ class Kind(ABC):
     positionwise: ClassVar[bool] = True
     plain_product: ClassVar[bool] = False
     indexed: ClassVar[bool] = False
+
+    def __reduce__(self) -> tuple[Callable[[str], Kind], tuple[str]]:
+        """Let copies and pickles of a model refer to the one instance."""
+        return registered_kind, (self.name,)
 
     @abstractmethod
     def sites(self, path: str, module: nn.Module) -> Iterator[Site]:
@@ -121,6 +125,17 @@ def register_kind(cls: K) -> K:
     """Register a kind of site under its name."""
     KINDS.add(cls.name, cls())
     return cls
+
+
+def registered_kind(name: str) -> Kind:
+    """Return the kind of this name.
+
+    Raises
+    ------
+    SiteError
+        There is none, with near misses.
+    """
+    return KINDS.find(name)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from lorry.core.sites.site import KINDS, Kind, Site, register_kind
+from lorry.core.sites.site import KINDS, Kind, Site, register_kind, registered_kind
 from lorry.core.sites.stacks import find_stacks
 
 __all__ = ["KINDS", "Kind", "catalogue", "current_name", "kind_named", "kinds_in_order", "register_kind"]
@@ -36,7 +36,7 @@ def kind_named(name: str) -> Kind:
     SiteError
         There is none, with near misses.
     """
-    return KINDS.find(current_name(name))
+    return registered_kind(current_name(name))
 
 
 def sites_in(path: str, module: nn.Module) -> list[Site]:

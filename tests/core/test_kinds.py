@@ -78,7 +78,7 @@ def decoder():
 def test_a_new_kind_is_one_class(upsample, method, tmp_path):
     model, x = decoder()
     before, bare = snapshot(model), model(x)
-    options = {"method": method, "rank": 2, **({"top_k": 1} if method in ("flylora", "smora") else {})}
+    options = {"method": method, "rank": 2, **({"rank": 4, "top_k": 2} if method in ("flylora", "smora") else {})}
     assert [s.path for s in lorry.plan(model, options, "upsampling").sites] == ["grow"]
     assert [s.path for s in lorry.plan(model, options, "convolutions").sites] == ["conv", "grow"]
     one = off_zero(lorry.attach(model, options, targets="kind:upsample", name="one"), 1, 0.3)

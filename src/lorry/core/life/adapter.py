@@ -17,6 +17,7 @@ from lorry.core.method.base import Method
 from lorry.core.method.spec import Layout, TensorSpec
 from lorry.core.receipt import Receipt
 from lorry.core.sites.fingerprint import Fingerprint
+from lorry.core.sites.quantized import keep_differentiable
 from lorry.core.sites.site import Site
 
 if TYPE_CHECKING:
@@ -110,6 +111,8 @@ class Adapter:
             raise AdapterError(f"Adapter '{self.name}' is merged into the base; unmerge it before training it.")
         from lorry.core.life.state import parameter_prefix
 
+        if mode:
+            keep_differentiable(self.state.root)
         prefix = parameter_prefix(self.name)
         for path, home in self.homes():
             if mode and not home.registered:

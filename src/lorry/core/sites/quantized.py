@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -88,7 +89,7 @@ class BitsAndBytes4bit(Storage):
         """Return the dequantised weight ``(out, in)`` in the dtype that it was quantised from."""
         from bitsandbytes.functional import dequantize_4bit
 
-        data, state = self._plain(place.stored)
+        data, state = self.plain(place.stored)
         values: Tensor = dequantize_4bit(data, state)
         return values
 
@@ -111,11 +112,11 @@ class BitsAndBytes4bit(Storage):
 
     def codes(self, place: Stored) -> Sequence[Tensor]:
         """Return the 4-bit codes. The scales are left out: on some processors the layer rounds them in evaluation."""
-        data, _ = self._plain(place.stored)
+        data, _ = self.plain(place.stored)
         return [data]
 
     @staticmethod
-    def _plain(weight: Any) -> tuple[Tensor, Any]:
+    def plain(weight: Any) -> tuple[Tensor, Any]:
         """Return data and state in the ordinary layout.
 
         On processors with AVX-512 BF16 the layer repacks its weight at the first forward in evaluation: the codes in
@@ -204,6 +205,24 @@ class TorchAO(Storage):
             f"The weight of '{place.path}' is a torchao {type(place.stored).__name__} that cannot be quantised again "
             f"in the same way ({reason}). Serve the adapter unmerged, or merge it into the base before quantising."
         )
+
+
+def keep_differentiable(root: nn.Module) -> None:
+    """Let gradients flow through the 4-bit layers of a model that is evaluated between steps of training.
+
+    On processors with AVX-512 BF16, bitsandbytes repacks a layer at its first forward in evaluation, and no gradient
+    passes the product with what it makes, in training mode neither. The layers of `root` are put into the ordinary
+    layout, with the weights by which they were evaluated, and stay there.
+    """
+    if "bitsandbytes" not in sys.modules:
+        return
+    for module in root.modules():
+        weight: Any = module._parameters.get("weight")
+        if module.__dict__.get("support_avx512bf16_for_cpu") and weight is not None:
+            module.__dict__["support_avx512bf16_for_cpu"] = False
+            if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+                weight.data, weight.quant_state = BitsAndBytes4bit.plain(weight)
+                module.quant_state = weight.quant_state
 
 
 def _granularity(block: tuple[int, ...], shape: tuple[int, ...]) -> Any:

@@ -148,8 +148,8 @@ def test_padding_tokens_of_an_embedding_get_no_gradient():
 
 
 ATTENTION = {
-    "packed, batch first": {"batch_first": True},
-    "packed, length first": {"batch_first": False},
+    "one matrix, batch first": {"batch_first": True},
+    "one matrix, length first": {"batch_first": False},
     "separate q, k, v": {"batch_first": True, "kdim": 6, "vdim": 4},
     "separate q, k, v, length first": {"batch_first": False, "kdim": 6, "vdim": 4},
     "without bias": {"batch_first": True, "bias": False},
@@ -192,8 +192,8 @@ def test_multihead_attention(options, rows, mask):
         attn_mask = attn_mask.reshape(rows * 2, 5, 5)
     run = {"key_padding_mask": padding, "attn_mask": attn_mask}
     before = snapshot(model)
-    one = off_zero(lorry.attach(model, lorry.LoRA(rank=2), name="one", targets="kind:packed"), 1, 0.3)
-    off_zero(lorry.attach(model, lorry.DoRA(rank=2), name="two", targets="kind:packed"), 2, 0.3)
+    one = off_zero(lorry.attach(model, lorry.LoRA(rank=2), name="one", targets="kind:qkv"), 1, 0.3)
+    off_zero(lorry.attach(model, lorry.DoRA(rank=2), name="two", targets="kind:qkv"), 2, 0.3)
     assert len(one.sites) == (2 if "kdim" not in options else 4)
     results = {}
     for composition in ("one", "two", None):

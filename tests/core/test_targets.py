@@ -12,7 +12,7 @@ from lorry.core.sites.targets import select
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj"}
-EVERY = ("linear", "conv", "embedding", "packed", "experts", "block")
+EVERY = ("linear", "conv", "embedding", "qkv", "experts", "block")
 
 
 @pytest.fixture(scope="module")
@@ -249,3 +249,127 @@ def test_a_module_is_one_kind_of_site_for_all_adapters():
     assert list(lorry.adapters(model)) == ["low-rank"]
     with pytest.raises(lorry.SiteError, match="as linear and as block"):
         lorry.attach(model, lorry.LoRA(rank=2), targets=["q_proj", "lm_head"], train_also=["lm_head"], name="both")
+
+
+def small_gpt2():
+    import transformers as tf
+
+    return tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=16, n_layer=3, n_head=2, vocab_size=20, n_positions=16))
+
+
+def small_t5(encoder=2, decoder=2):
+    import transformers as tf
+
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_heads": 2, "vocab_size": 20}
+    return tf.T5ForConditionalGeneration(tf.T5Config(num_layers=encoder, num_decoder_layers=decoder, **sizes))
+
+
+def small_bert():
+    import transformers as tf
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 20}
+    return tf.BertModel(tf.BertConfig(num_hidden_layers=3, **sizes))
+
+
+def small_unet():
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=8,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+
+
+def small_flux(double=1, single=3):
+    from diffusers import FluxTransformer2DModel
+
+    heads = {"attention_head_dim": 8, "num_attention_heads": 2, "axes_dims_rope": (2, 2, 4)}
+    widths = {"patch_size": 1, "in_channels": 4, "joint_attention_dim": 8, "pooled_projection_dim": 8}
+    return FluxTransformer2DModel(num_layers=double, num_single_layers=single, **heads, **widths)
+
+
+def small_sd3():
+    from diffusers import SD3Transformer2DModel
+
+    heads = {"attention_head_dim": 4, "num_attention_heads": 2, "joint_attention_dim": 8, "caption_projection_dim": 8}
+    widths = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "pooled_projection_dim": 8}
+    return SD3Transformer2DModel(num_layers=3, **heads, **widths)
+
+
+STACKS = {
+    "Llama": (lambda: llama(3), "model.layers"),
+    "GPT-2": (small_gpt2, "transformer.h"),
+    "BERT": (small_bert, "encoder.layer"),
+    "SD3": (small_sd3, "transformer_blocks"),
+    "Flux": (small_flux, "single_transformer_blocks"),
+    "T5 with a longer encoder": (lambda: small_t5(3, 2), "encoder.block"),
+}
+
+
+@pytest.mark.parametrize("make, stack", STACKS.values(), ids=STACKS)
+def test_layers_are_blocks_of_the_main_stack(make, stack):
+    model = make()
+    everything = chosen(model, "all-linear")
+    wanted = [p for p in everything if p.startswith((f"{stack}.0.", f"{stack}.2."))]
+    assert wanted and chosen(model, "all-linear", layers=[0, 2]) == wanted
+    assert chosen(model, "all-linear", layers={stack: [0, 2]}) == wanted
+    sites = catalogue(model)
+    for path, site in sites.items():
+        inside = path.startswith(f"{stack}.")
+        assert site.layer == (int(path[len(stack) + 1 :].partition(".")[0]) if inside else None)
+    outside = next((p for p in everything if not p.startswith(f"{stack}.")), None)
+    if outside is not None:
+        left_out = select(model, sites, "all-linear", kinds=EVERY, layers=[0]).left_out
+        assert left_out[outside] == f"outside the blocks of '{stack}'"
+
+
+@pytest.mark.parametrize("make, stack", [(small_unet, "up_blocks"), (small_t5, "decoder.block")], ids=["U-Net", "T5"])
+def test_layers_of_a_model_with_several_stacks_are_named_with_their_stack(make, stack):
+    model = make()
+    assert all(site.layer is None for site in catalogue(model).values())
+    with pytest.raises(lorry.SiteError, match=rf"several stacks: .*'{stack}' \(2 blocks\).*layers={{'") as error:
+        chosen(model, "all-linear", layers=[0])
+    hint = str(error.value).split("layers={'")[1].split("'")[0]
+    assert chosen(model, "all-linear", layers={hint: [0]}), "what the error proposes works"
+    assert chosen(model, f"{hint}.0.*")
+    wanted = [p for p in chosen(model, "all") if p.startswith((f"{stack}.1.", f"{hint}.0."))]
+    assert chosen(model, "all", layers={stack: [1], hint: [0]}) == wanted
+    with pytest.raises(lorry.SiteError, match=f"no stack of blocks '{stack}s'. Did you mean .*'{stack}'"):
+        chosen(model, "all", layers={f"{stack}s": [1]})
+
+
+def test_a_stack_may_be_named_by_the_end_of_its_path():
+    assert chosen(small_gpt2(), "all", layers={"h": (1,)}) == chosen(small_gpt2(), "all", layers=[1])
+    both = chosen(small_t5(), "all", layers={"block": [1]})
+    assert {p.split(".block.")[0] for p in both} == {"encoder", "decoder"} and all(".block.1." in p for p in both)
+
+
+def test_layers_of_a_model_without_a_stack():
+    with pytest.raises(lorry.SiteError, match="One has no stack of blocks"):
+        chosen(One(nn.Linear(3, 3)), "layer", layers=[0])
+    sequence = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+    assert chosen(sequence, "all-linear", layers=[2]) == ["2"]
+    with_head = One(nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)]))
+    with_head.out = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    assert chosen(with_head, "all-linear", layers=[1]) == ["layer.1"], (
+        "a sequence of unlike layers is no stack of blocks"
+    )
+
+
+def test_a_former_name_of_a_kind_is_understood():
+    model = One(nn.MultiheadAttention(8, 2))
+    assert chosen(model, "kind:packed") == chosen(model, "kind:qkv") == ["layer.in_proj_weight", "layer.out_proj"]
+    with pytest.raises(lorry.SiteError, match="left out: excluded"):
+        chosen(model, "all-linear", exclude="kind:packed")
+
+
+class One(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer

@@ -19,7 +19,7 @@ from lorry.core.life.api import log_probability
 from lorry.core.life.state import state_of
 from lorry.core.method.context import Context
 
-KINDS = ("linear", "conv", "embedding", "packed", "experts", "block")
+KINDS = ("linear", "conv", "embedding", "qkv", "experts", "block")
 LENGTH, ROWS = 5, 4
 
 
@@ -64,8 +64,8 @@ class Tiny(nn.Module):
         if kind == "conv":
             self.conv = nn.Conv1d(width, width, 3, padding=1)
             self.grouped_conv = nn.Conv1d(width, width, 3, padding=1, groups=2, bias=False)
-        elif kind == "packed":
-            self.packed = nn.MultiheadAttention(width, 2, batch_first=True)
+        elif kind == "qkv":
+            self.qkv = nn.MultiheadAttention(width, 2, batch_first=True)
         elif kind == "experts":
             self.experts = TinyExperts(3, width)
         elif kind == "block":
@@ -81,8 +81,8 @@ class Tiny(nn.Module):
         x = self.embedding(ids)
         if self.kind == "conv":
             x = x + self.grouped_conv(self.conv(x.transpose(1, 2)).tanh()).transpose(1, 2)
-        elif self.kind == "packed":
-            x = x + self.packed(x, x, x, need_weights=False)[0]
+        elif self.kind == "qkv":
+            x = x + self.qkv(x, x, x, need_weights=False)[0]
         elif self.kind == "experts":
             x = x + self.experts(x)
         elif self.kind == "block":
@@ -94,7 +94,7 @@ TARGETS = {
     "linear": ["linear", "linear_out"],
     "conv": ["conv", "grouped_conv"],
     "embedding": ["embedding"],
-    "packed": "kind:packed",
+    "qkv": "kind:qkv",
     "experts": "experts",
     "block": ["block.mlp"],
 }
@@ -221,7 +221,7 @@ def test_weight_k_gives_k_times_the_update_or_it_is_declared_otherwise(slug, kin
         x = torch.randn(ROWS, owner.in_channels, LENGTH)
     elif kind in ("linear", "block"):
         x = torch.randn(ROWS, LENGTH, owner.in_features if kind == "linear" else owner.up_proj.in_features)
-    elif kind == "packed":
+    elif kind == "qkv":
         pytest.skip("attention is not linear in its weights")
     results = []
     for composition in (None, "one", {"one": 2.5}, {"one": -1.0}):

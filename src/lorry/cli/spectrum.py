@@ -74,6 +74,7 @@ def facts_of(file: AdapterFile, path: str) -> dict[str, Any]:
     file alone.
     """
     from lorry.core.method.families import Bottleneck
+    from lorry.core.sites.stacks import split_at_number
 
     part = file.sites[path]
     tensors: Mapping[str, Tensor] = {
@@ -84,7 +85,7 @@ def facts_of(file: AdapterFile, path: str) -> dict[str, Any]:
     site = _stand_in(path, part.kind, part.shape, tensors)
     facts: dict[str, Any] = {
         "path": path,
-        "layer": site.layer,
+        "layer": place[1] if (place := split_at_number(path)) else None,
         "kind": part.kind or "linear",
         "shape": list(part.shape or site.shape),
         "method": method.to_dict(),
@@ -108,7 +109,7 @@ def _stand_in(path: str, kind: str | None, shape: tuple[int, ...] | None, tensor
     """Return a site without a model, which tells a method the sizes."""
     from torch import nn
 
-    from lorry.core.sites.kinds import KINDS
+    from lorry.core.sites.kinds import kind_named
     from lorry.core.sites.site import Site
 
     if shape is None:
@@ -116,5 +117,5 @@ def _stand_in(path: str, kind: str | None, shape: tuple[int, ...] | None, tensor
         known = a is not None and b is not None and a.ndim > 1 and b.ndim > 1
         shape = (*b.shape[:-2], b.shape[-2], a.shape[-1]) if known and a is not None and b is not None else (0, 0)
     module = nn.Module()
-    found = next((k for k in KINDS if k.name == (kind or "linear")), KINDS[0])
+    found = kind_named(kind or "linear")
     return Site(path, found, module, module, "", shape[-2], shape[-1], tuple(shape[:-2]))

@@ -137,7 +137,7 @@ def _check_targets(file: AdapterFile, state: ModelState, resolver: Resolver, bou
     for path, site in state.sites.items():
         if path in have or site.kind.name == "experts":
             continue
-        if site.kind.name == "packed":
+        if site.kind.name == "qkv":
             if not path.endswith(".in_proj_weight"):
                 continue
             path = path.removesuffix(".in_proj_weight")

@@ -246,7 +246,7 @@ def _peft(path: Path, config: PeftConfig, file: TensorFile, loaded: Loaded | Non
         method = config.method(module, parameter=parameters and (depth > 0 or not config.targeted(module)))
         kind = "conv" if len(file.places[names["A"]].shape) > 2 else None
         if names["A"].find(".base_layer.") > 0 and module.endswith(".out_proj"):
-            kind = "packed"
+            kind = "qkv"
         parts[label] = Part(module, method, names, depth, kind)
     copies = _whole_parts(config, keys.whole, parts)
     values = config.values

@@ -18,6 +18,7 @@ from lorry.core.errors import CheckpointError, OptionError
 from lorry.core.method.base import Method
 from lorry.core.method.registry import method_from
 from lorry.core.sites.fingerprint import Fingerprint
+from lorry.core.sites.kinds import current_name
 from lorry.formats.peft_config import read_json
 
 FORMAT = 1
@@ -105,7 +106,7 @@ def read_manifest(path: Path) -> Manifest:
                 )
             own = entry.get("method")
             methods[site] = method if own is None else _method(own, made)
-            kinds[site] = entry["kind"]
+            kinds[site] = current_name(entry["kind"])
             shapes[site] = tuple(entry["shape"])
         marks = values["fingerprint"]
         return Manifest(

@@ -8,7 +8,7 @@ from torch import nn
 
 from lorry.core.errors import CheckpointError, near_misses
 from lorry.core.life.state import ModelState
-from lorry.core.sites.kinds import BLOCK
+from lorry.core.sites.kinds.block import BLOCK
 from lorry.core.sites.site import Site
 
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "base_model.model.")
@@ -77,7 +77,7 @@ class Resolver:
             module = _module(self.state.root, variant)
             if module is not None:
                 self._remember(path, variant)
-                return next(iter(BLOCK.sites(variant, module)))
+                return BLOCK.site(variant, module)
         return None
 
     def _variants(self, path: str) -> list[str]:

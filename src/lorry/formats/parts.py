@@ -68,7 +68,7 @@ def canonical(name: str, value: Tensor, kind: str | None, lead: tuple[int, ...])
 
 def doubled_by_peft(path: str, kind: str | None) -> bool:
     """Whether PEFT adds the update at this site `OUT_PROJ_TIMES`."""
-    return kind == "packed" and path.endswith(".out_proj")
+    return kind == "qkv" and path.endswith(".out_proj")
 
 
 def foreign(name: str, value: Tensor, kind: str, kernel: Sequence[int]) -> Tensor:
@@ -103,7 +103,7 @@ def peft_modules(sites: Sequence[tuple[str, str]]) -> dict[str, str]:
         owner = path.rpartition(".")[0]
         if kind == "experts":
             modules[path] = owner + ".base_layer" * (len(banks[owner]) - 1 - banks[owner].index(path))
-        elif kind == "packed":
+        elif kind == "qkv":
             modules[path] = owner if path.endswith(".in_proj_weight") else f"{owner}.base_layer.out_proj"
         else:
             modules[path] = path

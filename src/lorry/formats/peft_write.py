@@ -103,7 +103,7 @@ def peft_form(
     if task:
         config["task_type"] = task
     notes = []
-    if any(p.site.kind.name in ("packed", "experts") for p in plain) and dropout:
+    if any(p.site.kind.name in ("qkv", "experts") for p in plain) and dropout:
         config["lora_dropout"] = 0.0
         notes.append(f"dropout {dropout} is in lorry.json only: PEFT has none on parameters")
     return PeftForm(tensors, config, notes)
@@ -117,13 +117,13 @@ def _check(site: Site, dora: bool) -> None:
         raise NotPlain(
             f"'{site.path}' is a convolution with groups, dilation or a padding mode, which PEFT's factors leave out"
         )
-    if kind == "packed" and dora or kind == "experts" and dora:
+    if kind == "qkv" and dora or kind == "experts" and dora:
         raise NotPlain(f"PEFT has no DoRA at '{site.path}' ({kind})")
-    if kind == "packed" and not site.path.endswith((".in_proj_weight", ".out_proj")):
+    if kind == "qkv" and not site.path.endswith((".in_proj_weight", ".out_proj")):
         raise NotPlain(f"PEFT cannot adapt '{site.path}' of an attention module with separate weights")
     if kind == "experts" and site.lead == (1,):
         raise NotPlain(f"PEFT treats the bank of one expert at '{site.path}' as a matrix")
-    if kind not in ("linear", "conv", "embedding", "packed", "experts"):
+    if kind not in ("linear", "conv", "embedding", "qkv", "experts"):
         raise NotPlain(f"PEFT has no LoRA at '{site.path}' ({kind})")
 
 
@@ -163,7 +163,7 @@ def _config_key(site: Site) -> str:
     """Return the path by which PEFT looks up rank and alpha of a site: an attention module answers for both
     its matrices.
     """
-    return site.path.rpartition(".")[0] if site.kind.name == "packed" else site.path
+    return site.path.rpartition(".")[0] if site.kind.name == "qkv" else site.path
 
 
 def _target_names(plain: Sequence[Plain]) -> tuple[list[str], list[str]]:
@@ -174,7 +174,7 @@ def _target_names(plain: Sequence[Plain]) -> tuple[list[str], list[str]]:
         site = item.site
         if site.kind.name == "experts":
             parameters.append(site.path)
-        elif site.kind.name == "packed":
+        elif site.kind.name == "qkv":
             packed.setdefault(_config_key(site), []).append(item)
         else:
             targets.append(site.path)

@@ -21,7 +21,7 @@ from lorry.core.method.registry import method_from
 from lorry.core.method.spec import TensorSpec
 from lorry.core.receipt import Receipt
 from lorry.core.sites.fingerprint import Fingerprint
-from lorry.core.sites.kinds import KINDS
+from lorry.core.sites.kinds import kind_named
 from lorry.core.sites.site import Site
 from lorry.formats.folders import MANIFEST, PEFT_CONFIG, TENSORS, write_folder
 from lorry.formats.manifest import Manifest
@@ -157,7 +157,7 @@ class MergedAdapter:
             plain.append(Plain(_site(path, facts), self.rank(path), float(self.rank(path)), self.tensors[path]))
         form = peft_form(root, plain, {}, base=self.base)
         # without the model, only whole paths are certain to mean these modules and no others
-        modules = [p.site.path for p in plain if p.site.kind.name not in ("experts", "packed")]
+        modules = [p.site.path for p in plain if p.site.kind.name not in ("experts", "qkv")]
         if isinstance(form.config.get("target_modules"), list) and len(modules) == len(plain):
             form.config["target_modules"] = modules
         elif len(modules) != len(plain):
@@ -192,7 +192,7 @@ def _site(path: str, facts: SiteFacts) -> Site:
         if cls is None or inner != channels * int(torch.tensor(kernel).prod()):
             raise CheckpointError(f"'{path}': kernel {facts.kernel} does not fit {inner} inputs.")
         owner = cls(channels, out, tuple(kernel), device="meta")  # type: ignore[arg-type]
-    kind = next(k for k in KINDS if k.name == facts.kind)
+    kind = kind_named(facts.kind)
     return Site(path, kind, owner, owner, "weight", out, inner, lead=tuple(lead))
 
 

@@ -17,7 +17,7 @@ from lorry.core.life.adapter import Adapter
 from lorry.core.method.base import Method
 from lorry.core.method.families import Bottleneck
 from lorry.core.sites.fingerprint import Fingerprint
-from lorry.core.sites.kinds import KINDS, Kind
+from lorry.core.sites.kinds import kind_named
 from lorry.core.sites.site import Site
 from lorry.formats.info import AdapterFile, read_info
 from lorry.formats.parts import Part
@@ -258,10 +258,9 @@ def _facts(file: AdapterFile, part: Part, path: str) -> SiteFacts:
 
 
 def _stub(path: str, facts: SiteFacts) -> Site:
-    kind: Kind = next((k for k in KINDS if k.name == facts.kind), KINDS[3])
     nothing = nn.Module()
     *lead, out, inner = facts.shape
-    return FileSite(path, kind, nothing, nothing, "weight", out, inner, lead=tuple(lead))
+    return FileSite(path, kind_named(facts.kind), nothing, nothing, "weight", out, inner, lead=tuple(lead))
 
 
 def open_source(item: AdapterLike, name: str, model: nn.Module | None, stack: ExitStack) -> Source:

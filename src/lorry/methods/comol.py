@@ -21,7 +21,7 @@ from lorry.core.sites.site import Site
 from lorry.methods.parts.routing import precise, report
 
 
-@register("comol", paper="arXiv 2603.00573", kinds=("linear", "conv", "embedding"))
+@register("comol", paper="arXiv 2603.00573", kinds=lambda kind: kind.additive)
 @dataclass(frozen=True)
 class CoMoL(Bottleneck):
     """``ΔW x = alpha/rank · B (Σ_i g_i M_i) A x`` with gates ``g = softmax(W A x)`` over N cores ``(rank,

@@ -22,7 +22,7 @@ from lorry.methods.parts.routing import precise, report, top_k_mask
 from lorry.methods.parts.tasks import leave_contrast, task_rows
 
 
-@register("ept", paper="arXiv 2603.12577", kinds=("linear",))
+@register("ept", paper="arXiv 2603.12577", kinds=lambda kind: kind.plain_product)
 @dataclass(frozen=True)
 class EPT(Bottleneck):
     """``ΔW x = Σ_{e in top k} G(x)_e c_e (Z_e ⊗ K_e) x``, ``Z_e = B[:out/s] A[:, :in/s]`` for a kernel K_e of size s.

@@ -18,7 +18,7 @@ from lorry.core.sites.site import Site
 from lorry.methods.lora import LoRA
 
 
-@register("eva", paper="arXiv 2410.07170", kinds=("linear",))
+@register("eva", paper="arXiv 2410.07170", kinds=lambda kind: kind.plain_product)
 @dataclass(frozen=True)
 class EVA(LoRA):
     """A starts at the top right-singular vectors of the layer's centred inputs, B at zero (section 3).

@@ -28,7 +28,7 @@ def distinct_columns(width: int) -> Init:
     return draw
 
 
-@register("flylora", paper="arXiv 2510.08396", kinds=("linear", "conv", "embedding"))
+@register("flylora", paper="arXiv 2510.08396", kinds=lambda kind: kind.additive)
 @dataclass(frozen=True)
 class FlyLoRA(Bottleneck):
     """``ΔW x = alpha/rank · B top_k(A x)`` with A frozen: `density` of each row is nonzero, drawn from N(0,

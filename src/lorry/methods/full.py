@@ -16,7 +16,7 @@ from lorry.core.method.spec import Tensors, TensorSpec
 from lorry.core.sites.site import Site
 
 
-@register("full", paper="none", kinds=("block",))
+@register("full", paper="none", kinds=lambda kind: kind.whole)
 @dataclass(frozen=True)
 class Full(Block):
     """Every parameter of a module is trained in a copy that takes the original's place while the adapter is active."""

@@ -63,7 +63,7 @@ class LoKr(WeightDelta):
         )
 
     def _cut(self, site: Site) -> tuple[tuple[int, int], tuple[int, int], int]:
-        kernel = math.prod(getattr(site.owner, "kernel_size", (1,))) if site.kind.name == "conv" else 1
+        kernel = math.prod(site.kind.kernel(site))
         return cut(site.out_features, self.factor), cut(site.in_features // kernel, self.factor), kernel
 
     @property
@@ -77,7 +77,7 @@ class LoKr(WeightDelta):
 
     def bypass(self, x: Tensor, tensors: Tensors, site: Site) -> Tensor:
         """Return ``ΔW x`` by ``C X Dᵀ`` with x as a matrix X ``(c, d)``; the product is never built."""
-        if site.kind.name != "linear":
+        if not site.kind.plain_product:
             return super().bypass(x, tensors, site)
         small = (_whole("C", tensors) * self._scale).to(x.dtype)
         h = x.unflatten(-1, (small.shape[-1], -1))

@@ -24,7 +24,7 @@ _MODES = ("soft", "sparse", "hard")
 _SIGNS = ("specialise", "paper_formula")
 
 
-@register("lora-mixer", paper="arXiv 2507.00029", kinds=("linear", "conv", "embedding"))
+@register("lora-mixer", paper="arXiv 2507.00029", kinds=lambda kind: kind.additive)
 @dataclass(frozen=True)
 class LoRAMixer(Bottleneck):
     """``ΔW x = Σ_e p_e(x) scale_e B_e A_e x`` with ``p = softmax(R x)``: all experts in training, the best k later, or

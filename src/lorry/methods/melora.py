@@ -16,7 +16,7 @@ from lorry.methods.lora import LoRA
 
 
 # blocks of a vocabulary mean nothing, and its size seldom divides: no embeddings
-@register("melora", paper="arXiv 2402.17263", kinds=("linear", "conv", "packed", "experts"))
+@register("melora", paper="arXiv 2402.17263", kinds=lambda kind: not (kind.whole or kind.indexed))
 @dataclass(frozen=True)
 class MELoRA(LoRA):
     """``ΔW = scale · diag(B_1 A_1, …, B_k A_k)`` with A_i ``(rank/k, in/k)`` and B_i ``(out/k, rank/k)``

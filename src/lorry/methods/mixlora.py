@@ -33,7 +33,7 @@ from lorry.methods.parts.routing import (
 from lorry.methods.parts.routing import z_loss as z_loss_of
 
 
-@register("mixlora", paper="arXiv 2404.15159", kinds=("block",))
+@register("mixlora", paper="arXiv 2404.15159", kinds=lambda kind: kind.whole)
 @dataclass(frozen=True)
 class MixLoRA(Block):
     """``y = Σ_{e in top k} w_e FFN_e(x)``: FFN_e has a LoRA at each projection, w the renormalised softmax of one
@@ -83,7 +83,7 @@ class MixLoRA(Block):
         own = bool(self.projections)
         blocks = with_blocks(sites, root)
         placed = [(s, self.with_options(projections=n) if n and not own else self) for s, n in blocks]
-        if not any(site.kind.name == "block" for site, _ in placed):
+        if not any(site.kind.whole for site, _ in placed):
             raise SiteError("MixLoRA needs feed-forward blocks; target 'all-linear', 'mlp' or their projections.")
         return placed
 
@@ -93,7 +93,7 @@ class MixLoRA(Block):
 
     def for_site(self, site: Site) -> Method:
         """Return the method itself at a block, a LoRA elsewhere."""
-        if site.kind.name == "block":
+        if site.kind.whole:
             return self
         rank = self.attention_rank or self.rank
         ratio = 2.0 if self.alpha is None else self.alpha / self.rank

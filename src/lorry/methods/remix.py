@@ -17,7 +17,7 @@ from lorry.core.sites.site import Site
 from lorry.methods.parts.routing import check_top_k, draw_order, entropy, log_probability, ranked, report
 
 
-@register("remix", paper="arXiv 2603.10160", kinds=("linear", "conv", "embedding"))
+@register("remix", paper="arXiv 2603.10160", kinds=lambda kind: kind.additive)
 @dataclass(frozen=True)
 class ReMix(Bottleneck):
     """``ΔW x = ω Σ_{j in J} B_j A_j x`` with k experts drawn without replacement from ``softmax(P x)`` in

@@ -127,6 +127,6 @@ class SHiRA(WeightDelta):
 
     def bypass(self, x: Tensor, tensors: Tensors, site: Site) -> Tensor:
         """Return ``ΔW x``; at linear sites by an operation whose backward pass keeps no dense gradient."""
-        if site.kind.name != "linear":
+        if not site.kind.plain_product:
             return super().bypass(x, tensors, site)
         return sparse_linear(x, tensors["values"], tensors["index"], (site.out_features, site.in_features))

@@ -19,7 +19,7 @@ from lorry.core.sites.site import Site
 from lorry.methods.parts.routing import balance_step, counts, precise, report, top_k_mask
 
 
-@register("smora", paper="arXiv 2501.15103", kinds=("linear", "conv", "embedding"))
+@register("smora", paper="arXiv 2501.15103", kinds=lambda kind: kind.additive)
 @dataclass(frozen=True)
 class SMoRA(Bottleneck):
     """``ΔW x = alpha/k · B (g ⊙ A x)``, g from ``sigmoid(G x) + d``: the k highest, scaled to a sum of k, the

@@ -185,7 +185,7 @@ class Active:
         """Return the terms with the weights as they were given."""
         layout, device = self.layout, x.device
         packed = layout is not None and layout.lengths is not None
-        if packed and not site.kind.position_wise:
+        if packed and not site.kind.positionwise:
             raise AdapterError(
                 f"'{site.path}' ({site.kind.name}) mixes positions, so rows of a packed batch (lengths) cannot have "
                 "adapters of their own there. Give each row a place in the first dimension, or leave the site out."
@@ -240,7 +240,7 @@ class Active:
         entries, rest = divmod(tokens, length)
         if self.layout is not None and len(kinds) == self.layout.rows and not rest:
             kinds = self.layout.spread_values(kinds, max(entries // self.layout.entries, 1))
-        if rest or len(kinds) != entries or not site.kind.position_wise:
+        if rest or len(kinds) != entries or not site.kind.positionwise:
             raise AdapterError(
                 f"'{site.path}' sees {tokens} tokens, but token_kinds tells of {len(kinds)} rows of {length} "
                 "positions. Adapters that depend on the kind of a token belong on layers that see these tokens; leave "

@@ -29,7 +29,7 @@ def stacked(layer: Layer, base: Base, active: Active, x: Tensor, args: Any, kwar
 
 def fused(layer: Layer, base: Base, active: Active, terms: Terms, x: Tensor, args: Any, kwargs: Any) -> Tensor | None:
     """Return the output by one operation, or None where the general path is needed."""
-    if not terms.each or not layer.sites[0].kind.folds or not x.is_floating_point():
+    if not terms.each or not layer.sites[0].kind.plain_product or not x.is_floating_point():
         return None
     if not all(term.constant for term in terms.each):
         return None

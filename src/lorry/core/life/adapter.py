@@ -19,6 +19,7 @@ from lorry.core.method.spec import TensorSpec
 from lorry.core.method.start import joint_layout
 from lorry.core.receipt import Receipt
 from lorry.core.sites.fingerprint import Fingerprint
+from lorry.core.sites.quantized import keep_differentiable
 from lorry.core.sites.site import Site
 
 
@@ -111,6 +112,8 @@ class Adapter:
         """
         if mode and self.in_base:
             raise AdapterError(f"Adapter '{self.name}' is merged into the base; unmerge it before training it.")
+        if mode:
+            keep_differentiable(self.state.root)
         prefix = parameter_prefix(self.name)
         for path, home in self.homes():
             if mode and not home.registered:
@@ -151,7 +154,12 @@ class Adapter:
         """
         if self.in_base:
             raise AdapterError(f"Adapter '{self.name}' is merged already.")
-        edit, receipt = merge_into_base(self.name, list(self.entries.values()), check=safe)
+        self.state.hashes.hold(self.sites)
+        try:
+            edit, receipt = merge_into_base(self.name, list(self.entries.values()), check=safe)
+        except BaseException:
+            self.state.hashes.release(self.sites)
+            raise
         self.state.edits.made(edit)
         self.state.changed()
         return receipt
@@ -166,6 +174,7 @@ class Adapter:
             since.
         """
         edit = self.state.edits.undo(self.name)
+        self.state.hashes.release(self.sites)
         self.state.changed()
         return Receipt("unmerge", self.name, 0, 0, len(edit.places), "match")
 
@@ -186,6 +195,7 @@ class Adapter:
             raise AdapterError(f"Adapter '{self.name}' is not attached any more.")
         if self.in_base and keep:
             self.state.edits.forget(self.name)
+            self.state.hashes.release(self.sites)
         elif self.in_base:
             self.unmerge()
         self.train(False)

@@ -25,7 +25,8 @@ from lorry.core.method.layout import BatchLayout
 from lorry.core.method.registry import method_from
 from lorry.core.method.registry import methods as registered
 from lorry.core.receipt import Receipt
-from lorry.core.sites.kinds import BLOCK, KIND_NAMES
+from lorry.core.sites.kinds import KINDS
+from lorry.core.sites.kinds.block import BLOCK
 from lorry.core.sites.site import Site
 from lorry.core.sites.targets import Targets, matches, select
 
@@ -161,7 +162,7 @@ def whole_modules(state: ModelState, patterns: Sequence[str]) -> list[tuple[Site
         modules = {p: m for p, m in state.root.named_modules() if p and matches(p, pattern)}
         if not modules:
             raise SiteError(f"train_also: '{pattern}' matches no module of {type(state.root).__name__}.")
-        chosen += [(next(iter(BLOCK.sites(path, module))), full) for path, module in modules.items()]
+        chosen += [(BLOCK.site(path, module), full) for path, module in modules.items()]
     return chosen
 
 
@@ -316,7 +317,7 @@ def tap(model: nn.Module, reader: Reader, targets: Targets = "all") -> Iterator[
         Nothing matches, or a site whose weight a larger module uses itself.
     """
     state = state_of(model)
-    chosen = select(state.root, state.sites, targets, kinds=KIND_NAMES).sites
+    chosen = select(state.root, state.sites, targets, kinds=tuple(KINDS)).sites
     wrong = next((site for site in chosen if not site.kind.additive), None)
     if wrong is not None and targets != "all":
         raise SiteError(

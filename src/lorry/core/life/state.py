@@ -25,7 +25,7 @@ from lorry.core.forward.runtime import UNIFORM_FORM, Runtime, Runtimes, Scope
 from lorry.core.life.base_edits import BaseEdits
 from lorry.core.method.context import Context
 from lorry.core.method.layout import BatchLayout
-from lorry.core.sites.fingerprint import Fingerprint, fingerprint
+from lorry.core.sites.fingerprint import Fingerprint, FingerprintCache, fingerprint
 from lorry.core.sites.kinds import catalogue
 from lorry.core.sites.site import Site
 
@@ -61,7 +61,7 @@ class ModelState:
         self.compiled = False
         self.sites: dict[str, Site] = catalogue(root)
         self._links: dict[str, Link] = {}
-        self._hashes: dict[str, str] = {}
+        self.hashes = FingerprintCache()
         self._composed: OrderedDict[tuple[Any, ...], Active] = OrderedDict()
         self._thawed: dict[str, bool] = {}
         self._fused: list[tuple[nn.Module, str, Any]] = []
@@ -182,8 +182,7 @@ class ModelState:
 
     def fingerprint(self, sites: Iterable[Site]) -> Fingerprint:
         """Return the fingerprint of some sites, of the base without what is in it now."""
-        with self.edits.bare():
-            return fingerprint(sites, self.base_name, self._hashes)
+        return fingerprint(sites, self.base_name, self.hashes)
 
     def add(self, adapter: Member) -> None:
         """Take an adapter in: link its sites and freeze the base at the first one."""

@@ -77,6 +77,7 @@ class Switch:
                 f"Adapter '{self.adapter.name}' is active and would count twice; call lorry.activate(model, None) "
                 "first."
             )
+        state.hashes.hold(self.adapter.sites)
         self._write_new()
         places = tuple((p.site.holder, p.site.parameter) for p in self.patches)
         state.edits.made(Edit(self.adapter.name, self.weight, self._write_own, places, again=self._write_new))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Self
@@ -19,7 +19,8 @@ from lorry.core.errors import AdapterError
 from lorry.core.method.call import Call
 from lorry.core.method.spec import Layout, Observed, Places, Tensors, TensorSpec
 from lorry.core.options import check_options, from_options
-from lorry.core.sites.site import Site
+from lorry.core.sites.kinds import kinds_in_order
+from lorry.core.sites.site import Kind, Site
 
 MergeClass = Literal["exact", "approximate", "never"]
 #: What the rest of Lorry may rely on; families derive it from what a method overrides, and nothing else is asked.
@@ -44,17 +45,22 @@ class MethodInfo:
     cls: type[Method]
     paper: str
     family: str
-    kinds: tuple[str, ...]
+    takes: Callable[[Kind], bool]
     identity_at_start: bool
     merge: MergeClass
     linear_in_scale: bool
     preset_of: str | None = None
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Names of the kinds of sites that the method can sit on, the most common first."""
+        return tuple(kind.name for kind in reversed(kinds_in_order()) if self.takes(kind))
+
     def to_dict(self) -> dict[str, Any]:
         """Return the facts as plain data, with the options and their help."""
         fields = dataclasses.fields(self.cls)  # type: ignore[arg-type]
         options = {f.name: {"default": f.default, "help": f.metadata.get("help", "")} for f in fields}
-        plain = {k: v for k, v in vars(self).items() if k != "cls"}
+        plain = {k: v for k, v in vars(self).items() if k not in ("cls", "takes")}
         return {**plain, "kinds": list(self.kinds), "class": self.cls.__name__, "options": options}
 
 

@@ -109,7 +109,7 @@ class Call:
 
         Returns None where the layer does not see these tokens (another length: a vision tower; a convolution).
         """
-        if values is None or not self.site.kind.position_wise:
+        if values is None or not self.site.kind.positionwise:
             return None
         values = at_positions(values.to(self.output.device), self.seen)
         length = values.shape[1]

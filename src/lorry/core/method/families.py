@@ -146,7 +146,7 @@ def _with_gain(call: Call, update: Tensor, gain: Tensor) -> Tensor:
     base, bias = kind.channels_last(site, call.output), kind.bias(site)
     base = base if bias is None else base - bias
     result = (gain - 1) * base + gain * kind.channels_last(site, update)
-    return result if site.kind.name != "conv" else result.movedim(-1, 1)
+    return kind.channels_back(site, result)
 
 
 class WeightDelta(Method):

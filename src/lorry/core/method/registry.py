@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from lorry.core.errors import OptionError
 from lorry.core.method.base import MergeClass, Method, MethodInfo
 from lorry.core.options import from_options
 from lorry.core.registry import Registry
-from lorry.core.sites.kinds import KIND_NAMES
+from lorry.core.sites.kinds import Kind
 
 M = TypeVar("M", bound=type[Method])
 METHODS: Registry[MethodInfo] = Registry("method", "`lorry methods` lists them.")
@@ -22,7 +21,7 @@ def register(
     slug: str,
     *,
     paper: str,
-    kinds: Iterable[str] = ("linear", "conv", "embedding", "packed", "experts"),
+    kinds: Callable[[Kind], bool] | Sequence[str] = lambda kind: not kind.whole,
     identity_at_start: bool = True,
     merge: MergeClass | None = None,
     linear_in_scale: bool = True,
@@ -36,7 +35,8 @@ def register(
     paper
         Reference, e.g. ``arXiv 2106.09685``.
     kinds
-        Kinds of sites that the method can sit on.
+        Whether the method can sit on a kind of site, by what the kind can do, or the names of kinds; all that have a
+        weight if not given.
     identity_at_start
         Whether a fresh adapter leaves the model's output unchanged.
     merge
@@ -44,13 +44,12 @@ def register(
     linear_in_scale
         Whether weight k in the active set gives k times the update.
     """
-    unknown = set(kinds) - set(KIND_NAMES)
-    if unknown:
-        raise OptionError(f"Method '{slug}' names unknown site kinds {sorted(unknown)}; there are {list(KIND_NAMES)}.")
+    names = () if callable(kinds) else tuple(kinds)
+    takes = kinds if callable(kinds) else lambda kind: kind.name in names
 
     def decorate(cls: M) -> M:
         merges = merge or cls.merges
-        info = MethodInfo(slug, cls, paper, cls.family, tuple(kinds), identity_at_start, merges, linear_in_scale)
+        info = MethodInfo(slug, cls, paper, cls.family, takes, identity_at_start, merges, linear_in_scale)
         cls.info = info
         METHODS.add(slug, info)
         return cls

@@ -1,19 +1,141 @@
-"""Sites: the places in a model where an adapter can sit, one description for all kinds."""
+"""Sites: the places in a model where an adapter can sit, and what a kind of layer must be able to do for them.
+
+`Site` is one description for all sorts of layers. `Kind` is the arithmetic of one sort; a new one is a class in a file
+of its own under `lorry.core.sites.kinds` (or in the caller's code), marked with `register_kind`.
+
+Inside, rank units lie in the last dimension whatever the layer's own layout is, so that what happens between `down`
+and `up` (scale, gates, masks) is the same code for all kinds.
+"""
 
 from __future__ import annotations
 
-import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from lorry.core.sites.kinds import Kind
+import lorry.core.sites.quantized  # noqa: F401  registers its storages; it imports no other package until one is used
+from lorry.core.errors import SiteError
+from lorry.core.registry import Registry
+from lorry.core.sites.storage import Storage, storage_of
+from lorry.kernels.thin import thin_linear
 
-_LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+
+class Kind(ABC):
+    """Arithmetic of one sort of layer, and what it can do. Stateless; there is one instance of each.
+
+    Nothing outside `lorry.core.sites` asks for a kind's name: it asks for one of the capabilities below.
+
+    Attributes
+    ----------
+    name
+        What users and files call it, as in ``kind:linear``.
+    aliases
+        Former names, still understood in targets and files.
+    priority
+        Kinds of higher priority are asked first, and the first that finds sites in a module has them. The common kinds
+        lie below the default, so that a new kind may claim what is a linear layer by its class.
+    presets
+        The presets of targets that it belongs to.
+    additive
+        Whether ``forward(x)`` can be followed by ``+ up(down(x))``. Otherwise the weight itself is exchanged for
+        ``W + ΔW`` while its owner runs, which needs the update dense.
+    whole
+        Whether the site is a whole module without a weight of its own, whose forward a method takes over.
+    positionwise
+        Whether the layer computes each position of ``(batch, length)`` from that position alone, so that what is
+        known of a token (its kind, its mask) applies to its output.
+    plain_product
+        Whether ``down`` is ``x Aᵀ`` and ``up`` is ``h Bᵀ`` along the last dimension and nothing else, so that a fused
+        low-rank product may take their place, and inputs may be observed as vectors of `in` numbers.
+    indexed
+        Whether the layer's input is whole numbers (tokens, positions) instead of floating-point values.
+    """
+
+    name: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()
+    priority: ClassVar[int] = 10
+    presets: ClassVar[tuple[str, ...]] = ()
+    additive: ClassVar[bool] = True
+    whole: ClassVar[bool] = False
+    positionwise: ClassVar[bool] = True
+    plain_product: ClassVar[bool] = False
+    indexed: ClassVar[bool] = False
+
+    def __reduce__(self) -> tuple[Callable[[str], Kind], tuple[str]]:
+        """Let copies and pickles of a model refer to the one instance."""
+        return registered_kind, (self.name,)
+
+    @abstractmethod
+    def sites(self, path: str, module: nn.Module) -> Iterator[Site]:
+        """Yield the sites of this kind that `module` owns."""
+
+    def factors_apply(self, site: Site) -> bool:
+        """Whether the update can be applied through its factors (a grouped convolution needs it dense)."""
+        return self.additive
+
+    def down(self, site: Site, x: Tensor, a: Tensor) -> Tensor:
+        """Return ``h`` of shape ``(..., rank)`` for the layer input `x` and `a` of shape ``(rank, in)``."""
+        raise SiteError(f"{site}: a {self.name} site has no down-projection of its own.")
+
+    def up(self, site: Site, h: Tensor, b: Tensor) -> Tensor:
+        """Return the update of the layer's output for ``h`` ``(..., rank)`` and `b` ``(out, rank)``."""
+        return thin_linear(h, b)
+
+    def dense(self, site: Site, x: Tensor, matrix: Tensor) -> Tensor:
+        """Return what the layer would give for input `x` with `matrix` as weight and no bias."""
+        raise SiteError(f"{site}: a {self.name} site has no dense form of its own.")
+
+    def to_matrix(self, site: Site, weight: Tensor) -> Tensor:
+        """Return the natively laid out `weight` as ``(*lead, out, in)``."""
+        return weight
+
+    def to_weight(self, site: Site, matrix: Tensor) -> Tensor:
+        """Return a matrix ``(*lead, out, in)`` in the layer's native layout."""
+        return matrix
+
+    def channels_last(self, site: Site, y: Tensor) -> Tensor:
+        """Return a view of the layer's output with its channels in the last dimension."""
+        return y
+
+    def channels_back(self, site: Site, y: Tensor) -> Tensor:
+        """Return a view of `y`, which has its channels in the last dimension, in the layout of the layer's output."""
+        return y
+
+    def kernel(self, site: Site) -> tuple[int, ...]:
+        """Return the sizes over which a row of the matrix reaches besides input channels: those of a convolution's
+        window, none for other kinds.
+        """
+        return ()
+
+    def bias(self, site: Site) -> Tensor | None:
+        """Return the bias that the layer adds to its output, if any."""
+        return getattr(site.owner, "bias", None)
+
+
+#: All kinds by name. The files of `lorry.core.sites.kinds` register theirs at the first look-up.
+KINDS: Registry[Kind] = Registry("kind", error=SiteError)
+K = TypeVar("K", bound=type[Kind])
+
+
+def register_kind(cls: K) -> K:
+    """Register a kind of site under its name."""
+    KINDS.add(cls.name, cls())
+    return cls
+
+
+def registered_kind(name: str) -> Kind:
+    """Return the kind of this name.
+
+    Raises
+    ------
+    SiteError
+        There is none, with near misses.
+    """
+    return KINDS.find(name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +160,9 @@ class Site:
         Attribute of `holder` under which the weight is found; empty for a block.
     tied
         Names of other parameters that are the same tensor.
+    layer
+        Index of the block of the model's main stack that the site lies in; None outside of it, and where a model has
+        no single main stack (see `lorry.core.sites.stacks`).
     """
 
     path: str
@@ -49,17 +174,12 @@ class Site:
     in_features: int
     lead: tuple[int, ...] = ()
     tied: tuple[str, ...] = field(default=())
+    layer: int | None = None
 
     @property
     def name(self) -> str:
         """Last component of the path, e.g. ``q_proj``."""
         return self.path.rpartition(".")[2]
-
-    @cached_property
-    def layer(self) -> int | None:
-        """Index of the transformer block that the site lies in: the first number in its path."""
-        found = _LAYER.search(self.path)
-        return int(found.group(1)) if found else None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -74,6 +194,17 @@ class Site:
         return weight
 
     @property
+    def storage(self) -> Storage:
+        """How the weight is stored.
+
+        Raises
+        ------
+        SiteError
+            No storage knows the type of the weight.
+        """
+        return storage_of(self)
+
+    @property
     def device(self) -> torch.device:
         """Device of the stored weight (of the first parameter for a block)."""
         if self.parameter:
@@ -83,9 +214,7 @@ class Site:
 
     def matrix(self) -> Tensor:
         """Return the weight, dequantised if need be, as ``(*lead, out, in)``."""
-        from lorry.core.sites.storage import storage_of
-
-        return self.kind.to_matrix(self, storage_of(self).read(self))
+        return self.kind.to_matrix(self, self.storage.read(self))
 
     def __repr__(self) -> str:
         """Return kind, path and shape."""

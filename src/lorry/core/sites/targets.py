@@ -5,19 +5,23 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from lorry.core.errors import SiteError, near_misses, some
-from lorry.core.sites.kinds import BLOCK, KIND_NAMES
-from lorry.core.sites.site import Site
+from lorry.core.sites.kinds import current_name, kind_named, kinds_in_order
+from lorry.core.sites.site import Kind, Site
+from lorry.core.sites.stacks import Stacks, find_stacks
 
 Targets = str | Sequence[str]
+#: Indices of blocks of the main stack, or path (or suffix of it) of a stack -> indices of its blocks.
+Layers = Sequence[int] | Mapping[str, Sequence[int]]
 _ATTENTION = re.compile(r"(^|[._])(attn\d*|attention|self_attn|cross_attn|selfattention)([._]|$)", re.IGNORECASE)
 _MLP = re.compile(r"(^|[._])(mlp|ffn?|feed_?forward|intermediate|output\.dense|fc[12]|experts?)([._]|$)", re.IGNORECASE)
 _HEADS = re.compile(r"(^|\.)(lm_head|score|classifier|embed_out|output_projection|head)$")
-PRESETS = ("all-linear", "attention", "mlp", "embeddings", "convolutions", "experts", "all")
+#: The preset of the kinds that `attention` and `mlp` choose from by the names of the modules around them.
+_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,12 @@ class Selection:
     left_out: Mapping[str, str] = field(default_factory=dict)
 
 
+def preset_names() -> list[str]:
+    """Return the presets: those that kinds declare, those by place in the model, and ``all``."""
+    declared = dict.fromkeys(preset for kind in kinds_in_order() for preset in kind.presets)
+    return [_LINEAR, "attention", "mlp", *sorted(declared.keys() - {_LINEAR}), "all"]
+
+
 def select(
     model: nn.Module,
     catalogue: Mapping[str, Site],
@@ -35,7 +45,7 @@ def select(
     *,
     kinds: Iterable[str],
     exclude: Targets = (),
-    layers: Sequence[int] | None = None,
+    layers: Layers | None = None,
 ) -> Selection:
     """Choose sites.
 
@@ -44,46 +54,54 @@ def select(
     model, catalogue
         The model, for its output head and for blocks, and all its sites by path.
     targets
-        A preset (`PRESETS`), ``kind:NAME``, ``re:REGEX`` (searched as a full match of the path), a pattern with ``*``,
-        a path, a suffix of a path (``q_proj``, ``mlp.down_proj``), or a list of these.
+        A preset (`preset_names`), ``kind:NAME``, ``re:REGEX`` (searched as a full match of the path), a pattern with
+        ``*``, a path, a suffix of a path (``q_proj``, ``mlp.down_proj``), or a list of these.
     kinds
         The kinds that the method can sit on.
-    exclude, layers
-        Sites to leave out, in the same syntax; indices of transformer blocks to keep (None keeps all).
+    exclude
+        Sites to leave out, in the same syntax.
+    layers
+        Blocks to keep (None keeps all sites): indices in the model's main stack of blocks, or stack -> indices, as in
+        ``{"down_blocks": [0, 1]}``, for a model that has several. Sites outside of these stacks are left out.
 
     Raises
     ------
     SiteError
-        Nothing matches a pattern (with near misses), or everything that matches is left out (with reasons).
+        Nothing matches a pattern (with near misses), everything that matches is left out (with reasons), `layers` are
+        indices and the model has no single main stack, or they name a stack that it lacks.
     """
-    allowed = tuple(kinds)
-    wanted = [targets] if isinstance(targets, str) else list(targets)
+    allowed = [kind_named(name) for name in kinds]
+    wanted = _listed(targets)
     if not wanted:
         raise SiteError(
             "No targets were given. Try targets='all-linear', or a list of names such as ['q_proj', 'v_proj']."
         )
+    stacks = find_stacks(catalogue, model)
+    keep = None if layers is None else _blocks(layers, stacks, model)
     head = _head(model, catalogue)
     chosen: dict[str, Site] = {}
     for pattern in wanted:
-        found = _matching(model, catalogue, pattern, head, allowed)
+        found = _matching(model, catalogue, pattern, head, allowed, stacks)
         if not found:
             raise _nothing(pattern, catalogue, model)
         chosen.update(found)
-    dropped = [exclude] if isinstance(exclude, str) else list(exclude)
+    dropped = _listed(exclude)
     for pattern in dropped:
         if not any(_excluded(site, pattern) for site in (*catalogue.values(), *chosen.values())):
             raise SiteError(f"exclude: {_nothing(pattern, catalogue, model)}")
-    left_out = {p: "not targeted" for p in catalogue if p not in chosen}
-    if head in left_out:
-        left_out[head] = "the output head; name it to adapt it"
-    reasons = {path: _reason(site, allowed, dropped, layers) for path, site in chosen.items()}
-    left_out.update({path: reason for path, reason in reasons.items() if reason})
+    left_out = {p: "the output head; name it to adapt it" if p == head else "not targeted" for p in catalogue}
+    reasons = {path: _reason(site, allowed, dropped, keep, stacks) for path, site in chosen.items()}
+    left_out = {p: why for p, why in left_out.items() if p not in chosen} | {p: w for p, w in reasons.items() if w}
     order = {path: i for i, path in enumerate(catalogue)}
     kept = sorted((s for p, s in chosen.items() if not reasons[p]), key=lambda s: order.get(s.path, len(order)))
-    if not kept:
-        why = "; ".join(sorted({str(reason) for reason in reasons.values()}))
-        raise SiteError(f"Targets {wanted} match {len(chosen)} sites, but all are left out: {why}.")
-    return Selection(tuple(kept), left_out)
+    if kept:
+        return Selection(tuple(kept), left_out)
+    why = "; ".join(sorted({str(reason) for reason in reasons.values()}))
+    raise SiteError(f"Targets {wanted} match {len(chosen)} sites, but all are left out: {why}.")
+
+
+def _listed(patterns: Targets) -> list[str]:
+    return [patterns] if isinstance(patterns, str) else list(patterns)
 
 
 def matches(path: str, pattern: str) -> bool:
@@ -100,55 +118,87 @@ def matches(path: str, pattern: str) -> bool:
     return path == pattern or path.endswith(f".{pattern}")
 
 
+def _blocks(layers: Layers, stacks: Stacks, model: nn.Module) -> dict[str, set[int]]:
+    """Return stack -> indices of the blocks to keep."""
+    name = type(model).__name__
+    if isinstance(layers, Mapping):
+        chosen: dict[str, set[int]] = {}
+        for pattern, numbers in layers.items():
+            found = [path for path in stacks.lengths if matches(path, pattern)]
+            if not found:
+                hint = near_misses(pattern, stacks.lengths)
+                raise SiteError(f"layers: {name} has no stack of blocks '{pattern}'.{hint} It has: {stacks or 'none'}.")
+            for path in found:
+                chosen.setdefault(path, set()).update(numbers)
+        return chosen
+    if stacks.main is not None:
+        return {stacks.main: set(layers)}
+    if not stacks.lengths:
+        raise SiteError(f"layers={list(layers)}: {name} has no stack of blocks. Choose its sites by targets instead.")
+    first = next(iter(stacks.lengths))
+    raise SiteError(
+        f"layers={list(layers)} does not say which blocks of {name} are meant, for it has several stacks: {stacks}. "
+        f"Name the stack, as in layers={{'{first}': {list(layers)}}}, or give targets a pattern such as '{first}.0.*'."
+    )
+
+
 def _matching(
-    model: nn.Module, catalogue: Mapping[str, Site], pattern: str, head: str | None, allowed: tuple[str, ...]
+    model: nn.Module,
+    catalogue: Mapping[str, Site],
+    pattern: str,
+    head: str | None,
+    allowed: Sequence[Kind],
+    stacks: Stacks,
 ) -> dict[str, Site]:
-    if pattern in PRESETS:
+    if pattern in preset_names():
         return {p: s for p, s in catalogue.items() if p != head and _in_preset(s, pattern)}
     if pattern.startswith("kind:"):
-        name = pattern[5:]
-        if name not in KIND_NAMES:
-            raise SiteError(
-                f"There is no kind '{name}'.{near_misses(name, KIND_NAMES)} Kinds: {', '.join(KIND_NAMES)}."
-            )
-        return {p: s for p, s in catalogue.items() if s.kind.name == name}
+        kind = kind_named(pattern[5:])
+        return {p: s for p, s in catalogue.items() if s.kind is kind}
     found: dict[str, Site] = {}
-    if "block" in allowed:
+    for kind in (kind for kind in allowed if kind.whole):
         # a method that sits on nothing but whole modules takes single layers as such, too
-        layers_too = set(allowed) == {"block"}
+        layers_too = all(other.whole for other in allowed)
         for path, module in model.named_modules():
             if path and (layers_too or path not in catalogue) and matches(path, pattern):
-                found[path] = next(iter(BLOCK.sites(path, module)))
+                found.update({s.path: replace(s, layer=stacks.layer(s.path)) for s in kind.sites(path, module)})
     return found or {p: s for p, s in catalogue.items() if matches(p, pattern)}
 
 
 def _in_preset(site: Site, name: str) -> bool:
-    linear = site.kind.name in ("linear", "packed") and not _HEADS.search(site.path)
+    linear = _LINEAR in site.kind.presets and not _HEADS.search(site.path)
     parent = site.path.rpartition(".")[0]
-    return {
-        "all-linear": linear,
-        "attention": linear and bool(_ATTENTION.search(parent)),
-        "mlp": linear and not _ATTENTION.search(parent) and bool(_MLP.search(site.path)),
-        "embeddings": site.kind.name == "embedding",
-        "convolutions": site.kind.name == "conv",
-        "experts": site.kind.name == "experts",
-        "all": True,
-    }[name]
+    if name == "all":
+        return True
+    if name == "attention":
+        return linear and bool(_ATTENTION.search(parent))
+    if name == "mlp":
+        return linear and not _ATTENTION.search(parent) and bool(_MLP.search(site.path))
+    return linear if name == _LINEAR else name in site.kind.presets
 
 
-def _reason(site: Site, kinds: tuple[str, ...], exclude: Sequence[str], layers: Sequence[int] | None) -> str | None:
+def _reason(
+    site: Site,
+    allowed: Sequence[Kind],
+    exclude: Sequence[str],
+    keep: Mapping[str, set[int]] | None,
+    stacks: Stacks,
+) -> str | None:
     """Return why a chosen site is left out, or None."""
-    if site.kind.name not in kinds:
-        return f"the method does not sit on {site.kind.name} sites (only {', '.join(kinds)})"
+    if site.kind not in allowed:
+        return f"the method does not sit on {site.kind.name} sites (only {', '.join(kind.name for kind in allowed)})"
     if any(_excluded(site, pattern) for pattern in exclude):
         return "excluded"
-    if layers is not None and site.layer not in layers:
-        return "in another layer"
-    return None
+    if keep is None:
+        return None
+    place = stacks.place(site.path)
+    if place is None or place[0] not in keep:
+        return f"outside the blocks of {some(keep)}"
+    return None if place[1] in keep[place[0]] else "in another layer"
 
 
 def _excluded(site: Site, pattern: str) -> bool:
-    return site.kind.name == pattern[5:] if pattern.startswith("kind:") else matches(site.path, pattern)
+    return site.kind.name == current_name(pattern[5:]) if pattern.startswith("kind:") else matches(site.path, pattern)
 
 
 def _head(model: nn.Module, catalogue: Mapping[str, Site]) -> str | None:
@@ -164,14 +214,14 @@ def _head(model: nn.Module, catalogue: Mapping[str, Site]) -> str | None:
 
 
 def _nothing(pattern: str, catalogue: Mapping[str, Site], model: nn.Module) -> SiteError:
-    names = sorted({s.name for s in catalogue.values()})
-    hint = near_misses(pattern, [*names, *PRESETS, *catalogue])
+    names, presets = sorted({s.name for s in catalogue.values()}), preset_names()
+    hint = near_misses(pattern, [*names, *presets, *catalogue])
     if not catalogue:
         return SiteError(f"{type(model).__name__} has no layer that an adapter can sit on.")
-    experts = [p for p, s in catalogue.items() if s.kind.name == "experts"]
-    more = f" Its expert banks are {some(experts, 2)}; target them by name or with 'experts'." if experts else ""
+    # what 'all-linear' leaves out is easily overlooked where the weights lie in banks
+    banks = [p for p, s in catalogue.items() if s.lead]
+    more = f" Its expert banks are {some(banks, 2)}; target them by name or with 'experts'." if banks else ""
     return SiteError(
-        f"The target '{pattern}' matches none of the {len(catalogue)} sites of {type(model).__name__}.{hint} Its "
-        "sites are "
-        f"called {some(names, 12)}; presets: {', '.join(PRESETS)}.{more}"
+        f"The target '{pattern}' matches none of the {len(catalogue)} sites of {type(model).__name__}.{hint} Its sites "
+        f"are called {some(names, 12)}; presets: {', '.join(presets)}.{more}"
     )

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from lorry.core.errors import SiteError
 from lorry.core.forward.exchange import exchanged
-from lorry.core.sites.kinds import BLOCK, KINDS
+from lorry.core.sites.kinds import sites_in
+from lorry.core.sites.kinds.block import BLOCK
 from lorry.core.sites.site import Site
 
 #: Names of the projections that read the input, and of the one that gives the output; "fused" is gate and up.
@@ -153,8 +154,8 @@ def _sites(paths: dict[str, str], module: nn.Module, path: str) -> dict[str, Sit
             child = module.get_submodule(full[len(path) + 1 :])
         except AttributeError:
             return {}
-        sites = next((sites for kind in KINDS if (sites := list(kind.sites(full, child)))), [])
-        if len(sites) != 1 or sites[0].kind.name != "linear":
+        sites = sites_in(full, child)
+        if len(sites) != 1 or not sites[0].kind.plain_product:
             return {}
         found[name] = sites[0]
     return found
@@ -188,11 +189,11 @@ def with_blocks(sites: Sequence[Site], root: nn.Module) -> list[tuple[Site, tupl
     """
     placed: dict[str, tuple[Site, tuple[str, ...] | None]] = {}
     for site in sites:
-        path, names = (site.path, _names(site.owner, site.path)) if site.kind.name == "block" else _block_of(site, root)
-        if site.kind.name != "block" and not names:
+        path, names = (site.path, _names(site.owner, site.path)) if site.kind.whole else _block_of(site, root)
+        if not site.kind.whole and not names:
             placed[site.path] = (site, None)
             continue
-        found = placed.get(path) or (next(iter(BLOCK.sites(path, root.get_submodule(path)))), ())
+        found = placed.get(path) or (BLOCK.site(path, root.get_submodule(path)), ())
         placed[path] = (found[0], (*(found[1] or ()), *names))
     return list(placed.values())
 

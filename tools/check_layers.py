@@ -20,6 +20,7 @@ BANDS: tuple[tuple[str, ...], ...] = (
     ("core",),
     ("methods",),
     ("formats",),
+    ("attention",),
     ("pocket",),
     (
         "training",

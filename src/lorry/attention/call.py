@@ -109,17 +109,19 @@ class Product:
         values = expanded(self.v, wide.shape[1]).detach().to(wide.dtype)
         if wide.shape[-1] != values.shape[-2]:
             return False
-        apart = (wide @ values - self.output.detach().to(wide.dtype)).abs().max()
+        output = self.output.detach().to(wide.dtype)
+        # some layers compute NaN where a query of padding sees nothing
+        with torch.autocast(wide.device.type, enabled=False):
+            apart = torch.where(output.isnan(), 0.0, wide @ values - output).abs().max()
         # rounding of the logits moves probabilities in proportion, so that the bound grows with their size
         logits = largest_logit(self.q, self.k, self.scaling)
-        return bool(apart <= 16 * _precision(self.q) * (1 + logits) * values.abs().max())
+        return bool(apart <= 16 * _precision(self.q, self.output) * (1 + logits) * values.abs().max())
 
 
 def softmax(product: Product) -> Tensor:
     """Return the exact probabilities of a product, ``(batch, heads, length, keys)``, in float32 or better."""
-    q, k = product.q, product.k
-    wide = torch.promote_types(q.dtype, torch.float32)
-    logits = q.to(wide) @ expanded(k, q.shape[1]).to(wide).transpose(-1, -2) * product.scaling
+    logits = _products(product.q, product.k) * product.scaling
+    wide = logits.dtype
     if product.softcap is not None:
         logits = product.softcap * torch.tanh(logits / product.softcap)
     if product.bias is not None:
@@ -155,21 +157,30 @@ def expanded(tensor: Tensor, heads: int) -> Tensor:
 @torch.no_grad()
 def largest_logit(q: Tensor, k: Tensor, scaling: float) -> float:
     """Return max |q k^T| * scaling over all heads, queries and keys, masked ones too."""
+    return float(_products(q, k).abs().max()) * abs(scaling)
+
+
+def _products(q: Tensor, k: Tensor) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
-    return float((q.to(wide) @ expanded(k, q.shape[1]).to(wide).transpose(-1, -2)).abs().max()) * abs(scaling)
+    # mixed precision would round the products of a reader that is called inside of it
+    with torch.autocast(q.device.type, enabled=False):
+        return q.to(wide) @ expanded(k, q.shape[1]).to(wide).transpose(-1, -2)
 
 
-def _precision(tensor: Tensor) -> float:
-    step = torch.finfo(tensor.dtype).eps
-    coarse = tensor.is_cuda and torch.get_float32_matmul_precision() != "highest"
+def _precision(*tensors: Tensor) -> float:
+    """Return the relative step with which the coarsest of these was computed."""
+    # models in float64 take their softmax in float32 here and there
+    step = max(torch.finfo(dtype).eps for dtype in (torch.float32, *(tensor.dtype for tensor in tensors)))
+    coarse = tensors[0].is_cuda and torch.get_float32_matmul_precision() != "highest"
     return max(step, 1e-3) if coarse else step
 
 
 class AttentionCall:
     """One call of one attention site.
 
-    Tensors are those that the layer computed with, in its graph: gradients flow through everything made of them.
-    An adapter on a projection is in them.
+    Tensors are those that the layer computed with (or views of them), in its graph: gradients flow through everything
+    made of them, back to weights and inputs. An adapter on a projection is in them. For the gradient that comes from
+    the model's own loss ask for `gradient`: what is seen of the output is a view, which the model does not go on with.
 
     Attributes
     ----------

@@ -166,7 +166,7 @@ class Frame:
         for listener, call in calls:
             if "gradient" in listener.want:
                 output.register_hook(_keeper(call, lift))
-        if changed and not self.again and _saving_hooks():
+        if changed and not self.again and _in_checkpoint():
             assert self.site is not None
             output.register_hook(_guard(self.listeners, self.site.path))
 
@@ -211,6 +211,7 @@ def _guard(listeners: tuple[Listener, ...], path: str) -> Callable[[Tensor], Non
     return refuse
 
 
-def _saving_hooks() -> bool:
-    """Whether tensors saved for the backward pass go to somebody, such as a checkpointed segment."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+def _in_checkpoint() -> bool:
+    """Whether a segment runs here that torch.utils.checkpoint (not reentrant) computes again in the backward pass."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"

@@ -89,11 +89,11 @@ def _drawn(maps: Tensor, heads: Sequence[int], queries: Sequence[str] | None, ke
         for axis, names in ((panel.xaxis, keys), (panel.yaxis, queries)):
             if names is not None and len(names) <= _NAMED:
                 axis.set_ticks(range(len(names)), names, fontsize=7)
-        if keys is not None and len(keys) <= _NAMED:
+        if keys is not None and len(keys) <= _NAMED and max(map(len, keys)) > 2:
             panel.tick_params("x", labelrotation=90)
     figure.supxlabel("key", fontsize=9)
     figure.supylabel("query", fontsize=9)
-    figure.colorbar(image, ax=axes, label="probability", fraction=0.03)
+    figure.colorbar(image, ax=axes, label="probability", fraction=0.03, pad=0.01)
     return figure
 
 

@@ -68,6 +68,7 @@ class Watch:
         self._escorts = {id(m): m for m in model.modules() if isinstance(m, nn.TransformerEncoder)}
         self._interfaces: list[type] = []
         self._since: dict[int, int] = {}
+        self._began = False
         self.opener = 0
 
     def __enter__(self) -> Watch:
@@ -84,6 +85,7 @@ class Watch:
             self._leave()
             raise
         self.closed = False
+        self._began = False
         self.opener = threading.get_ident()
         self._since = {self.opener: _graph_number()}
         _CURRENT.set((*_CURRENT.get(), self))
@@ -92,7 +94,7 @@ class Watch:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Leave the model as it was; watches may be closed in any order."""
         self.closed = True
-        if kind is None and not any(self.counts.values()):
+        if kind is None and not self._began:
             warnings.warn(
                 f"Nothing was seen at {len(self.sites)} attention sites: the model did not run in this thread or task, "
                 "or it ran from a graph that torch.compile had made before (run it under "
@@ -123,6 +125,7 @@ class Watch:
     def begin(self) -> None:
         """Note that a forward begins in this thread."""
         self._since.setdefault(threading.get_ident(), _graph_number())
+        self._began = True
 
     def takes_part_again(self, module: nn.Module) -> bool:
         """Whether the recomputation that runs now is of a pass under this watch, and the watch matters to it."""
@@ -184,7 +187,7 @@ def watch(
     recomputation
         Whether readers are called again, with ``call.recomputation`` set, when gradient checkpointing computes a
         segment again. Editors always are, and readers at sites where they replaced an output: both must give the same
-        again, and the backward pass must run before the watch is closed.
+        again, and the backward pass must run in the watch's thread before it is closed.
 
     Returns
     -------
@@ -250,7 +253,7 @@ def _enter(module: nn.Module, args: Any) -> None:
     if not watches:
         return
     site = watches[0].frame(module)[0]
-    for each in watches:
+    for each in watches if not again else ():
         each.begin()
     frame = Frame(module, site, watches, again)
     seen_by_interface = site is not None and site.interface == "transformers"

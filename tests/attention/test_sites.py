@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention.tiny import Torch, bert, causal_model, flux, gpt2, sd3, t5, unet, wan, whisper
+from attention.tiny import Torch, bert, causal_model, flux, gpt2, mochi, sd3, t5, unet, wan, whisper
 from torch import nn
 
 from lorry.attention import AttentionSite, attention_sites, watch
@@ -34,6 +34,7 @@ def test_a_grouped_model_says_its_heads():
         (sd3, {"joint": 2}),
         (flux, {"joint": 1, "self": 2}),
         (wan, {"self": 2, "cross": 2}),
+        (mochi, {"joint": 2, "self": 1}),
         (Torch, {"self": 3, "cross": 1, "pool": 1}),
     ],
 )

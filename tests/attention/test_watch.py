@@ -152,6 +152,26 @@ def test_cross_attention_maps_of_a_unet_by_token():
     torch.testing.assert_close(maps[0].sum(-1), torch.ones(maps[0].shape[:-1]))
 
 
+@pytest.mark.parametrize("explicit", [False, True])
+def test_an_image_prompt_is_a_second_part(explicit):
+    from diffusers.models import attention_processor as processors
+
+    kind = processors.IPAdapterAttnProcessor if explicit else processors.IPAdapterAttnProcessor2_0
+    torch.manual_seed(0)
+    attention = unet().mid_block.attentions[0].transformer_blocks[0].attn2
+    attention.set_processor(kind(hidden_size=32, cross_attention_dim=16, num_tokens=(3,)))
+    inputs = {"hidden_states": noise(2, 16, 32), "encoder_hidden_states": (noise(2, 5, 16), [noise(2, 1, 3, 16)])}
+    calls = []
+    with torch.no_grad():
+        expected = attention(**inputs)
+        with watch(attention, calls.append):
+            assert torch.equal(attention(**inputs), expected)
+    assert [(one.part, one.k.shape[2]) for one in calls] == [(0, 5), (1, 3)]
+    for one in calls:
+        _, output = reference(one.q, one.k, one.v)
+        torch.testing.assert_close(one.output.double(), output, atol=2e-6, rtol=1e-5)
+
+
 def test_a_decoding_step_sees_all_keys_of_the_cache():
     model = causal_model("llama")
     calls = []

@@ -162,6 +162,24 @@ def wan() -> Any:
     ).eval()
 
 
+def mochi() -> Any:
+    """A model whose joint attention is one product for each row of the batch, over its real text tokens."""
+    from diffusers import MochiTransformer3DModel
+
+    torch.manual_seed(0)
+    return MochiTransformer3DModel(
+        patch_size=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        pooled_projection_dim=16,
+        in_channels=4,
+        text_embed_dim=16,
+        time_embed_dim=4,
+        max_sequence_length=8,
+    ).eval()
+
+
 def explicit_unet() -> Any:
     """A U-Net whose processors multiply, normalise and multiply again instead of calling one function."""
     from diffusers.models.attention_processor import AttnProcessor
@@ -247,6 +265,17 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[Any], Tensor]]] = {
         ),
     ),
     "wan": (wan, lambda m: m(noise(1, 4, 2, 8, 8), torch.tensor([3]), noise(1, 5, 16)).sample),
+    "mochi": (
+        mochi,
+        lambda m: (
+            m(
+                noise(2, 4, 2, 4, 4),
+                noise(2, 5, 16),
+                torch.tensor([3, 3]),
+                torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool(),
+            ).sample
+        ),
+    ),
     "torch": (Torch, lambda m: m(noise(2, 6, 16))),
     "plain": (Plain, lambda m: m(noise(2, 6, 16))),
 }

@@ -141,9 +141,12 @@ def _interface(module: nn.Module) -> str | None:
     if isinstance(module, nn.MultiheadAttention):
         return "torch"
     processor = getattr(module, "processor", None)
-    if processor is not None and callable(getattr(module, "set_processor", None)):
-        call = processor.forward if isinstance(processor, nn.Module) else type(processor).__call__
-        return "diffusers" if _PRODUCTS & _names(type(processor), call) else None
+    if callable(processor):
+        # processors that are modules (image prompts) have a call of their own, not a forward
+        own = type(processor).__call__ is not nn.Module.__call__
+        call = type(processor).__call__ if own else type(processor).forward
+        if _PRODUCTS & _names(type(processor), call):
+            return "diffusers"
     names = _names(type(module), type(module).forward)
     if REGISTRY in names:
         return "transformers"
@@ -207,7 +210,7 @@ def _kind(path: str, module: nn.Module, modules: Mapping[str, nn.Module]) -> str
     above = (modules.get(".".join(parts[:end])) for end in range(1, len(parts)))
     if any(_TEMPORAL.search(type(m).__name__) for m in above if m is not None) or _TEMPORAL.search(path):
         return "temporal"
-    if getattr(module, "added_kv_proj_dim", None) is not None and hasattr(module, "add_q_proj"):
+    if isinstance(getattr(module, "add_q_proj", None), nn.Module):
         return "joint"
     told = getattr(module, "is_cross_attention", None)
     if isinstance(told, bool):

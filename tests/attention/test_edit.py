@@ -336,18 +336,26 @@ def close(found, expected, atol=1e-6):
         torch.testing.assert_close(found[name], expected[name], atol=atol, rtol=1e-4)
 
 
+@pytest.mark.parametrize("at_once", [True, False])
 @pytest.mark.parametrize("inside", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_a_loss_of_what_was_seen_in_a_checkpointed_model(inside, dropout):
+def test_a_loss_of_what_was_seen_in_a_checkpointed_model(at_once, inside, dropout):
     """Readers are told once, and the gradient is that without checkpointing, whether the watch is still open or not."""
 
     def run(model):
         torch.manual_seed(7)
-        kept = []
-        with watch(model, kept.append, want=("probabilities", "gradient", "q", "output")) as w:
+        kept, losses = [], []
+
+        def read(one):
+            kept.append(one)
+            if at_once:
+                # a graph made inside of the segment, which saves tensors of its own
+                losses.append(one.probabilities.square().mean())
+
+        with watch(model, read, want=("probabilities", "gradient", "q", "output")) as w:
             loss = model(tokens()).logits.square().mean()
             loss = loss + sum(one.probabilities.square().mean() + one.q.square().mean() for one in kept)
-            loss = loss + sum(one.output.square().mean() for one in kept)
+            loss = loss + sum(one.output.square().mean() for one in kept) + sum(losses)
             if inside:
                 loss.backward()
         if not inside:
@@ -388,6 +396,20 @@ def test_edits_act_again_in_a_recomputation(reader, reentrant):
     found = run(checkpointed(causal_model("llama"), reentrant))
     assert again == [False, True]
     close(found, expected)
+
+
+def test_a_reader_beside_an_editor_is_told_once():
+    model = checkpointed(causal_model("llama"))
+    read, edited = [], []
+
+    def edit(one):
+        edited.append(one.recomputation)
+        return {"v": one.v * 0.5}
+
+    with watch(model, lambda one: read.append(one.recomputation), editor=edit, targets=FIRST):
+        model(tokens()).logits.square().mean().backward()
+    assert read == [False]
+    assert edited == [False, True]
 
 
 def test_a_pass_before_the_watch_is_recomputed_as_it_was():

@@ -45,8 +45,6 @@ class Frame:
         self.listeners = listeners
         self.again = again
         self.parts = 0
-        #: Whether the layer's own product runs, of which nobody is told again.
-        self.busy = False
         self._mode: TorchFunctionMode | None = None
 
     def open(self, mode: TorchFunctionMode | None) -> None:
@@ -103,11 +101,7 @@ class Frame:
         if given.output is None and given.replaced is not None:
             given.output = given.replaced.to(given.v.dtype) @ expanded(given.v, given.q.shape[1])
         elif given.output is None:
-            self.busy = True
-            try:
-                native = compute(given)
-            finally:
-                self.busy = False
+            native = compute(given)
             given.output = lift(native)
         calls, output = self._read(given, part)
         if native is None or output is not given.output:

@@ -73,7 +73,7 @@ def _interface(own: Callable[..., Any]) -> Callable[..., Any]:
     def get_interface(self: Any, attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
         function = own(self, attn_implementation, default)
         frame = current_frame()
-        if frame is None or frame.busy or frame.site is None:
+        if frame is None or frame.site is None:
             return function
         return _wrapped(function, attn_implementation, function is default, frame)
 
@@ -218,7 +218,7 @@ class Functions(TorchFunctionMode):
         """Let every function pass but those that are attention."""
         kwargs = kwargs or {}
         frame = self.frame
-        if frame.busy or frame.site is None or current_frame() is not frame:
+        if frame.site is None or current_frame() is not frame:
             return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return self._fused(func, *args, **kwargs)

@@ -1,5 +1,6 @@
 """Tiny models of real classes with a call for each, and an attention of plain float64 operations as a reference."""
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -317,3 +318,44 @@ def reference(
         maps.append(torch.where(total > 0, weights / total, 0))
     found = torch.stack(maps, dim=1)
     return found, torch.stack([found[:, h] @ v[:, h // group] for h in range(q.shape[1])], dim=1)
+
+
+def state(model):
+    """All that could be left changed: attributes, hooks, processors, configuration, weights."""
+    found = {}
+    for path, module in model.named_modules():
+        plain = {
+            name: value
+            for name, value in vars(module).items()
+            if name not in ("_parameters", "_buffers", "_modules", "_forward_hooks_always_called")
+        }
+        found[path] = (type(module), type(module).__call__, list(plain), [id(value) for value in plain.values()])
+        hooks = [dict(value) for name, value in vars(module).items() if "hooks" in name and isinstance(value, dict)]
+        found[path] += (hooks, id(getattr(module, "processor", None)))
+    config = getattr(model, "config", None)
+    told = copy.deepcopy(dict(config.items()) if hasattr(config, "items") else vars(config) if config else {})
+    return found, told, {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def same(before, after):
+    assert before[:2] == after[:2]
+    assert before[2].keys() == after[2].keys()
+    assert all(torch.equal(before[2][key], after[2][key]) for key in before[2])
+
+
+def interface():
+    from transformers.modeling_utils import AttentionInterface
+
+    return vars(AttentionInterface)["get_interface"]
+
+
+def gradients(model):
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def close(found, expected, atol=1e-6):
+    assert found.keys() == expected.keys() and found
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=atol, rtol=1e-4)

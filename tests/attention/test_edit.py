@@ -25,8 +25,6 @@ from torch import nn
 import lorry
 from lorry.attention import AttentionError, watch
 
-FIRST = "model.layers.0.self_attn"
-
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_replaced_output_is_what_the_layer_goes_on_with(name):

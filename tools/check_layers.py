@@ -22,6 +22,7 @@ BANDS: tuple[tuple[str, ...], ...] = (
     ("core",),
     ("methods",),
     ("formats",),
+    ("roots", "attention"),
     ("pocket",),
     (
         "training",

@@ -1,0 +1,34 @@
+"""Attention seen and changed from outside: sites, watches, a report, pictures.
+
+>>> import torch, lorry.attention
+>>> from transformers import LlamaConfig, LlamaForCausalLM
+>>> model = LlamaForCausalLM(LlamaConfig(
+...     hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=9
+... ))
+>>> calls = []
+>>> with lorry.attention.watch(model, calls.append):
+...     _ = model(torch.tensor([[1, 2, 3]]))
+>>> calls[0].probabilities.shape
+torch.Size([1, 2, 3, 3])
+"""
+
+from __future__ import annotations
+
+from lorry.attention.call import AttentionCall, AttentionError
+from lorry.attention.picture import heat_map
+from lorry.attention.reporting import AttentionReport, SiteReport, report
+from lorry.attention.sites import AttentionSite, attention_sites
+from lorry.attention.watching import Watch, watch
+
+__all__ = [
+    "AttentionCall",
+    "AttentionError",
+    "AttentionReport",
+    "AttentionSite",
+    "SiteReport",
+    "Watch",
+    "attention_sites",
+    "heat_map",
+    "report",
+    "watch",
+]

@@ -19,7 +19,9 @@ from lorry.core.life.plan import Plan, plan
 from lorry.core.method.registry import method_from
 from lorry.core.method.registry import methods as registered
 from lorry.core.receipt import Receipt
+from lorry.formats.file import AdapterFile
 from lorry.formats.load import load
+from lorry.formats.reader import open_adapter as open
 
 if TYPE_CHECKING:
     from lorry.methods.dora import DoRA
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Adapter",
+    "AdapterFile",
     "AdapterError",
     "CheckpointError",
     "DoRA",
@@ -48,6 +51,7 @@ __all__ = [
     "load",
     "method_from",
     "methods",
+    "open",
     "plan",
     "rows",
 ]

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import lorry
 from lorry.formats.folders import MANIFEST, PEFT_CONFIG, TENSORS
+from lorry.formats.save import sealed
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +42,16 @@ def refused(folder, error, match, model=None, **options):
 
 
 def changed(saved, form, tmp_path, change, **files):
-    """Copy a form with its tensors and JSON files changed, keeping the digest that binds them."""
+    """Copy a form with its tensors and JSON files changed, sealed as a save would."""
     folder = tmp_path / "changed"
     shutil.copytree(saved / form, folder)
     tensors = load_file(folder / TENSORS)
-    digest = json.loads((folder / MANIFEST).read_text())["digest"] if (folder / MANIFEST).exists() else ""
     change(tensors)
-    save_file(tensors, folder / TENSORS, {"lorry_digest": digest})
+    blob, digest, checksums = sealed(tensors)
+    (folder / TENSORS).write_bytes(blob)
+    if (folder / MANIFEST).exists():
+        values = json.loads((folder / MANIFEST).read_text())
+        (folder / MANIFEST).write_text(json.dumps({**values, "digest": digest, "checksums": checksums}))
     for name, edit in files.items():
         path = folder / {"manifest": MANIFEST, "config": PEFT_CONFIG}[name]
         values = json.loads(path.read_text())

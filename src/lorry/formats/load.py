@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import os
 import re
-from importlib import import_module
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from lorry.core.errors import CheckpointError, near_misses, some
 from lorry.core.life.adapter import Adapter, build
+from lorry.core.life.api import check_name, install
 from lorry.core.life.state import ModelState, open_state
 from lorry.core.method.registry import methods
 from lorry.core.method.spec import TensorSpec
 from lorry.core.receipt import FingerprintVerdict, Receipt
 from lorry.core.sites.fingerprint import Fingerprint
 from lorry.formats.bind import Bound, bind, renamed
-from lorry.formats.folders import MANIFEST, PEFT_CONFIG, inside, located
-from lorry.formats.info import AdapterFile, read_info
-from lorry.formats.peft_config import read_json
+from lorry.formats.file import AdapterFile
+from lorry.formats.reader import open_adapter
+from lorry.formats.registry import LOADERS
+from lorry.formats.tensors import check_finite
 
 
 def load(
     model: nn.Module,
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | AdapterFile,
     *,
     name: str | None = None,
     trainable: bool = False,
@@ -41,8 +41,8 @@ def load(
     model
         The base.
     path
-        Lorry's or PEFT's folder (of its other tuners too, if peft is installed), or a single ``.safetensors`` file in
-        kohya's or diffusers' naming.
+        Lorry's or PEFT's folder (of its other tuners too, if peft is installed), a single ``.safetensors`` file in
+        kohya's or diffusers' naming, what a registered reader knows, or an opened adapter.
     name
         On the model; the name it was saved under if not given.
     trainable
@@ -66,22 +66,67 @@ def load(
     CheckpointError, FingerprintError, AdapterError, SiteError
         What was expected and found; the model is as it was.
     """
-    from lorry.core.life.api import check_name, install
+    file = open_adapter(path)
+    transient = not isinstance(path, AdapterFile)
+    adapter: Adapter = LOADERS.find(file.loader)(
+        file,
+        model,
+        name=name,
+        trainable=trainable,
+        activate=activate,
+        check_base=check_base,
+        dtype=dtype,
+        expect=expect,
+        transient=transient,
+    )
+    if transient:
+        file.close()
+    return adapter
 
-    place = located(path)
-    if _of_another_tuner(place):
-        native = import_module("lorry.formats.peft_native")
-        options = {"trainable": trainable, "activate": activate, "dtype": dtype, "expect": expect}
-        found: Adapter = native.load(model, place, name=name or "default", **options)
-        return found
-    file = read_info(path, eager=True)
+
+def load_sites(
+    file: AdapterFile,
+    model: nn.Module,
+    *,
+    name: str | None = None,
+    trainable: bool = False,
+    activate: bool = True,
+    check_base: bool = True,
+    dtype: torch.dtype | None = None,
+    expect: str | None = None,
+    transient: bool = False,
+) -> Adapter:
+    """Load an opened adapter whose sites are known; options and errors as for `load`.
+
+    `transient` says that nobody else uses the file's tensors, so that they need not be copied.
+    """
+    adapter = built_for(
+        file, model, name=name, check_base=check_base, dtype=dtype, expect=expect, private=trainable or not transient
+    )
+    return install(adapter, trainable=trainable, activate=activate)
+
+
+LOADERS.add("sites", load_sites)
+
+
+def built_for(
+    file: AdapterFile,
+    model: nn.Module,
+    *,
+    name: str | None,
+    check_base: bool,
+    dtype: torch.dtype | None,
+    expect: str | None = None,
+    private: bool = True,
+) -> Adapter:
+    """Return the file's adapter for a model that does not know of it yet; the model is as it was."""
     state = open_state(model)
     name = name if name is not None else _name(file)
     check_name(name, state)
     if expect is not None:
         _check_method(file, expect)
-    adapter = _built(file, state, name, dtype, check_base=check_base, private=trainable)
-    return install(adapter, trainable=trainable, activate=activate)
+    file.read_all()
+    return _built(file, state, name, dtype, check_base=check_base, private=private)
 
 
 def _built(
@@ -93,12 +138,13 @@ def _built(
     check_base: bool,
     private: bool,
 ) -> Adapter:
-    """Return the file's adapter for a model that does not know of it yet."""
     bound = bind(file, state)
     state.check_owners(site for site, _ in bound.chosen)
     mark, verdict = _base_verdict(file, bound, state, check_base)
-    assert file.loaded is not None
-    file.loaded.check_finite()
+    if file.loaded is not None:
+        file.check_finite()
+    else:
+        check_finite(bound.values, file.where)
     values = _Values(file, bound, dtype, private=private)
     metadata = dict(file.metadata)
     seed = metadata.get("seed", 0)
@@ -115,7 +161,7 @@ def _built(
     values.check_all_used()
     if mark is not None and verdict == "ignored":
         adapter.fingerprint = mark
-    total, sites = len(file.file.places), len(bound.chosen)
+    total, sites = file.tensor_count, len(bound.chosen)
     applied = total - bound.elsewhere
     adapter.receipt = Receipt("load", name, applied, total, sites, verdict, notes=tuple(bound.notes))
     return adapter
@@ -125,7 +171,7 @@ class _Values:
     """Gives `build` each tensor, checked and cast, and knows which were not asked for."""
 
     def __init__(self, file: AdapterFile, bound: Bound, dtype: torch.dtype | None, *, private: bool) -> None:
-        self.where = file.path
+        self.where = file.where
         self.left = bound.values
         self.wanted = dtype
         self.private = private
@@ -171,21 +217,12 @@ def _name(file: AdapterFile) -> str:
     return cleaned[:128] or "default"
 
 
-def _of_another_tuner(place: Path) -> bool:
-    """Whether a folder was written by PEFT for an adapter that is no LoRA.
-
-    What reads these lies above the core, so it is found by its name, as methods are.
-    """
-    config = None if not place.is_dir() or inside(place, MANIFEST) else inside(place, PEFT_CONFIG)
-    return config is not None and str(read_json(config).get("peft_type", "LORA")).upper() != "LORA"
-
-
 def _check_method(file: AdapterFile, expect: str) -> None:
     if expect not in methods():
         raise CheckpointError(f"There is no method '{expect}'.{near_misses(expect, methods())}")
     if file.method.info.slug != expect:
         raise CheckpointError(
-            f"'{file.path}' holds an adapter of the method '{file.method.info.slug}', expected was '{expect}'."
+            f"'{file.where}' holds an adapter of the method '{file.method.info.slug}', expected was '{expect}'."
         )
 
 
@@ -200,6 +237,6 @@ def _base_verdict(
     mark = renamed(file.fingerprint, bound.paths)
     found = state.fingerprint(base for site, at in bound.chosen for base in at.bases(site))
     if check:
-        return mark, mark.require(found, f"The adapter in '{file.path}'")
+        return mark, mark.require(found, f"The adapter in '{file.where}'")
     verdict = mark.compare(found)
     return mark, "ignored" if verdict == "differs" else verdict

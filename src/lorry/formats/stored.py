@@ -16,10 +16,11 @@ from torch import Tensor
 
 from lorry.core.errors import CheckpointError
 from lorry.core.method.base import Method
+from lorry.core.sites.site import Site
 
 
 @dataclass(slots=True)
-class Part:
+class StoredSite:
     """An adapter at one site as a file has it.
 
     Attributes
@@ -36,6 +37,13 @@ class Part:
         Of the site, where the file tells (Lorry's own does).
     component
         Which model of a pipeline it belongs to (``unet``, ``text_encoder``), where the file tells.
+    values
+        Tensors by Lorry's names and in Lorry's layout, in place of the file's: of an adapter that was edited, or
+        that never was a file.
+    unsaved
+        Names among them that are rebuilt from the seed and never written.
+    site
+        The place in a model, for an adapter that was taken from one.
     """
 
     path: str
@@ -45,6 +53,9 @@ class Part:
     kind: str | None = None
     shape: tuple[int, ...] | None = None
     component: str = ""
+    values: dict[str, Tensor] | None = None
+    unsaved: frozenset[str] = frozenset()
+    site: Site | None = None
 
 
 def canonical(name: str, value: Tensor, kind: str | None, lead: tuple[int, ...]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
 from torch import Generator, Tensor, nn
@@ -97,13 +98,24 @@ def _put(file: AdapterFile, part: StoredSite, site: Site, bound: Bound) -> None:
         values.update(_taken_out(method, site, form.computed))
     if not file.native and kind == "conv":
         _check_convolution(file, site)
-    prefix = site.path
-    for name, value in values.items():
-        full = f"{prefix}.{name}"
+    for name, value in _of_one_type(values, method, site).items():
+        full = f"{site.path}.{name}"
         if full in bound.values:
             raise CheckpointError(f"'{file.where}' holds two tensors for '{full}' of this model; nothing was loaded.")
         bound.values[full] = value
     bound.chosen.append((site, method))
+
+
+def _of_one_type(values: dict[str, Tensor], method: Method, site: Site) -> dict[str, Tensor]:
+    """Return the tensors of a site in the smallest floating type that holds them all; those of a type of their own
+    stay.
+    """
+    types = {t.dtype for t in values.values() if t.is_floating_point()}
+    if len(types) < 2 or method.whole:
+        return values
+    own = {n for n, spec in method.layout([site]).sites[site.path].items() if spec.dtype is not None}
+    common = reduce(torch.promote_types, (torch.bfloat16 if t.itemsize == 1 else t for t in types))
+    return {n: t if n in own or not t.is_floating_point() else t.to(common) for n, t in values.items()}
 
 
 def _taken_out(method: Method, site: Site, names: Sequence[str]) -> dict[str, Tensor]:

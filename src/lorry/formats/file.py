@@ -253,7 +253,8 @@ class AdapterFile:
             kernel = tuple(stored.site.stored.shape[1:]) if stored.site.kind.name == "conv" else ()
             return SiteFacts(stored.site.kind.name, stored.site.shape, kernel)
         a, b = owner._shape_of(stored, "A"), owner._shape_of(stored, "B")
-        kernel = tuple(a[1:]) if a is not None and len(a) > 2 and not owner.native else ()
+        laid_out = a is not None and len(a) > 2 and not owner.native
+        kernel = tuple(a[1:]) if a is not None and laid_out else stored.kernel
         if stored.shape is not None and stored.kind is not None:
             return SiteFacts(stored.kind, stored.shape, kernel if stored.kind == "conv" else ())
         if a is None or b is None or stored.kind == "packed":
@@ -296,7 +297,8 @@ class AdapterFile:
         if stored.method.whole:
             return
         site = self.site(path)
-        wanted = {n for n, spec in stored.method.layout([site]).sites[site.path].items() if spec.saved}
+        layout = stored.method.layout([site])
+        wanted = {n for n, spec in layout.sites[site.path].items() if spec.saved} | layout.shared.keys()
         have = {*(stored.keys if stored.values is None else stored.values), *owner.shared, *owner.shared_values}
         if not wanted <= have:
             raise NeedsBase(
@@ -403,7 +405,7 @@ class AdapterFile:
                     "Nothing was changed."
                 )
             owner = self.stored(path)[0]
-            if owner.shared or owner.shared_values:
+            if owner.shared or owner.shared_values or stored.method.layout([self.site(path)]).shared:
                 raise AdapterError(f"The sites of '{self.where}' share tensors, so none can be changed on its own.")
             changed[path] = change(*self._all(path))
         for path, new in changed.items():

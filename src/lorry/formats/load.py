@@ -12,6 +12,7 @@ from lorry.core.errors import CheckpointError, near_misses, some
 from lorry.core.life.adapter import Adapter, build
 from lorry.core.life.api import check_name, install
 from lorry.core.life.state import ModelState, open_state
+from lorry.core.method.families import Bottleneck
 from lorry.core.method.registry import methods
 from lorry.core.method.spec import TensorSpec
 from lorry.core.receipt import FingerprintVerdict, Receipt
@@ -139,6 +140,7 @@ def _built(
     private: bool,
 ) -> Adapter:
     bound = bind(file, state)
+    _check_scales(file, bound)
     state.check_owners(site for site, _ in bound.chosen)
     mark, verdict = _base_verdict(file, bound, state, check_base)
     if file.loaded is not None:
@@ -175,7 +177,7 @@ class _Values:
         self.left = bound.values
         self.wanted = dtype
         self.private = private
-        floating = (v.dtype for v in bound.values.values() if v.is_floating_point())
+        floating = (_computable(v.dtype) for v in bound.values.values() if v.is_floating_point())
         self.dtype = dtype or next(floating, torch.float32)
 
     def __call__(self, full: str, spec: TensorSpec) -> Tensor:
@@ -196,8 +198,8 @@ class _Values:
                 raise CheckpointError(f"'{self.where}': the tensor '{full}' must be {spec.dtype}, found {value.dtype}.")
         elif not value.is_floating_point():
             raise CheckpointError(f"'{self.where}': the tensor '{full}' must be floating, found {value.dtype}.")
-        elif self.wanted is not None and value.dtype != self.wanted:
-            return value.to(self.wanted)
+        elif value.dtype != (dtype := self.wanted or _computable(value.dtype)):
+            return value.to(dtype)
         if self.private:
             return value.clone(memory_format=torch.contiguous_format)
         # products of tensors that lie askew in memory round otherwise than those of the adapter that was saved
@@ -212,6 +214,11 @@ class _Values:
             )
 
 
+def _computable(dtype: torch.dtype) -> torch.dtype:
+    """Return the type to compute in: bfloat16 for 8-bit types, all of whose values it has."""
+    return torch.bfloat16 if dtype.itemsize == 1 else dtype
+
+
 def _name(file: AdapterFile) -> str:
     cleaned = re.sub(r"[^A-Za-z0-9_.\-]+", "_", file.name).lstrip("_.-")
     return cleaned[:128] or "default"
@@ -224,6 +231,17 @@ def _check_method(file: AdapterFile, expect: str) -> None:
         raise CheckpointError(
             f"'{file.where}' holds an adapter of the method '{file.method.info.slug}', expected was '{expect}'."
         )
+
+
+def _check_scales(file: AdapterFile, bound: Bound) -> None:
+    """Refuse scales that single precision does not hold: the forward pass could not apply them."""
+    for site, method in bound.chosen:
+        scale = method.scale(site) if isinstance(method, Bottleneck) else getattr(method, "alpha", None) or 0.0
+        if not abs(scale) <= torch.finfo(torch.float32).max:
+            raise CheckpointError(
+                f"'{file.where}' scales the update at '{site.path}' by {scale:.3g}, which single precision does not "
+                "hold; nothing was loaded. The file is damaged."
+            )
 
 
 def _base_verdict(

@@ -70,7 +70,9 @@ def _adapter(location: Location, manifest: Manifest, section: Section, file: Ten
     """Return the adapter of one root; the empty root is the only one."""
     prefix = f"{root}{ROOT_MARK}" if root else ""
     sites = {
-        p: StoredSite(p, m, kind=section.kinds[p], shape=section.shapes[p], component=root)
+        p: StoredSite(
+            p, m, kind=section.kinds[p], shape=section.shapes[p], kernel=section.kernels.get(p, ()), component=root
+        )
         for p, m in section.methods.items()
     }
     shared = {name: f"{prefix}shared.{name}" for name in section.shared}

@@ -2,7 +2,8 @@
 
 The number ``format`` counts up with every change; ``readable_by`` is the oldest format whose reader computes
 the same. A reader refuses files with a higher ``readable_by``, and passes over unknown fields of the others
-with a note. Format 2 added a checksum for every tensor, and components (one adapter over several roots).
+with a note. Format 2 added a checksum for every tensor, kernels of convolutions, and components (one adapter over
+several roots).
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from lorry.core.sites.fingerprint import Fingerprint
 from lorry.formats.updates import kind_named
 
 FORMAT = 2
-#: The oldest reader that computes the same for an adapter of one root, and for one of several.
-_PLAIN_READER, _BUNDLE_READER = 1, 2
+#: The oldest reader that computes the same: for an adapter of one root, and for what format 1 did not have.
+_READER_OF_1, _READER_OF_2 = 1, 2
 _SECTION = frozenset("layout method sites shared fingerprint metadata".split())
+_SITE = frozenset("kind shape kernel method".split())
 _FIELDS = {
     1: frozenset("format readable_by lorry name tensors dtype digest".split()) | _SECTION,
     2: frozenset("checksums components".split()),
@@ -39,6 +41,8 @@ class Section:
         ``peft`` if the tensors carry PEFT's names and layout, ``lorry`` for Lorry's own.
     methods, kinds, shapes
         By site path, in the order of the model.
+    kernels
+        ``(channels, *kernel size)`` of convolutions by site path, where the tensors do not tell.
     """
 
     layout: str
@@ -49,12 +53,15 @@ class Section:
     shared: tuple[str, ...]
     fingerprint: Fingerprint
     metadata: dict[str, Any]
+    kernels: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
         sites: dict[str, Any] = {}
         for path, method in self.methods.items():
             sites[path] = {"kind": self.kinds[path], "shape": list(self.shapes[path])}
+            if path in self.kernels:
+                sites[path]["kernel"] = list(self.kernels[path])
             if method != self.method:
                 sites[path]["method"] = method.to_dict()
         return {
@@ -99,9 +106,10 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Return the file's content."""
+        kernels = any(section.kernels for section in self.sections.values())
         values: dict[str, Any] = {
             "format": FORMAT,
-            "readable_by": _BUNDLE_READER if self.bundle else _PLAIN_READER,
+            "readable_by": _READER_OF_2 if self.bundle or kernels else _READER_OF_1,
             "lorry": getattr(sys.modules.get("lorry"), "__version__", ""),
             "name": self.name,
             "dtype": self.dtype,
@@ -174,12 +182,15 @@ def _section(values: Mapping[str, Any], made: dict[str, Method], where: str) -> 
     methods: dict[str, Method] = {}
     kinds: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
+    kernels: dict[str, tuple[int, ...]] = {}
     for site, entry in _dict(values["sites"], "sites").items():
-        _refuse_unknown(_dict(entry, f"site '{site}'").keys() - {"kind", "shape", "method"}, where, f"site '{site}'")
+        _refuse_unknown(_dict(entry, f"site '{site}'").keys() - _SITE, where, f"site '{site}'")
         own = entry.get("method")
         methods[site] = method if own is None else _method(own, made)
         kinds[site] = kind_named(_want(entry["kind"], str, "kind"), where).name
         shapes[site] = tuple(_whole(n, f"shape of '{site}'") for n in _want(entry["shape"], list, "shape"))
+        if "kernel" in entry:
+            kernels[site] = tuple(_whole(n, f"kernel of '{site}'") for n in _want(entry["kernel"], list, "kernel"))
         if len(shapes[site]) < 2:
             raise TypeError(f"the shape of '{site}' must have at least two sizes")
     marks = _dict(values["fingerprint"], "fingerprint")
@@ -192,6 +203,7 @@ def _section(values: Mapping[str, Any], made: dict[str, Method], where: str) -> 
         shared=tuple(_want(name, str, "shared") for name in _want(values["shared"], list, "shared")),
         fingerprint=Fingerprint(_texts(marks["sites"], "fingerprint"), _want(marks.get("base", ""), str, "base")),
         metadata=dict(_dict(values.get("metadata") or {}, "metadata")),
+        kernels=kernels,
     )
 
 

@@ -205,6 +205,7 @@ def section_of(file: AdapterFile, layout: str) -> Section:
         kinds={**kinds, **dict.fromkeys(copied, "block")},
         shapes={**shapes, **dict.fromkeys(copied, (0, 0))},
         shared=tuple(shared),
+        kernels={p: f.kernel for p, f in facts.items() if f is not None and f.kernel and layout == "lorry"},
         fingerprint=file.fingerprint if file.fingerprint is not None else Fingerprint({}, file.base),
         metadata=file.metadata,
     )
@@ -256,11 +257,14 @@ def sealed(tensors: Mapping[str, Tensor]) -> tuple[bytes, str, dict[str, str]]:
     """Return a safetensors file that carries a digest of itself, the digest, and the checksum of each tensor."""
     from safetensors.torch import save
 
-    whole = {}
+    whole: dict[str, Tensor] = {}
+    taken: set[int] = set()
     for name, tensor in tensors.items():
         tensor = tensor.contiguous()
-        shares = tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
+        storage = tensor.untyped_storage()
+        shares = storage.nbytes() != tensor.numel() * tensor.element_size() or storage.data_ptr() in taken
         whole[name] = tensor.clone() if shares else tensor
+        taken.add(storage.data_ptr())
     blob = save(whole)
     places, start = places_of(blob)
     view = memoryview(blob)

@@ -33,8 +33,8 @@ class StoredSite:
         Lorry's name of each tensor -> the file's.
     depth
         How many further parameters of the same module PEFT wrapped outside of this one.
-    kind, shape
-        Of the site, where the file tells (Lorry's own does).
+    kind, shape, kernel
+        Of the site, where the file tells (Lorry's own does); the kernel is a convolution's ``(channels, *size)``.
     component
         Which model of a pipeline it belongs to (``unet``, ``text_encoder``), where the file tells.
     values
@@ -52,6 +52,7 @@ class StoredSite:
     depth: int = 0
     kind: str | None = None
     shape: tuple[int, ...] | None = None
+    kernel: tuple[int, ...] = ()
     component: str = ""
     values: dict[str, Tensor] | None = None
     unsaved: frozenset[str] = frozenset()

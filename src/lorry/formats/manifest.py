@@ -184,15 +184,14 @@ def _section(values: Mapping[str, Any], made: dict[str, Method], where: str) -> 
     shapes: dict[str, tuple[int, ...]] = {}
     kernels: dict[str, tuple[int, ...]] = {}
     for site, entry in _dict(values["sites"], "sites").items():
-        _refuse_unknown(_dict(entry, f"site '{site}'").keys() - _SITE, where, f"site '{site}'")
+        if not _dict(entry, "a site").keys() <= _SITE:
+            _refuse_unknown(entry.keys() - _SITE, where, f"site '{site}'")
         own = entry.get("method")
         methods[site] = method if own is None else _method(own, made)
-        kinds[site] = kind_named(_want(entry["kind"], str, "kind"), where).name
-        shapes[site] = tuple(_whole(n, f"shape of '{site}'") for n in _want(entry["shape"], list, "shape"))
+        kinds[site] = kind_named(entry["kind"], where).name
+        shapes[site] = _sizes(entry["shape"], site)
         if "kernel" in entry:
-            kernels[site] = tuple(_whole(n, f"kernel of '{site}'") for n in _want(entry["kernel"], list, "kernel"))
-        if len(shapes[site]) < 2:
-            raise TypeError(f"the shape of '{site}' must have at least two sizes")
+            kernels[site] = _sizes(entry["kernel"], site)
     marks = _dict(values["fingerprint"], "fingerprint")
     return Section(
         layout=_want(values["layout"], str, "layout"),
@@ -236,13 +235,22 @@ def _whole(value: Any, what: str) -> int:
     return value
 
 
+def _sizes(value: Any, site: str) -> tuple[int, ...]:
+    if type(value) is not list or len(value) < 2 or not all(type(n) is int and n >= 0 for n in value):
+        raise TypeError(f"the shape of '{site}' must be two or more whole numbers of at least 0, found {value!r:.80}")
+    return tuple(value)
+
+
 def _dict(value: Any, what: str) -> dict[str, Any]:
     found: dict[str, Any] = _want(value, dict, what)
     return found
 
 
 def _texts(value: Any, what: str) -> dict[str, str]:
-    return {name: _want(text, str, what) for name, text in _dict(value, what).items()}
+    texts = _dict(value, what)
+    if not all(type(text) is str for text in texts.values()):
+        raise TypeError(f"{what} must be of type str for each name, found {texts!r:.80}")
+    return texts
 
 
 def _check_format(values: Mapping[str, Any], where: str) -> tuple[str, ...]:

@@ -20,6 +20,9 @@ from lorry.core.sites.site import Site
 _ROUNDING = 1e-7
 
 
+_KINDS: dict[str, Kind] = {kind.name: kind for kind in (*reversed(KINDS), BLOCK)}
+
+
 class NeedsBase(AdapterError):
     """An update cannot be worked out from the file alone."""
 
@@ -45,10 +48,9 @@ class StandIn(Site):
 
 def kind_named(name: str, where: str) -> Kind:
     """Return the kind of this name, or raise `CheckpointError`."""
-    found = next((k for k in (*KINDS, BLOCK) if k.name == name), None)
+    found = _KINDS.get(name) if isinstance(name, str) else None
     if found is None:
-        known = ", ".join(dict.fromkeys(k.name for k in (*KINDS, BLOCK)))
-        raise CheckpointError(f"'{where}' names a site of the unknown kind '{name}'; known are {known}.")
+        raise CheckpointError(f"'{where}' names a site of the unknown kind '{name}'; known are {', '.join(_KINDS)}.")
     return found
 
 

@@ -20,7 +20,9 @@ from lorry.core.life.plan import Plan, plan
 from lorry.core.method.registry import method_from
 from lorry.core.method.registry import methods as registered
 from lorry.core.receipt import Receipt
+from lorry.formats.file import AdapterFile
 from lorry.formats.load import load
+from lorry.formats.reader import open_adapter as open
 
 if TYPE_CHECKING:
     from lorry.methods.dora import DoRA
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Adapter",
+    "AdapterFile",
     "AdapterError",
     "BySite",
     "ByStep",
@@ -52,6 +55,7 @@ __all__ = [
     "load",
     "method_from",
     "methods",
+    "open",
     "plan",
     "rows",
     "tap",

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import lorry
 from lorry.formats.folders import MANIFEST, PEFT_CONFIG, TENSORS
+from lorry.formats.save import sealed
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +42,16 @@ def refused(folder, error, match, model=None, **options):
 
 
 def changed(saved, form, tmp_path, change, **files):
-    """Copy a form with its tensors and JSON files changed, keeping the digest that binds them."""
+    """Copy a form with its tensors and JSON files changed, sealed as a save would."""
     folder = tmp_path / "changed"
     shutil.copytree(saved / form, folder)
     tensors = load_file(folder / TENSORS)
-    digest = json.loads((folder / MANIFEST).read_text())["digest"] if (folder / MANIFEST).exists() else ""
     change(tensors)
-    save_file(tensors, folder / TENSORS, {"lorry_digest": digest})
+    blob, digest, checksums = sealed(tensors)
+    (folder / TENSORS).write_bytes(blob)
+    if (folder / MANIFEST).exists():
+        values = json.loads((folder / MANIFEST).read_text())
+        (folder / MANIFEST).write_text(json.dumps({**values, "digest": digest, "checksums": checksums}))
     for name, edit in files.items():
         path = folder / {"manifest": MANIFEST, "config": PEFT_CONFIG}[name]
         values = json.loads(path.read_text())
@@ -313,3 +317,143 @@ def test_dtype_training_and_names(saved, tmp_path):
     assert not any(p.requires_grad for n, p in model.named_parameters() if "lorry_" not in n)
     twin = copy.deepcopy(saved / "both")
     assert lorry.load(model, twin, name="c").name == "c"
+
+
+def test_eight_bit_factors_are_computed_in_sixteen_bits(tmp_path):
+    model, folder = llama(), tmp_path / "a"
+    adapter = stir(lorry.attach(model, lorry.LoRA(rank=2), targets=["q_proj"]))
+    adapter.save(folder, format="peft")
+    (folder / MANIFEST).unlink()
+    tensors = {n: t.to(torch.float8_e4m3fn) for n, t in load_file(folder / TENSORS).items()}
+    save_file(tensors, folder / TENSORS)
+    loaded = lorry.load(llama(), folder)
+    values = {t.dtype for _, t, _ in loaded.named_tensors()}
+    assert values == {torch.bfloat16}
+    rounded = {t.float().sum().item() for t in tensors.values()}
+    assert {t.float().sum().item() for _, t, _ in loaded.named_tensors()} == rounded
+
+
+def test_scales_that_single_precision_does_not_hold(saved, tmp_path):
+    folder = changed(saved, "peft", tmp_path, lambda t: None, config=lambda v: v.update(lora_alpha=1e300))
+    refused(folder, lorry.CheckpointError, "scales the update at .* by 2.5e.299, which single precision")
+
+
+@pytest.mark.parametrize(
+    "field, value, words",
+    [
+        ("readable_by", "1", "readable_by must be a whole number"),
+        ("readable_by", True, "readable_by must be a whole number"),
+        ("fingerprint", [], "fingerprint must be of type dict"),
+        ("fingerprint", {"sites": {"a": 1}}, "fingerprint must be of type str"),
+        ("metadata", "x", "metadata must be of type dict"),
+        ("sites", [], "sites must be of type dict"),
+        ("shared", "x", "shared must be of type list"),
+        ("tensors", "13", "tensors must be a whole number"),
+        ("method", "lora", "a method must be an object"),
+        ("digest", 1, "digest must be of type str"),
+        ("checksums", None, "checksums"),
+        ("checksums", {"x": "y"}, "checksums of 1 tensors, the file holds 13"),
+    ],
+)
+def test_wrong_types_in_the_manifest(saved, field, value, words, tmp_path):
+    folder = changed(saved, "both", tmp_path, lambda t: None, manifest=lambda v: v.update({field: value}))
+    refused(folder, lorry.CheckpointError, words)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("target_modules", 3),
+        ("target_modules", {"q_proj": 1}),
+        ("target_modules", [1]),
+        ("r", "4"),
+        ("r", None),
+        ("lora_alpha", [8]),
+        ("rank_pattern", ["q_proj"]),
+        ("rank_pattern", {"q_proj": 1.5}),
+        ("modules_to_save", "lm_head"),
+        ("layers_to_transform", ["1"]),
+        ("use_dora", "yes"),
+    ],
+)
+def test_wrong_types_in_pefts_config(saved, field, value, tmp_path):
+    folder = changed(saved, "peft", tmp_path, lambda t: None, config=lambda v: v.update({field: value}))
+    refused(folder, lorry.CheckpointError, f"{field} must be")
+
+
+def header(saved, tmp_path, edit):
+    """A copy of PEFT's folder whose tensor header was edited as an object or as text."""
+    folder = tmp_path / "a"
+    shutil.copytree(saved / "peft", folder)
+    content = (folder / TENSORS).read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    text = edit(json.loads(content[8 : 8 + size]))
+    text = text if isinstance(text, str) else json.dumps(text)
+    (folder / TENSORS).write_bytes(len(text).to_bytes(8, "little") + text.encode() + content[8 + size :])
+    return folder
+
+
+def entry(**changes):
+    """An edit of one entry of a header."""
+
+    def edit(values):
+        first = sorted((n for n in values if n != "__metadata__"), key=lambda n: values[n]["data_offsets"])[0]
+        values[first] = {**values[first], **changes}
+        return values
+
+    return edit
+
+
+def overlapping(values):
+    first, second = [n for n in sorted(values) if "q_proj.lora_A" in n][:2]
+    values[second]["data_offsets"] = values[first]["data_offsets"]
+    return values
+
+
+@pytest.mark.parametrize(
+    "edit, words",
+    [
+        (overlapping, "shares bytes with another tensor|leaves bytes out"),
+        (lambda v: json.dumps(v)[:-1] + ', "a": {}, "a": {}}', "the name 'a' comes twice"),
+        (lambda v: "[" * 100_000, "is not JSON"),
+        (entry(shape=[-1, -64]), "whole numbers of at least 0"),
+        (entry(shape="4x16"), "is damaged"),
+        (entry(dtype=["F32"]), "is damaged"),
+        (entry(dtype="F4"), "is of dtype F4"),
+        (entry(data_offsets=[0]), "is damaged"),
+        (entry(data_offsets=[0.0, 256.0]), "is damaged"),
+        (entry(extra=1), "is damaged"),
+        (lambda v: {**v, "__metadata__": {"a": 1}}, "metadata of its header must be texts"),
+        (lambda v: {**v, "__metadata__": []}, "metadata of its header must be texts"),
+    ],
+)
+def test_damaged_headers(saved, edit, words, tmp_path):
+    refused(header(saved, tmp_path, edit), lorry.CheckpointError, words)
+
+
+def test_a_header_is_checked_before_anything_large_is_read(tmp_path):
+    import resource
+
+    path = tmp_path / "a.safetensors"
+    text = json.dumps({"unet.x.lora_A.weight": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(2**36)  # sparse: 64 GiB that are not there
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused(path, lorry.CheckpointError, "trailing bytes")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB
+    with path.open("wb") as file:
+        file.write((2**35).to_bytes(8, "little"))
+        file.truncate(2**36)
+    refused(path, lorry.CheckpointError, "truncated or no safetensors file")
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "modules_to_save"])
+def test_regular_expressions_of_a_file_end(saved, field, tmp_path):
+    evil = r"(.*a*)*(.*e+)+(x|x)*!"
+    value = {"rank_pattern": {evil: 2}, "modules_to_save": [evil]}.get(field, evil)
+    folder = changed(saved, "peft", tmp_path, lambda t: None, config=lambda v: v.update({field: value}))
+    try:
+        lorry.load(llama(), folder)
+    except lorry.CheckpointError as error:
+        assert str(error)

@@ -10,7 +10,7 @@ import torch
 from files.tiny_models import llama, mixtral, output, peft_folder, stir, unet
 
 import lorry
-from lorry.formats.info import read_info
+from lorry import open as open_adapter
 
 
 @pytest.mark.parametrize("format", ["auto", "lorry"])
@@ -31,7 +31,7 @@ def test_info_says_what_the_adapter_says(format, make, method, options, tmp_path
     adapter = stir(lorry.attach(make(), method, name="it", **options))
     adapter.metadata["parent"] = "someone"
     adapter.save(tmp_path / "a", format=format)
-    info = read_info(tmp_path / "a")
+    info = open_adapter(tmp_path / "a")
     assert (info.format, info.name, info.method) == ("lorry", "it", adapter.method)
     assert info.metadata == adapter.metadata and info.base == adapter.fingerprint.base
     assert info.fingerprint is not None and info.fingerprint.digest == adapter.fingerprint.digest
@@ -54,7 +54,7 @@ def test_info_of_pefts_folder(tmp_path):
         modules_to_save=["lm_head"],
         rank_pattern={"1.self_attn.q_proj": 2},
     )
-    info = read_info(tmp_path / "a")
+    info = open_adapter(tmp_path / "a")
     first = "model.layers.0.self_attn.q_proj"
     assert info.format == "peft" and info.fingerprint is None and info.method == lorry.LoRA(rank=4, alpha=6)
     assert info.ranks == {first: 4, first.replace("0", "1"): 2, first.replace("0", "2"): 4}
@@ -64,7 +64,7 @@ def test_info_of_pefts_folder(tmp_path):
 def test_one_site_is_read_without_the_others(tmp_path):
     adapter = stir(lorry.attach(llama(), lorry.LoRA(rank=4), targets=["q_proj"]))
     adapter.save(tmp_path / "a")
-    info = read_info(tmp_path / "a")
+    info = open_adapter(tmp_path / "a")
     file = info.path / "adapter_model.safetensors"
     key = info.sites["model.layers.0.self_attn.q_proj"].keys["A"]
     end = info.file.places[key].end + file.stat().st_size - max(p.end for p in info.file.places.values())

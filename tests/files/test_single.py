@@ -8,7 +8,7 @@ from files.tiny_models import close, output, unet
 from safetensors.torch import save_file
 
 import lorry
-from lorry.formats.info import read_info
+from lorry import open as open_adapter
 
 pytest.importorskip("diffusers")
 
@@ -223,7 +223,7 @@ def test_files_that_are_no_adapters(tmp_path):
 
 def test_info_of_a_single_file(tmp_path):
     save_file(kohya(), tmp_path / "a.safetensors")
-    info = read_info(tmp_path / "a.safetensors")
+    info = open_adapter(tmp_path / "a.safetensors")
     assert info.format == "kohya" and sorted(info.ranks.values()) == [2, 3, 3] and info.fingerprint is None
     path = CONV.replace(".", "_")
     assert info.tensors(path)["A"].shape == (2, 144) and info.tensors(path)["B"].shape == (16, 2)

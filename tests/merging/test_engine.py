@@ -185,7 +185,7 @@ def test_an_update_that_depends_on_the_input_is_refused():
     from dataclasses import dataclass
 
     from lorry.core.method.families import Bottleneck
-    from lorry.merging.sources import exact_factors
+    from lorry.formats.updates import exact_factors
     from lorry.methods.lora import LoRA
 
     @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from lorry.cli.output import out, print_json
 from lorry.core.errors import CheckpointError, OptionError, near_misses
 
 if TYPE_CHECKING:
-    from lorry.formats.info import AdapterFile
+    from lorry.formats.file import AdapterFile
 
 GOALS = ("peft", "lorry")
 
@@ -43,7 +43,7 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Write an adapter in another format, exactly, or say why it cannot be."""
-    from lorry.formats.info import read_info
+    from lorry.formats.reader import open_adapter
 
     if to not in GOALS:
         raise OptionError(f"--to must be one of {', '.join(GOALS)}, found '{to}'.{near_misses(to, GOALS)}")
@@ -51,7 +51,7 @@ def convert(
         raise OptionError("Source and goal are the same folder; choose another goal.")
     if goal.exists() and not overwrite and (goal.is_file() or any(goal.iterdir())):
         raise OptionError(f"{goal} exists already. Choose another folder, or pass --overwrite.")
-    file = read_info(source)
+    file = open_adapter(source)
     if to == "lorry" and file.format == "lorry":
         raise OptionError(f"{source} is in Lorry's format already.")
     if to == "peft" and _has_peft(file):
@@ -71,16 +71,17 @@ def convert(
 def _has_peft(file: AdapterFile) -> bool:
     from lorry.formats.folders import PEFT_CONFIG
 
-    layout = file.manifest.layout if file.manifest is not None else "peft"
-    return layout == "peft" and file.path.is_dir() and (file.path / PEFT_CONFIG).is_file()
+    folder = file.path is not None and file.path.is_dir() and (file.path / PEFT_CONFIG).is_file()
+    return file.layout == "peft" and folder
 
 
 def _copy(file: AdapterFile, goal: Path, overwrite: bool) -> dict[str, Any]:
     """Take over tensors and configuration as they are: the folder is PEFT's too."""
     from lorry.formats.folders import PEFT_CONFIG, TENSORS, write_folder
 
+    assert file.path is not None
     write_folder(goal, {n: (file.path / n).read_bytes() for n in (TENSORS, PEFT_CONFIG)}, overwrite=overwrite)
-    count = len(file.file.places)
+    count = file.tensor_count
     text = f"convert '{file.name}': {count} tensors of {len(file.sites)} sites taken over byte for byte"
     return {
         "action": "convert",

@@ -13,7 +13,7 @@ from lorry.cli.output import facts_table, note, out, print_json, table
 
 if TYPE_CHECKING:
     from lorry.core.method.base import Method
-    from lorry.formats.info import AdapterFile
+    from lorry.formats.file import AdapterFile
 
 #: Sites of the table that are shown one by one; more are summed by name.
 MOST_ROWS = 60
@@ -29,9 +29,10 @@ def inspect(
 ) -> None:
     """Show method, sites, base fingerprint, and norms and singular values of the update at each site."""
     from lorry.cli.spectrum import facts_of
-    from lorry.formats.info import read_info
+    from lorry.formats.reader import open_adapter
 
-    file = read_info(path, eager=True)
+    file = open_adapter(path)
+    file.read_all()
     sites = [facts_of(file, name) for name in file.sites]
     drawn = [s for s in sites if s.get("singular_values")]
     if heatmap is not None:
@@ -61,14 +62,20 @@ def _head(file: AdapterFile) -> dict[str, Any]:
         "merge": method.info.merge,
         "base": file.base,
         "fingerprint": mark.digest if mark is not None else None,
-        "tensors": len(file.file.places),
-        "bytes": file.path.stat().st_size
-        if file.path.is_file()
-        else sum(p.stat().st_size for p in file.path.iterdir() if p.is_file()),
-        "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in file.file.places.values()}),
+        "tensors": file.tensor_count,
+        "bytes": _bytes(file),
+        "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in file.raw_tensors().values()}),
         "notes": list(file.notes),
         "metadata": file.metadata,
     }
+
+
+def _bytes(file: AdapterFile) -> int:
+    """Return the size of an adapter on disk."""
+    path = file.path
+    if path is None:
+        return 0
+    return sum(p.stat().st_size for p in ([path] if path.is_file() else path.iterdir()) if p.is_file())
 
 
 def _print(facts: Mapping[str, Any], all_sites: bool) -> None:

@@ -12,12 +12,10 @@ from lorry.core.errors import OptionError
 
 def training_facts(path: Path) -> dict[str, Any]:
     """Return what an adapter's metadata say about its training; nothing for adapters of other tools."""
-    manifest = path / "lorry.json"
-    if not manifest.is_file():
-        return {}
-    from lorry.formats.manifest import read_manifest
+    from lorry.formats.reader import open_adapter
 
-    found = read_manifest(manifest).metadata.get("training")
+    with open_adapter(path) as file:
+        found = file.metadata.get("training")
     return dict(found) if isinstance(found, Mapping) else {}
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from lorry.formats.info import AdapterFile
+    from lorry.formats.file import AdapterFile
 
 
 def singular_values(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
@@ -63,10 +63,10 @@ def summary(values: Tensor) -> dict[str, Any]:
 
 def site_facts(path: Path) -> list[dict[str, Any]]:
     """Return the facts of every site of an adapter file that has a spectrum."""
-    from lorry.formats.info import read_info
+    from lorry.formats.reader import open_adapter
 
-    file = read_info(path, eager=True)
-    return [s for s in (facts_of(file, name) for name in file.sites) if s.get("singular_values")]
+    with open_adapter(path) as file:
+        return [s for s in (facts_of(file, name) for name in file.sites) if s.get("singular_values")]
 
 
 def facts_of(file: AdapterFile, path: str) -> dict[str, Any]:
@@ -77,10 +77,7 @@ def facts_of(file: AdapterFile, path: str) -> dict[str, Any]:
     from lorry.core.sites.stacks import split_at_number
 
     part = file.sites[path]
-    tensors: Mapping[str, Tensor] = {
-        **{name: file.read(key) for name, key in file.shared.items() if key in file.file.places},
-        **file.tensors(path),
-    }
+    tensors: Mapping[str, Tensor] = file.all_tensors(path)
     method = part.method
     site = _stand_in(path, part.kind, part.shape, tensors)
     facts: dict[str, Any] = {

@@ -1,7 +1,10 @@
-"""Files: readers and writers of Lorry's own format, PEFT's and its tuners, kohya's and diffusers."""
+"""Files: readers and writers of Lorry's own format, PEFT's and its tuners, kohya's and diffusers'."""
 
 from __future__ import annotations
 
 from lorry.core.life.writers import WRITERS
+from lorry.formats.reader import READERS
+from lorry.formats.registry import LOADERS
 
-WRITERS.source(__name__, __path__)
+for registry in (READERS, WRITERS, LOADERS):
+    registry.source(__name__, __path__)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 
 import torch
 from torch import Generator, Tensor, nn
@@ -11,12 +13,12 @@ from torch import Generator, Tensor, nn
 from lorry.core.errors import CheckpointError, some
 from lorry.core.life.state import ModelState
 from lorry.core.method.base import Method
-from lorry.core.method.registry import method_from
+from lorry.core.method.declared import whole_module
 from lorry.core.sites.fingerprint import Fingerprint
 from lorry.core.sites.site import Site
-from lorry.formats.info import AdapterFile
+from lorry.formats.file import AdapterFile
 from lorry.formats.names import Resolver
-from lorry.formats.parts import Part, doubled_by_peft
+from lorry.formats.stored import StoredSite, doubled_by_peft
 
 
 @dataclass
@@ -54,7 +56,7 @@ def bind(file: AdapterFile, state: ModelState) -> Bound:
         A tensor has no place, or a site that the file's targets name has no tensors.
     """
     bound = Bound(notes=list(file.notes))
-    if file.format in ("kohya", "diffusers"):
+    if file.pipeline:
         _bind_single(file, state, bound)
         return bound
     resolver = Resolver(state)
@@ -65,52 +67,67 @@ def bind(file: AdapterFile, state: ModelState) -> Bound:
         else:
             site = resolver.find(part.path, part.depth, targeted)
         if site is None:
-            raise resolver.missing(part.path, str(file.path), some(part.keys.values(), 2))
+            raise resolver.missing(part.path, file.where, some(part.keys.values(), 2))
         _put(file, part, site, bound)
         bound.paths[label] = site.path
-        if file.manifest is None and doubled_by_peft(site.path, site.kind.name):
+        if file.format == "peft" and doubled_by_peft(site.path, site.kind.name):
             bound.notes.append(
                 f"PEFT adds the update at '{site.path}' twice; it was doubled, so that outputs are equal"
             )
-    for name, key in file.shared.items():
-        if key in file.file.places:
-            bound.values[f"shared.{name}"] = file.read(key)
-    if file.config is not None:
+    for name, value in file.shared_tensors().items():
+        if name not in file.shared_unsaved:
+            bound.values[f"shared.{name}"] = value
+    if file.config is not None and file.format == "peft":
         _check_targets(file, state, resolver, bound)
         _base_copies(file, resolver, bound)
     bound.notes += resolver.notes
     return bound
 
 
-def _put(file: AdapterFile, part: Part, site: Site, bound: Bound) -> None:
+def _put(file: AdapterFile, part: StoredSite, site: Site, bound: Bound) -> None:
     kind = site.kind.name
     if part.kind is not None and kind != part.kind:
         raise CheckpointError(
-            f"'{file.path}' was made for a {part.kind} at '{part.path}', but the model has a {kind} there: "
+            f"'{file.where}' was made for a {part.kind} at '{part.path}', but the model has a {kind} there: "
             f"{site}. It is an adapter for another architecture."
         )
     method = part.method
-    values = file.site_tensors(part, kind, site.lead)
-    if file.config is not None and file.config.split == method.info.slug:
-        values.update(_taken_out(method, site))
+    values = {n: t for n, t in file.site_tensors(part, kind, site.lead).items() if n not in part.unsaved}
+    form = method.peft_form
+    if not file.native and form is not None and form.computed and not values.keys() & set(form.computed):
+        values.update(_taken_out(method, site, form.computed))
     if not file.native and kind == "conv":
         _check_convolution(file, site)
-    prefix = site.path
-    for name, value in values.items():
-        full = f"{prefix}.{name}"
+    for name, value in _of_one_type(values, method, site).items():
+        full = f"{site.path}.{name}"
         if full in bound.values:
-            raise CheckpointError(f"'{file.path}' holds two tensors for '{full}' of this model; nothing was loaded.")
+            raise CheckpointError(f"'{file.where}' holds two tensors for '{full}' of this model; nothing was loaded.")
         bound.values[full] = value
     bound.chosen.append((site, method))
 
 
-def _taken_out(method: Method, site: Site) -> dict[str, Tensor]:
+def _of_one_type(values: dict[str, Tensor], method: Method, site: Site) -> dict[str, Tensor]:
+    """Return the tensors of a site in the smallest floating type that holds them all; those of a type of their own
+    stay.
+    """
+    types = {t.dtype for t in values.values()}
+    if len(types) < 2 or method.whole:
+        return values
+    types = {t for t in types if t.is_floating_point}
+    if len(types) < 2:
+        return values
+    own = {n for n, spec in method.layout([site]).sites[site.path].items() if spec.dtype is not None}
+    common = reduce(torch.promote_types, (torch.bfloat16 if t.itemsize == 1 else t for t in types))
+    return {n: t if n in own or not t.is_floating_point() else t.to(common) for n, t in values.items()}
+
+
+def _taken_out(method: Method, site: Site, names: Sequence[str]) -> dict[str, Tensor]:
     """Return the factors of what was taken out of the base weight when the adapter was made."""
     specs = method.tensors(site)
     fresh = {name: torch.empty(spec.shape, device=site.device) for name, spec in specs.items()}
     with torch.no_grad():
         method.setup(fresh, site, Generator().manual_seed(0))
-    return {name: fresh[name] for name in ("A0", "B0")}
+    return {name: fresh[name] for name in names}
 
 
 def _check_convolution(file: AdapterFile, site: Site) -> None:
@@ -120,7 +137,7 @@ def _check_convolution(file: AdapterFile, site: Site) -> None:
     module = site.owner
     if module.groups != 1:
         raise CheckpointError(
-            f"'{file.path}': '{site.path}' is a convolution in {module.groups} groups. The factors that "
+            f"'{file.where}': '{site.path}' is a convolution in {module.groups} groups. The factors that "
             "other tools train there see all channels, which no update of its weight does; Lorry cannot "
             "carry them."
         )
@@ -145,17 +162,15 @@ def _check_targets(file: AdapterFile, state: ModelState, resolver: Resolver, bou
             missing.append(site.path)
     if missing:
         raise CheckpointError(
-            f"'{file.path}' targets {len(missing)} sites of this model for which it holds no tensors: "
+            f"'{file.where}' targets {len(missing)} sites of this model for which it holds no tensors: "
             f"{some(missing)}. The file is incomplete, or it is for another model; nothing was loaded."
         )
     for name in config.values.get("modules_to_save") or ():
-        if not any(
-            p == name or p.endswith(f".{name}") for p in (s.path for s, m in bound.chosen if m.info.slug == "full")
-        ):
+        if not any(p == name or p.endswith(f".{name}") for p in (s.path for s, m in bound.chosen if m.whole)):
             found = [p for p, _ in state.root.named_modules() if p == name or p.endswith(f".{name}")]
             if found:
                 raise CheckpointError(
-                    f"'{file.path}' lists '{name}' in modules_to_save but holds no tensors for {some(found)}."
+                    f"'{file.where}' lists '{name}' in modules_to_save but holds no tensors for {some(found)}."
                 )
 
 
@@ -163,21 +178,21 @@ def _base_copies(file: AdapterFile, resolver: Resolver, bound: Bound) -> None:
     """Check embeddings that were saved along with an adapter against the base, and carry those that differ
     as whole modules.
     """
-    full = method_from("full")
+    full = whole_module()
     for path, key in file.base_copies.items():
         module_path, _, name = path.rpartition(".")
         site = resolver.whole(module_path)
         own = site.owner._parameters.get(name) if site is not None else None
         if site is None or own is None or not _is_embedding(site.owner, resolver.state.root):
             raise CheckpointError(
-                f"'{file.path}' holds the tensor '{key}', which is neither a factor nor one of "
+                f"'{file.where}' holds the tensor '{key}', which is neither a factor nor one of "
                 f"modules_to_save nor an embedding of {type(resolver.state.root).__name__}; nothing was "
                 "loaded."
             )
         value = file.read(key)
         if value.shape != own.shape:
             raise CheckpointError(
-                f"'{file.path}' was trained with an embedding of {tuple(value.shape)} at '{site.path}', "
+                f"'{file.where}' was trained with an embedding of {tuple(value.shape)} at '{site.path}', "
                 f"this model has {tuple(own.shape)}. Resize it first: "
                 f"model.resize_token_embeddings({value.shape[0]})."
             )
@@ -187,7 +202,7 @@ def _base_copies(file: AdapterFile, resolver: Resolver, bound: Bound) -> None:
             continue
         if any(s.owner is site.owner for s, _ in bound.chosen):
             raise CheckpointError(
-                f"'{file.path}' holds another base weight for '{site.path}', which it adapts too: it was "
+                f"'{file.where}' holds another base weight for '{site.path}', which it adapts too: it was "
                 "made for another base."
             )
         bound.values[f"{site.path}.{name}"] = value
@@ -202,10 +217,10 @@ def _is_embedding(module: nn.Module, root: nn.Module) -> bool:
 
 def _bind_single(file: AdapterFile, state: ModelState, bound: Bound) -> None:
     """Choose the components of a pipeline's file that this model is, and bind them."""
-    groups: dict[str, list[Part]] = {}
+    groups: dict[str, list[StoredSite]] = {}
     for part in file.sites.values():
         groups.setdefault(part.component, []).append(part)
-    resolver = Resolver(state, flat=file.format == "kohya")
+    resolver = Resolver(state, flat=file.flat)
     found = {c: [_single_site(part, resolver) for part in parts] for c, parts in groups.items()}
     whole = [
         c
@@ -216,7 +231,7 @@ def _bind_single(file: AdapterFile, state: ModelState, bound: Bound) -> None:
         best = max(found, key=lambda c: sum(s is not None for s in found[c]))
         lacking = [p for p, s in zip(groups[best], found[best], strict=True) if s is None]
         if lacking:
-            raise resolver.missing(lacking[0].path, str(file.path), some(lacking[0].keys.values(), 2))
+            raise resolver.missing(lacking[0].path, file.where, some(lacking[0].keys.values(), 2))
         whole = [best]  # every site is there; a shape differs, and the check of shapes says which
     places: dict[str, str] = {}
     for component in whole:
@@ -224,7 +239,7 @@ def _bind_single(file: AdapterFile, state: ModelState, bound: Bound) -> None:
             assert site is not None
             if site.path in places:
                 raise CheckpointError(
-                    f"'{file.path}' has two components, '{places[site.path]}' and '{component}', that both "
+                    f"'{file.where}' has two components, '{places[site.path]}' and '{component}', that both "
                     "fit this model; split the file."
                 )
             places[site.path] = component
@@ -239,20 +254,19 @@ def _bind_single(file: AdapterFile, state: ModelState, bound: Bound) -> None:
     bound.notes += resolver.notes
 
 
-def _single_site(part: Part, resolver: Resolver) -> Site | None:
+def _single_site(part: StoredSite, resolver: Resolver) -> Site | None:
     joint = "_" if resolver._flat is not None else "."
     inner = resolver.find(f"{part.component}{joint}{part.path}") if part.component else None
     return inner or resolver.find(part.path)
 
 
-def _fits(file: AdapterFile, part: Part, site: Site) -> bool:
+def _fits(file: AdapterFile, part: StoredSite, site: Site) -> bool:
     """Whether the outer sizes of A and B are those of the site."""
-    places = file.file.places
-    a, b = places[part.keys["A"]].shape, places[part.keys["B"]].shape
-    width = 1
-    for size in a[1:]:
-        width *= size
-    return b[0] == site.out_features and (width == site.in_features or "mid" in part.keys)
+    shapes = {n: t.shape for n, t in part.values.items()} if part.values is not None else {}
+    if file.file is not None and not shapes:
+        shapes = {n: torch.Size(file.file.places[key].shape) for n, key in part.keys.items()}
+    a, b = shapes["A"], shapes["B"]
+    return b[0] == site.out_features and (math.prod(a[1:]) == site.in_features or "mid" in part.keys)
 
 
 def renamed(mark: Fingerprint, paths: Mapping[str, str]) -> Fingerprint:

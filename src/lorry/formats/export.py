@@ -5,24 +5,28 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from lorry.core.errors import AdapterError, CheckpointError
+from lorry.core.life.adapter import Adapter
+from lorry.core.life.writers import WRITERS
+from lorry.core.method.base import Method
 from lorry.core.method.families import Bottleneck
 from lorry.core.receipt import Receipt
+from lorry.formats.file import AdapterFile
 from lorry.formats.folders import PEFT_CONFIG, TENSORS, write_folder
-from lorry.formats.peft_write import NotPlain, Plain, peft_form
-from lorry.formats.save import check_tensors, gathered, model_name, process_rank, serialised
-
-if TYPE_CHECKING:
-    from lorry.core.forward.entry import Entry
-    from lorry.core.life.adapter import Adapter
+from lorry.formats.peft_write import NotPlain, Plain, peft_folder
+from lorry.formats.save import check_tensors, model_name, process_rank, saved_tensors, sealed
+from lorry.formats.snapshot import as_file, is_sharded
 
 
 def export_plain(
-    adapter: Adapter, path: str | os.PathLike[str], rank: int | None = None, *, overwrite: bool = True
+    adapter: Adapter | AdapterFile,
+    path: str | os.PathLike[str],
+    rank: int | None = None,
+    *,
+    overwrite: bool = True,
 ) -> Receipt:
     """Write an adapter as a plain LoRA in PEFT's format, which any tool reads.
 
@@ -33,7 +37,7 @@ def export_plain(
     Parameters
     ----------
     adapter
-        Attached to its model.
+        Attached to its model, or as data.
     path
         The folder.
     rank
@@ -53,32 +57,36 @@ def export_plain(
     CheckpointError
         PEFT has no place for a site, or the folder cannot be written.
     """
-    never = sorted({type(e.method).__name__ for e in adapter.entries.values() if _never(e)})
+    methods = [e.method for e in adapter.entries.values()] if isinstance(adapter, Adapter) else adapter.methods.values()
+    never = sorted({type(m).__name__ for m in methods if _never(m)})
     if never:
         raise AdapterError(
             f"Adapter '{adapter.name}' cannot be exported as a plain LoRA: {', '.join(never)} depends on "
             "the input of the layer or replaces its forward. Serve it with Lorry."
         )
-    tensors, sharded = gathered(adapter)
-    if sharded:
+    if is_sharded(adapter):
         raise AdapterError("Export needs whole tensors: save the adapter, load it in one process, export it there.")
-    plain, error, notes = _plain(adapter, rank)
-    whole = {p: tensors[p] for p, e in adapter.entries.items() if e.method.info.slug == "full"}
-    task = adapter.metadata.get("task_type")
+    file = as_file(adapter, copy=False)
+    plain, error, notes = _plain(file, rank)
+    whole = {p: saved_tensors(file, p) for p, m in file.methods.items() if m.whole}
+    chosen = file.targets() if file.targets is not None else None
+    task = file.metadata.get("task_type")
     try:
-        form = peft_form(adapter.state.root, plain, whole, base=model_name(adapter), task=task)
+        form = peft_folder(file.root, plain, whole, base=model_name(file), task=task, chosen=chosen)
     except NotPlain as reason:
         raise CheckpointError(f"Adapter '{adapter.name}' cannot be said in PEFT's format: {reason}.") from None
     check_tensors(form.tensors, adapter.name)
     if process_rank() == 0:
-        blob, _ = serialised(form.tensors)
-        write_folder(Path(path), {TENSORS: blob, PEFT_CONFIG: form.config_bytes()}, overwrite=overwrite)
-    count = len(form.tensors)
-    said, sites = tuple(notes + form.notes), len(adapter.entries)
-    return Receipt("export", adapter.name, count, count, sites, "match", *error, said)
+        files = {TENSORS: sealed(form.tensors)[0], PEFT_CONFIG: form.config_bytes()}
+        write_folder(Path(path), files, overwrite=overwrite)
+    count, said = len(form.tensors), tuple(notes + form.notes)
+    return Receipt("export", adapter.name, count, count, len(file.sites), "match", *error, said)
 
 
-def _plain(adapter: Adapter, rank: int | None) -> tuple[list[Plain], tuple[float, float], list[str]]:
+WRITERS.add("plain", export_plain)
+
+
+def _plain(file: AdapterFile, rank: int | None) -> tuple[list[Plain], tuple[float, float], list[str]]:
     """Return every low-rank site as a plain LoRA, the largest and the relative error, and a note for each
     inexact site.
     """
@@ -86,13 +94,13 @@ def _plain(adapter: Adapter, rank: int | None) -> tuple[list[Plain], tuple[float
     notes: list[str] = []
     lost = size = worst = 0.0
     with torch.no_grad():
-        for path, entry in adapter.entries.items():
-            if entry.method.info.slug == "full":
+        for path, method in file.methods.items():
+            if method.whole:
                 continue
-            if isinstance(entry.method, Bottleneck) and entry.method.plain:
-                plain.append(_exact(entry))
+            if isinstance(method, Bottleneck) and method.plain:
+                plain.append(_exact(file, path, method))
                 continue
-            item, error, norm, highest = _truncated(entry, rank)
+            item, error, norm, highest = _truncated(file, path, method, rank)
             plain.append(item)
             lost, size, worst = lost + error, size + norm, max(worst, highest)
             relative = math.sqrt(error / norm) if norm else 0.0
@@ -100,34 +108,32 @@ def _plain(adapter: Adapter, rank: int | None) -> tuple[list[Plain], tuple[float
     return plain, (worst, math.sqrt(lost / size) if size else 0.0), notes
 
 
-def _never(entry: Entry) -> bool:
+def _never(method: Method) -> bool:
     """Whether the update depends on the input, so that no weight does the same; whole modules are copied."""
-    method = entry.method
-    if method.info.slug == "full":
+    if method.whole:
         return False
     return method.merging == "never" or (isinstance(method, Bottleneck) and not method.constant)
 
 
-def _exact(entry: Entry) -> Plain:
+def _exact(file: AdapterFile, path: str, method: Bottleneck) -> Plain:
     """Return the factors of a plain bottleneck, with alpha such that alpha / rank is its scale."""
-    method, site = entry.method, entry.site
-    assert isinstance(method, Bottleneck)
-    a, b = method.factors(entry.tensors(), site)
+    site = file.site(path)
+    a, b = method.factors(file.all_tensors(path), site)
     rank = a.shape[-2]
     return Plain(site, rank, method.scale(site) * rank, {"A": a.detach().cpu(), "B": b.detach().cpu()})
 
 
-def _truncated(entry: Entry, rank: int | None) -> tuple[Plain, float, float, float]:
+def _truncated(file: AdapterFile, path: str, method: Method, rank: int | None) -> tuple[Plain, float, float, float]:
     """Return the best product of rank `rank`, the squared norms of what is lost and of the update, and the
     largest error.
     """
-    site = entry.site
+    site = file.site(path)
     if rank is None or rank < 1:
         raise AdapterError(
-            f"The update of {type(entry.method).__name__} at '{site.path}' is no product of two thin "
+            f"The update of {type(method).__name__} at '{path}' is no product of two thin "
             f"factors, so it is approximated: give a rank of at least 1, found {rank}."
         )
-    delta = entry.delta().detach().to(torch.float64)
+    delta = method.delta(file.all_tensors(path), site).detach().to("cpu", torch.float64)
     kept = min(rank, site.out_features, site.in_features)
     u, s, vt = torch.linalg.svd(delta, full_matrices=False)
     root = s[..., :kept].sqrt()

@@ -20,12 +20,12 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def located(path: str | os.PathLike[str]) -> Path:
-    """Return the folder or single file that holds an adapter, after checking that it is safe to open.
+    """Return the folder or single file that may hold an adapter.
 
     Raises
     ------
     CheckpointError
-        Nothing is there, it is a pickle, or a file in the folder is a link that leads out of it.
+        Nothing is there, or it is a pickle.
     """
     given = Path(path)
     if "\0" in str(given):
@@ -37,8 +37,6 @@ def located(path: str | os.PathLike[str]) -> Path:
         given = backup
     if given.is_file():
         _refuse_pickle(given)
-        if given.suffix != ".safetensors":
-            raise CheckpointError(f"'{given}' is neither a folder nor a .safetensors file.")
         if given.name == TENSORS and any((given.parent / n).is_file() for n in (MANIFEST, PEFT_CONFIG)):
             raise CheckpointError(f"'{given}' belongs to the adapter in the folder '{given.parent}'; load the folder.")
         return given
@@ -47,20 +45,24 @@ def located(path: str | os.PathLike[str]) -> Path:
         raise CheckpointError(
             f"There is no adapter at '{given}'.{near_misses(given.name, near)} Hub names are not downloaded here."
         )
-    tensors = inside(given, TENSORS)
-    if tensors is None:
+    return given
+
+
+def no_adapter(given: Path) -> CheckpointError:
+    """Return the error for a path that no reader recognises."""
+    if given.is_file():
+        return CheckpointError(f"'{given}' is neither a folder nor a .safetensors file.")
+    if inside(given, TENSORS) is None:
         for entry in sorted(given.iterdir()):
             if entry.name.startswith("adapter_model"):
                 _refuse_pickle(entry)
-        raise CheckpointError(
+        return CheckpointError(
             f"The folder '{given}' holds no {TENSORS}: it is no adapter, or the save was not finished."
         )
-    if inside(given, MANIFEST) is None and inside(given, PEFT_CONFIG) is None:
-        raise CheckpointError(
-            f"The folder '{given}' holds {TENSORS} but neither {MANIFEST} nor {PEFT_CONFIG}, so rank, alpha "
-            "and method are unknown. Copy the missing file beside it."
-        )
-    return given
+    return CheckpointError(
+        f"The folder '{given}' holds {TENSORS} but neither {MANIFEST} nor {PEFT_CONFIG}, so rank, alpha "
+        "and method are unknown. Copy the missing file beside it."
+    )
 
 
 def inside(folder: Path, name: str) -> Path | None:

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import os
 import re
-from importlib import import_module
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from lorry.core.errors import CheckpointError, near_misses, some
 from lorry.core.life.adapter import Adapter
+from lorry.core.life.api import check_name, install
 from lorry.core.life.build import build
 from lorry.core.life.state import ModelState, open_state
+from lorry.core.method.families import Bottleneck
 from lorry.core.method.registry import methods
 from lorry.core.method.spec import TensorSpec
 from lorry.core.receipt import FingerprintVerdict, Receipt
 from lorry.core.sites.fingerprint import Fingerprint
 from lorry.formats.bind import Bound, bind, renamed
-from lorry.formats.folders import MANIFEST, PEFT_CONFIG, inside, located
-from lorry.formats.info import AdapterFile, read_info
-from lorry.formats.peft_config import read_json
+from lorry.formats.file import AdapterFile
+from lorry.formats.reader import open_adapter
+from lorry.formats.registry import LOADERS
+from lorry.formats.tensors import check_finite
 
 
 def load(
     model: nn.Module,
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | AdapterFile,
     *,
     name: str | None = None,
     trainable: bool = False,
@@ -42,8 +43,8 @@ def load(
     model
         The base.
     path
-        Lorry's or PEFT's folder (of its other tuners too, if peft is installed), or a single ``.safetensors`` file in
-        kohya's or diffusers' naming.
+        Lorry's or PEFT's folder (of its other tuners too, if peft is installed), a single ``.safetensors`` file in
+        kohya's or diffusers' naming, what a registered reader knows, or an opened adapter.
     name
         On the model; the name it was saved under if not given.
     trainable
@@ -67,22 +68,67 @@ def load(
     CheckpointError, FingerprintError, AdapterError, SiteError
         What was expected and found; the model is as it was.
     """
-    from lorry.core.life.api import check_name, install
+    file = open_adapter(path)
+    transient = not isinstance(path, AdapterFile)
+    adapter: Adapter = LOADERS.find(file.loader)(
+        file,
+        model,
+        name=name,
+        trainable=trainable,
+        activate=activate,
+        check_base=check_base,
+        dtype=dtype,
+        expect=expect,
+        transient=transient,
+    )
+    if transient:
+        file.close()
+    return adapter
 
-    place = located(path)
-    if _of_another_tuner(place):
-        native = import_module("lorry.formats.peft_native")
-        options = {"trainable": trainable, "activate": activate, "dtype": dtype, "expect": expect}
-        found: Adapter = native.load(model, place, name=name or "default", **options)
-        return found
-    file = read_info(path, eager=True)
+
+def load_sites(
+    file: AdapterFile,
+    model: nn.Module,
+    *,
+    name: str | None = None,
+    trainable: bool = False,
+    activate: bool = True,
+    check_base: bool = True,
+    dtype: torch.dtype | None = None,
+    expect: str | None = None,
+    transient: bool = False,
+) -> Adapter:
+    """Load an opened adapter whose sites are known; options and errors as for `load`.
+
+    `transient` says that nobody else uses the file's tensors, so that they need not be copied.
+    """
+    adapter = built_for(
+        file, model, name=name, check_base=check_base, dtype=dtype, expect=expect, private=trainable or not transient
+    )
+    return install(adapter, trainable=trainable, activate=activate)
+
+
+LOADERS.add("sites", load_sites)
+
+
+def built_for(
+    file: AdapterFile,
+    model: nn.Module,
+    *,
+    name: str | None,
+    check_base: bool,
+    dtype: torch.dtype | None,
+    expect: str | None = None,
+    private: bool = True,
+) -> Adapter:
+    """Return the file's adapter for a model that does not know of it yet; the model is as it was."""
     state = open_state(model)
     name = name if name is not None else _name(file)
     check_name(name, state)
     if expect is not None:
         _check_method(file, expect)
-    adapter = _built(file, state, name, dtype, check_base=check_base, private=trainable)
-    return install(adapter, trainable=trainable, activate=activate)
+    file.read_all()
+    return _built(file, state, name, dtype, check_base=check_base, private=private)
 
 
 def _built(
@@ -94,12 +140,14 @@ def _built(
     check_base: bool,
     private: bool,
 ) -> Adapter:
-    """Return the file's adapter for a model that does not know of it yet."""
     bound = bind(file, state)
+    _check_scales(file, bound)
     state.check_owners(site for site, _ in bound.chosen)
     mark, verdict = _base_verdict(file, bound, state, check_base)
-    assert file.loaded is not None
-    file.loaded.check_finite()
+    if file.loaded is not None:
+        file.check_finite()
+    else:
+        check_finite(bound.values, file.where)
     values = _Values(file, bound, dtype, private=private)
     metadata = dict(file.metadata)
     seed = metadata.get("seed", 0)
@@ -116,7 +164,7 @@ def _built(
     values.check_all_used()
     if mark is not None and verdict == "ignored":
         adapter.fingerprint = mark
-    total, sites = len(file.file.places), len(bound.chosen)
+    total, sites = file.tensor_count, len(bound.chosen)
     applied = total - bound.elsewhere
     adapter.receipt = Receipt("load", name, applied, total, sites, verdict, notes=tuple(bound.notes))
     return adapter
@@ -126,11 +174,11 @@ class _Values:
     """Gives `build` each tensor, checked and cast, and knows which were not asked for."""
 
     def __init__(self, file: AdapterFile, bound: Bound, dtype: torch.dtype | None, *, private: bool) -> None:
-        self.where = file.path
+        self.where = file.where
         self.left = bound.values
         self.wanted = dtype
         self.private = private
-        floating = (v.dtype for v in bound.values.values() if v.is_floating_point())
+        floating = (_computable(v.dtype) for v in bound.values.values() if v.is_floating_point())
         self.dtype = dtype or next(floating, torch.float32)
 
     def __call__(self, full: str, spec: TensorSpec) -> Tensor:
@@ -151,8 +199,8 @@ class _Values:
                 raise CheckpointError(f"'{self.where}': the tensor '{full}' must be {spec.dtype}, found {value.dtype}.")
         elif not value.is_floating_point():
             raise CheckpointError(f"'{self.where}': the tensor '{full}' must be floating, found {value.dtype}.")
-        elif self.wanted is not None and value.dtype != self.wanted:
-            return value.to(self.wanted)
+        elif value.dtype != (dtype := self.wanted or _computable(value.dtype)):
+            return value.to(dtype)
         if self.private:
             return value.clone(memory_format=torch.contiguous_format)
         # products of tensors that lie askew in memory round otherwise than those of the adapter that was saved
@@ -167,18 +215,14 @@ class _Values:
             )
 
 
+def _computable(dtype: torch.dtype) -> torch.dtype:
+    """Return the type to compute in: bfloat16 for 8-bit types, all of whose values it has."""
+    return torch.bfloat16 if dtype.itemsize == 1 else dtype
+
+
 def _name(file: AdapterFile) -> str:
     cleaned = re.sub(r"[^A-Za-z0-9_.\-]+", "_", file.name).lstrip("_.-")
     return cleaned[:128] or "default"
-
-
-def _of_another_tuner(place: Path) -> bool:
-    """Whether a folder was written by PEFT for an adapter that is no LoRA.
-
-    What reads these lies above the core, so it is found by its name, as methods are.
-    """
-    config = None if not place.is_dir() or inside(place, MANIFEST) else inside(place, PEFT_CONFIG)
-    return config is not None and str(read_json(config).get("peft_type", "LORA")).upper() != "LORA"
 
 
 def _check_method(file: AdapterFile, expect: str) -> None:
@@ -186,8 +230,19 @@ def _check_method(file: AdapterFile, expect: str) -> None:
         raise CheckpointError(f"There is no method '{expect}'.{near_misses(expect, methods())}")
     if file.method.info.slug != expect:
         raise CheckpointError(
-            f"'{file.path}' holds an adapter of the method '{file.method.info.slug}', expected was '{expect}'."
+            f"'{file.where}' holds an adapter of the method '{file.method.info.slug}', expected was '{expect}'."
         )
+
+
+def _check_scales(file: AdapterFile, bound: Bound) -> None:
+    """Refuse scales that single precision does not hold: the forward pass could not apply them."""
+    for site, method in bound.chosen:
+        scale = method.scale(site) if isinstance(method, Bottleneck) else getattr(method, "alpha", None) or 0.0
+        if not abs(scale) <= torch.finfo(torch.float32).max:
+            raise CheckpointError(
+                f"'{file.where}' scales the update at '{site.path}' by {scale:.3g}, which single precision does not "
+                "hold; nothing was loaded. The file is damaged."
+            )
 
 
 def _base_verdict(
@@ -201,6 +256,6 @@ def _base_verdict(
     mark = renamed(file.fingerprint, bound.paths)
     found = state.fingerprint(base for site, at in bound.chosen for base in at.bases(site))
     if check:
-        return mark, mark.require(found, f"The adapter in '{file.path}'")
+        return mark, mark.require(found, f"The adapter in '{file.where}'")
     verdict = mark.compare(found)
     return mark, "ignored" if verdict == "differs" else verdict

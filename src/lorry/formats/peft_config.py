@@ -7,18 +7,20 @@ the first that fits decides.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lorry.core.errors import CheckpointError, near_misses
+from lorry.core.errors import CheckpointError, OptionError, near_misses
 from lorry.core.method.base import Method
-from lorry.core.method.registry import method_from
+from lorry.core.method.declared import peft_method, peft_starts
+from lorry.formats.patterns import Pattern, pattern
+from lorry.formats.tensors import opened, parsed
 
+_MOST_JSON = 200_000_000
 #: Options that do not change what a saved adapter computes.
 _NEUTRAL = frozenset(
     "peft_type peft_version base_model_name_or_path revision task_type inference_mode auto_mapping "
@@ -43,10 +45,9 @@ _REFUSED = {
     "arrow_config": "routing among adapters (Arrow)",
     "kasa_config": "a truncated base (KaSA)",
 }
-#: Starts that leave the base weight as it is; starts that take out of it what can be computed from it again, each the
-#: name of a method; and starts that change it by data or by quantising.
+#: Starts that leave the base weight as it is, and starts that change it by data or by quantising. Those that take out
+#: of it what can be computed from it again are declared by methods (`PeftForm.start`).
 _HARMLESS_STARTS = ("gaussian", "eva", "orthogonal", "mica", "true", "false", "none")
-_COMPUTED_STARTS = ("pissa", "olora")
 _CHANGED_BASE = ("corda", "lora_ga", "loftq")
 
 
@@ -66,32 +67,32 @@ class PeftConfig:
     notes: tuple[str, ...] = field(default=())
 
     @cached_property
-    def split(self) -> str | None:
-        """The method by which the base weight was split when the adapter was made, if the file was not converted."""
+    def start(self) -> str:
+        """Value of ``init_lora_weights`` if it split the base weight and the file was not converted, else empty."""
         start = str(self.values.get("init_lora_weights", "")).lower()
-        return next((slug for slug in _COMPUTED_STARTS if start.startswith(slug)), None)
+        return start if start.startswith(peft_starts()) else ""
 
-    def _pattern(self, name: str) -> list[tuple[re.Pattern[str], Any]]:
+    def _pattern(self, name: str) -> list[tuple[Pattern, Any]]:
         try:
-            return [(re.compile(rf"(.*\.)?({k})$"), v) for k, v in (self.values.get(name) or {}).items()]
-        except re.error as error:
-            raise CheckpointError(f"{name} of the adapter config holds a wrong regular expression: {error}.") from None
+            return [(pattern(rf"(.*\.)?({k})$"), v) for k, v in (self.values.get(name) or {}).items()]
+        except CheckpointError as error:
+            raise CheckpointError(f"{name} of the adapter config: {error}") from None
 
     @cached_property
-    def _ranks(self) -> list[tuple[re.Pattern[str], Any]]:
+    def _ranks(self) -> list[tuple[Pattern, Any]]:
         return self._pattern("rank_pattern")
 
     @cached_property
-    def _alphas(self) -> list[tuple[re.Pattern[str], Any]]:
+    def _alphas(self) -> list[tuple[Pattern, Any]]:
         return self._pattern("alpha_pattern")
 
     def rank(self, path: str) -> int:
         """Return the rank at a module."""
-        return int(next((v for p, v in self._ranks if p.match(path)), self.values.get("r", 8)))
+        return int(next((v for p, v in self._ranks if p.fullmatch(path)), self.values.get("r", 8)))
 
     def alpha(self, path: str) -> float:
         """Return alpha at a module."""
-        return float(next((v for p, v in self._alphas if p.match(path)), self.values.get("lora_alpha", 8)))
+        return float(next((v for p, v in self._alphas if p.fullmatch(path)), self.values.get("lora_alpha", 8)))
 
     @cached_property
     def _made(self) -> dict[tuple[int, float, bool], Method]:
@@ -105,10 +106,13 @@ class PeftConfig:
         key = (rank, alpha, parameter)
         found = self._made.get(key)
         if found is None:
-            slug = "dora" if self.values.get("use_dora") else (None if parameter else self.split) or "lora"
             options = {"rank": rank, "alpha": alpha, "rank_stabilized": bool(self.values.get("use_rslora"))}
             dropout = 0.0 if parameter else float(self.values.get("lora_dropout") or 0.0)
-            found = self._made[key] = method_from({"method": slug, "dropout": dropout, **options})
+            start = "" if parameter else self.start
+            try:
+                found = self._made[key] = peft_method(self.values, {"dropout": dropout, **options}, start)
+            except OptionError as error:
+                raise CheckpointError(f"The PEFT config cannot be followed at '{path}': {error}") from None
         return found
 
     @cached_property
@@ -124,16 +128,16 @@ class PeftConfig:
     def targeted(self, path: str) -> bool:
         """Whether PEFT would put an adapter at the module `path`."""
         excluded = self.values.get("exclude_modules")
-        if isinstance(excluded, str) and re.fullmatch(excluded, path):
+        if isinstance(excluded, str) and pattern(excluded).fullmatch(path):
             return False
         if isinstance(excluded, list) and _suffix_in(path, frozenset(excluded)):
             return False
         for name in self.values.get("modules_to_save") or ():
-            if re.match(rf"(^|.*\.){name}($|\..*)", path):
+            if pattern(rf"(^|.*\.){name}($|\..*)").fullmatch(path):
                 return False
         targets = self.values.get("target_modules")
         if isinstance(targets, str):
-            return re.fullmatch(targets, path) is not None
+            return pattern(targets).fullmatch(path)
         return _suffix_in(path, self._listed) and self._layer_fits(path)
 
     def _layer_fits(self, path: str) -> bool:
@@ -143,17 +147,27 @@ class PeftConfig:
         patterns = self.values.get("layers_pattern") or []
         if isinstance(patterns, str):
             patterns = [patterns]
-        found = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", path) if not patterns else None
-        for pattern in patterns:
-            found = found or re.match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", path)
-        if found is None:
+        if not patterns:
+            found = re.match(r".*?\.[^.]*\.(\d+)\.", path)
+            index = int(found[1]) if found else None
+        else:
+            index = next((i for p in patterns if (i := _layer_after(p, path)) is not None), None)
+        if index is None:
             return False
-        index = int(found["idx"])
         return index == layers if isinstance(layers, int) else index in layers
 
     def parameter_targeted(self, path: str) -> bool:
         """Whether PEFT would put an adapter on the parameter `path`."""
         return _suffix_in(path, frozenset(self.values.get("target_parameters") or ()))
+
+
+def _layer_after(name: str, path: str) -> int | None:
+    """Return the number that follows a module of this name in the path."""
+    whole = pattern(rf"(?:^|.*?\.){name}")
+    for found in re.finditer(r"\.(\d+)(?=\.)", path):
+        if whole.fullmatch(path[: found.start()]):
+            return int(found[1])
+    return None
 
 
 def _suffix_in(path: str, names: frozenset[str]) -> bool:
@@ -181,13 +195,51 @@ def read_json(path: Path) -> dict[str, Any]:
     CheckpointError
         It cannot be read, or is something else.
     """
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"'{path}' cannot be read as JSON: {error}.") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"'{path}' must hold a JSON object, found {type(values).__name__}.")
-    return values
+    with opened(path) as file:
+        text = file.read(_MOST_JSON + 1)
+    if len(text) > _MOST_JSON:
+        raise CheckpointError(f"'{path}' is larger than {_MOST_JSON} bytes; it is no configuration of an adapter.")
+    return parsed(text, f"'{path}' cannot be read as JSON")
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(v, str) for v in value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+#: What the options that Lorry reads must be, beside null.
+_TYPES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("peft_type", "bias"), ("text", lambda v: isinstance(v, str))),
+    **dict.fromkeys(
+        ("target_modules", "exclude_modules", "layers_pattern"),
+        ("a text or a list of texts", lambda v: isinstance(v, str) or _is_texts(v)),
+    ),
+    **dict.fromkeys(("modules_to_save", "target_parameters"), ("a list of texts", _is_texts)),
+    **dict.fromkeys(("use_rslora", "use_dora"), ("true or false", lambda v: isinstance(v, bool))),
+    **dict.fromkeys(("lora_alpha", "lora_dropout"), ("a number", _is_number)),
+    "r": ("a whole number", _is_whole),
+    "init_lora_weights": ("true, false or a text", lambda v: isinstance(v, bool | str)),
+    "layers_to_transform": (
+        "a whole number or a list of them",
+        lambda v: _is_whole(v) or (isinstance(v, list) and all(map(_is_whole, v))),
+    ),
+    "rank_pattern": ("pattern -> whole number", lambda v: isinstance(v, dict) and all(map(_is_whole, v.values()))),
+    "alpha_pattern": ("pattern -> number", lambda v: isinstance(v, dict) and all(map(_is_number, v.values()))),
+}
+
+
+def _check_types(values: Mapping[str, Any], where: str) -> None:
+    for name, (wanted, fits) in _TYPES.items():
+        value = values.get(name)
+        if name in values and not (fits(value) if value is not None else name not in ("r", "lora_alpha")):
+            raise CheckpointError(f"'{where}': {name} must be {wanted}, found {value!r:.80}.")
 
 
 def understood(values: Mapping[str, Any], where: str) -> PeftConfig:
@@ -198,6 +250,7 @@ def understood(values: Mapping[str, Any], where: str) -> PeftConfig:
     CheckpointError
         Another tuner than LoRA, or an option that is refused or unknown; each by name.
     """
+    _check_types(values, where)
     kind = values.get("peft_type", "LORA")
     if str(kind).upper() != "LORA":
         raise CheckpointError(
@@ -231,11 +284,11 @@ def understood(values: Mapping[str, Any], where: str) -> PeftConfig:
             "makes it a plain LoRA."
         )
     config = PeftConfig(dict(values), tuple(notes))
-    if config.split is None and not start.startswith(_HARMLESS_STARTS):
+    if not config.start and not start.startswith(_HARMLESS_STARTS):
         raise CheckpointError(
             f"'{where}' sets init_lora_weights='{start}', which is unknown and may have changed the base weight."
         )
-    if config.split is not None:
+    if config.start:
         if values.get("use_dora"):
             raise CheckpointError(
                 f"'{where}' combines use_dora with init_lora_weights='{start}', which Lorry cannot carry."

@@ -10,19 +10,21 @@ import copy
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from lorry.core.errors import AdapterError, CheckpointError
 from lorry.core.forward.entry import Entry
 from lorry.core.life.adapter import Adapter
 from lorry.core.life.api import attach
-from lorry.formats.folders import PEFT_CONFIG, TENSORS, inside, located
-from lorry.formats.peft_config import read_json
+from lorry.core.method.registry import method_from
+from lorry.formats.file import AdapterFile
+from lorry.formats.folders import MANIFEST, PEFT_CONFIG, TENSORS, located
+from lorry.formats.reader import READERS, Location, Reader
+from lorry.formats.registry import LOADERS
+from lorry.formats.tensors import check_finite
 
 _NAME = "default"
 
@@ -62,7 +64,7 @@ def load(
     dtype: torch.dtype | None = None,
     expect: str | None = None,
 ) -> Adapter:
-    """Load a PEFT folder of AdaLoRA, HiRA, LoHa, LoKr, SHiRA, Uni-LoRA or VeRA onto a model; `lorry.load` calls this.
+    """Load a PEFT folder of AdaLoRA, HiRA, LoHa, LoKr, SHiRA, Uni-LoRA or VeRA onto a model, as `lorry.load` does.
 
     Parameters
     ----------
@@ -88,28 +90,83 @@ def load(
     CheckpointError
         The folder is missing, unsafe or no adapter, or its tensors do not fit. The model is as it was.
     """
-    place = located(path)
-    config = inside(place, PEFT_CONFIG) if place.is_dir() else None
-    if config is None or inside(place, TENSORS) is None:
-        raise CheckpointError(f"'{place}' is no folder of PEFT's with {PEFT_CONFIG} and {TENSORS}.")
-    values = read_json(config)
-    kind = str(values.get("peft_type", "")).upper()
-    tuner = _TUNERS.get(kind)
-    if tuner is None:
-        raise AdapterError(
-            f"'{place}' is an adapter of PEFT's tuner {kind}; exactly loaded are {', '.join(sorted(_TUNERS))}, a LoRA "
-            "by lorry.load, and others as far as lorry.formats.peft_tuners.convert can."
+    location = Location(located(path))
+    if not location.has(PEFT_CONFIG) or not location.has(TENSORS):
+        raise CheckpointError(f"'{location.path}' is no folder of PEFT's with {PEFT_CONFIG} and {TENSORS}.")
+    with _READER.read(location) as file:
+        return load_tuner(file, model, name=name, trainable=trainable, activate=activate, dtype=dtype, expect=expect)
+
+
+class TunerFolder(Reader):
+    """A PEFT folder of another tuner than LoRA, whose tensors only PEFT can place in a model."""
+
+    def recognises(self, location: Location) -> bool:
+        """Whether the config names another tuner than LoRA."""
+        if location.has(MANIFEST) or not location.has(PEFT_CONFIG) or not location.has(TENSORS):
+            return False
+        return str(location.json(PEFT_CONFIG).get("peft_type", "LORA")).upper() != "LORA"
+
+    def read(self, location: Location) -> AdapterFile:
+        """Open it; that Lorry carries the tuner and its options is checked here."""
+        place, values = location.path, location.json(PEFT_CONFIG)
+        kind = str(values.get("peft_type", "")).upper()
+        tuner = _TUNERS.get(kind)
+        if tuner is None:
+            raise AdapterError(
+                f"'{place}' is an adapter of PEFT's tuner {kind}; exactly loaded are {', '.join(sorted(_TUNERS))}, a "
+                "LoRA by lorry.load, and others as far as lorry.formats.peft_tuners.convert can."
+            )
+        left_out = {"modules_to_save": (None, []), "bias": (None, "none"), "use_effective_conv2d": (None, False)}
+        for option, unset in left_out.items():
+            if values.get(option) not in unset:
+                raise CheckpointError(
+                    f"'{place}' sets {option}={values[option]!r}, which Lorry cannot carry for {kind}."
+                )
+        return AdapterFile(
+            name=place.name,
+            method=method_from(tuner.method),
+            sites={},
+            format="peft-tuner",
+            path=place,
+            layout="peft",
+            file=location.tensors(),
+            base=str(values.get("base_model_name_or_path") or ""),
+            metadata={"source": "peft", "peft_type": kind},
+            loader="peft-tuner",
+            needs_model=f"names and drawn projections of PEFT's {kind} are PEFT's own, so it is read onto its model",
         )
-    left_out = {"modules_to_save": (None, []), "bias": (None, "none"), "use_effective_conv2d": (None, False)}
-    for option, unset in left_out.items():
-        if values.get(option) not in unset:
-            raise CheckpointError(f"'{place}' sets {option}={values[option]!r}, which Lorry cannot carry for {kind}.")
+
+
+_READER = TunerFolder()
+READERS.add("peft-tuner", _READER)
+
+
+def load_tuner(
+    file: AdapterFile,
+    model: nn.Module,
+    *,
+    name: str | None = None,
+    trainable: bool = False,
+    activate: bool = True,
+    dtype: torch.dtype | None = None,
+    expect: str | None = None,
+    check_base: bool = True,
+    transient: bool = False,
+) -> Adapter:
+    """Load an opened folder of another tuner; options as in `load`. PEFT's folders carry no fingerprint to check."""
+    kind = str(file.metadata["peft_type"])
+    tuner = _TUNERS[kind]
     if expect not in (None, tuner.method):
-        raise CheckpointError(f"'{place}' holds an adapter of the method '{tuner.method}', expected was '{expect}'.")
-    peer = _opened(place, kind, model)
-    adapter = _attached(model, tuner, peer, name, dtype or torch.float32, activate)
+        raise CheckpointError(
+            f"'{file.where}' holds an adapter of the method '{tuner.method}', expected was '{expect}'."
+        )
+    peer = _opened(file, kind, model)
+    adapter = _attached(model, tuner, peer, name or _NAME, dtype or torch.float32, activate)
     adapter.train(trainable)
     return adapter
+
+
+LOADERS.add("peft-tuner", load_tuner)
 
 
 def _attached(model: nn.Module, tuner: _Tuner, peer: Any, name: str, dtype: torch.dtype, activate: bool) -> Adapter:
@@ -128,22 +185,25 @@ def _attached(model: nn.Module, tuner: _Tuner, peer: Any, name: str, dtype: torc
     return adapter
 
 
-def _opened(place: Path, kind: str, model: nn.Module) -> Any:
+def _opened(adapter: AdapterFile, kind: str, model: nn.Module) -> Any:
     """Return PEFT's model with the adapter, every tensor of which is finite and was found."""
     try:
         from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
         raise AdapterError(f"Reading PEFT's tuner {kind} needs peft: {error}.") from None
+    place, file = adapter.path, adapter.file
+    assert place is not None and file is not None
+    adapter.read_all()
+    assert adapter.loaded is not None
+    try:
+        check_finite(adapter.loaded.tensors, place)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} Its values are not finite; nothing was loaded.") from None
     try:
         peer = PeftModel.from_pretrained(copy.deepcopy(model), str(place))
-    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # whatever another tool makes of a damaged file
         raise CheckpointError(f"PEFT cannot read '{place}' as {kind} for this model: {error}") from None
-    with safe_open(place / TENSORS, "pt") as file:
-        there = set(file.keys())
-        broken = [n for n in sorted(there) if not bool(torch.isfinite(file.get_tensor(n)).all())]
-    if broken:
-        raise CheckpointError(f"'{place}' holds values that are not finite, in {broken[0]}; nothing was loaded.")
-    wanted = set(get_peft_model_state_dict(peer, save_embedding_layers=False))
+    there, wanted = set(file.places), set(get_peft_model_state_dict(peer, save_embedding_layers=False))
     if there != wanted:
         raise CheckpointError(
             f"'{place}' does not fit the model; nothing was loaded. Missing: {sorted(wanted - there)[:3]}, surplus: "

@@ -16,7 +16,7 @@ from lorry.core.errors import AdapterError, CheckpointError
 from lorry.core.receipt import Receipt
 from lorry.formats.folders import PEFT_CONFIG, TENSORS, inside, located, write_folder
 from lorry.formats.peft_config import read_json
-from lorry.formats.save import serialised
+from lorry.formats.save import sealed
 
 
 def convert(
@@ -64,7 +64,7 @@ def convert(
     if kind.upper() == "LORA":
         raise AdapterError(f"'{place}' is a LoRA already; load it with lorry.load.")
     values, tensors, relative = _converted(place, kind, base, rank)
-    blob, _ = serialised({k: v.detach().cpu() for k, v in tensors.items()})
+    blob, _, _ = sealed({k: v.detach().cpu() for k, v in tensors.items()})
     text = json.dumps(values, indent=2, sort_keys=True).encode()
     write_folder(Path(out), {TENSORS: blob, PEFT_CONFIG: text}, overwrite=overwrite)
     sites, count = sum(k.endswith("lora_A.weight") for k in tensors), len(tensors)

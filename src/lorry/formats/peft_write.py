@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorry.core.sites.site import Site
-from lorry.formats.parts import (
+from lorry.formats.stored import (
     OUT_PROJ_TIMES,
     PEFT_EMBEDDING,
     PEFT_NAMES,
@@ -36,7 +36,7 @@ class Plain:
 
 
 @dataclass
-class PeftForm:
+class PeftFolder:
     """An adapter in PEFT's format: keys with tensors in PEFT's layout, and the config."""
 
     tensors: dict[str, Tensor]
@@ -52,39 +52,66 @@ class NotPlain(Exception):
     """Why an adapter cannot be said in PEFT's format."""
 
 
-def peft_form(
-    root: nn.Module,
+def peft_folder(
+    root: nn.Module | None,
     plain: Sequence[Plain],
     whole: Mapping[str, Mapping[str, Tensor]],
     *,
-    dora: bool = False,
+    fields: Mapping[str, Any] | None = None,
     stabilized: bool = False,
     dropout: float = 0.0,
     base: str = "",
     task: str | None = None,
-) -> PeftForm:
+    chosen: Mapping[str, Any] | None = None,
+) -> PeftFolder:
     """Return an adapter in PEFT's format.
 
     Parameters
     ----------
     root
-        The model, whose modules decide which target names are exact.
+        The model, whose modules decide which target names are exact; without it, whole paths are taken.
     plain
         The low-rank sites.
     whole
         Module path -> its trained parameters by name.
-    dora, stabilized, dropout
+    fields
+        Of the config, beside LoRA's own, that make it the method (`lorry.core.method.forms.PeftForm`).
+    stabilized, dropout
         Hold for all sites.
     base, task
         ``base_model_name_or_path`` and ``task_type``.
+    chosen
+        The config that chose the same sites before; without a model its targets are taken over.
 
     Raises
     ------
     NotPlain
         Some site or name cannot be said exactly in PEFT's format.
     """
+    fields = dict(fields or {})
     for item in plain:
-        _check(item.site, dora)
+        _check(item.site, bool(fields))
+    tensors = _tensors(plain)
+    for path, values in whole.items():
+        tensors |= {f"{PREFIX}{path}.{name}": value for name, value in values.items()}
+    keys = [(_config_key(p.site), p) for p in plain]
+    config: dict[str, Any] = {"peft_type": "LORA", "bias": "none", "inference_mode": True, **fields}
+    config |= _selection(root, plain, list(whole), chosen) | _numbers(keys, dropout)
+    if stabilized:
+        config["use_rslora"] = True
+    config = {k: v for k, v in config.items() if v not in ({}, None) or k == "target_modules"}
+    config["base_model_name_or_path"] = base or None
+    if task:
+        config["task_type"] = task
+    notes = []
+    if any(p.site.kind.name in ("qkv", "experts") for p in plain) and dropout:
+        config["lora_dropout"] = 0.0
+        notes.append(f"dropout {dropout} is in lorry.json only: PEFT has none on parameters")
+    return PeftFolder(tensors, config, notes)
+
+
+def _tensors(plain: Sequence[Plain]) -> dict[str, Tensor]:
+    """Return the low-rank tensors by PEFT's keys and in its layout."""
     modules = peft_modules([(p.site.path, p.site.kind.name) for p in plain])
     tensors: dict[str, Tensor] = {}
     for item in plain:
@@ -95,21 +122,10 @@ def peft_form(
             if name == "B" and doubled_by_peft(item.site.path, kind):
                 value = value / OUT_PROJ_TIMES
             tensors[f"{PREFIX}{modules[item.site.path]}.{names[name]}"] = foreign(name, value, kind, kernel)
-    for path, values in whole.items():
-        for name, value in values.items():
-            tensors[f"{PREFIX}{path}.{name}"] = value
-    config = _config(root, plain, list(whole), dora, stabilized, dropout)
-    config["base_model_name_or_path"] = base or None
-    if task:
-        config["task_type"] = task
-    notes = []
-    if any(p.site.kind.name in ("qkv", "experts") for p in plain) and dropout:
-        config["lora_dropout"] = 0.0
-        notes.append(f"dropout {dropout} is in lorry.json only: PEFT has none on parameters")
-    return PeftForm(tensors, config, notes)
+    return tensors
 
 
-def _check(site: Site, dora: bool) -> None:
+def _check(site: Site, special: bool) -> None:
     kind, owner = site.kind.name, site.owner
     if not site.path:
         raise NotPlain("the adapted layer is the model itself")
@@ -117,8 +133,8 @@ def _check(site: Site, dora: bool) -> None:
         raise NotPlain(
             f"'{site.path}' is a convolution with groups, dilation or a padding mode, which PEFT's factors leave out"
         )
-    if kind == "qkv" and dora or kind == "experts" and dora:
-        raise NotPlain(f"PEFT has no DoRA at '{site.path}' ({kind})")
+    if kind in ("qkv", "experts") and special:
+        raise NotPlain(f"PEFT has nothing but plain LoRA at '{site.path}' ({kind})")
     if kind == "qkv" and not site.path.endswith((".in_proj_weight", ".out_proj")):
         raise NotPlain(f"PEFT cannot adapt '{site.path}' of an attention module with separate weights")
     if kind == "experts" and site.lead == (1,):
@@ -127,36 +143,62 @@ def _check(site: Site, dora: bool) -> None:
         raise NotPlain(f"PEFT has no LoRA at '{site.path}' ({kind})")
 
 
-def _config(
-    root: nn.Module, plain: Sequence[Plain], whole: list[str], dora: bool, stabilized: bool, dropout: float
+#: Fields of a config that say which sites an adapter sits on.
+_CHOICES = (
+    "target_modules target_parameters modules_to_save exclude_modules layers_to_transform layers_pattern fan_in_fan_out"
+).split()
+
+
+def _selection(
+    root: nn.Module | None, plain: Sequence[Plain], whole: list[str], chosen: Mapping[str, Any] | None
 ) -> dict[str, Any]:
+    """Return the fields that select the sites: as exact as is known."""
+    if root is not None:
+        return _targets(root, plain, whole)
+    return _whole_paths(plain, whole) if chosen is None else {k: chosen[k] for k in _CHOICES if chosen.get(k)}
+
+
+def _targets(root: nn.Module, plain: Sequence[Plain], whole: list[str]) -> dict[str, Any]:
+    """Return the fields that select these sites of a model and no others."""
     targets, parameters = _target_names(plain)
     every = [path for path, _ in root.named_modules() if path]
-    config: dict[str, Any] = {"peft_type": "LORA", "bias": "none", "inference_mode": True}
+    config: dict[str, Any] = {}
     if whole:
         if not _hits_exactly(whole, whole, every, lambda p, n: p.endswith(n)):
             raise NotPlain(f"PEFT's modules_to_save would take more modules than {whole}")
         config["modules_to_save"] = whole
-        inside = [p for p in targets if any(re.match(rf"(^|.*\.){w}($|\..*)", p) for w in whole)]
+        inside = [p for p in targets if any(f".{w}." in f".{p}." for w in whole)]
         if inside:
             raise NotPlain(f"PEFT cannot adapt '{inside[0]}' inside a module that is trained whole")
     config["target_modules"] = _exact_targets(targets, every)
     if parameters:
         config["target_parameters"] = _exact_parameters(parameters, [n for n, _ in root.named_parameters()])
-    common = Counter((p.rank, p.alpha) for p in plain).most_common(1)
-    (rank, alpha) = common[0][0] if common else (8, 8.0)
-    config.update(r=rank, lora_alpha=_tidy(alpha), lora_dropout=dropout)
-    keys = [(_config_key(p.site), p) for p in plain]
-    ranks = {k: p.rank for k, p in keys}
-    alphas = {k: _tidy(p.alpha) for k, p in keys}
-    config["rank_pattern"] = _pattern(ranks, rank)
-    config["alpha_pattern"] = _pattern(alphas, _tidy(alpha))
-    for key, value in (("use_dora", dora), ("use_rslora", stabilized)):
-        if value:
-            config[key] = True
     if any(type(p.site.owner).__name__ == "Conv1D" for p in plain):
         config["fan_in_fan_out"] = True
-    return {k: v for k, v in config.items() if v not in ({}, None) or k == "target_modules"}
+    return config
+
+
+def _whole_paths(plain: Sequence[Plain], whole: list[str]) -> dict[str, Any]:
+    """Return the fields without a model: only whole paths are certain to mean these modules and no others."""
+    if whole or any(p.site.kind.name in ("experts", "qkv") for p in plain):
+        raise NotPlain(
+            "banks, packed weights and whole modules are written in PEFT's format only beside their model, or with the "
+            "config that chose them"
+        )
+    return {"target_modules": [p.site.path for p in plain]}
+
+
+def _numbers(keys: Sequence[tuple[str, Plain]], dropout: float) -> dict[str, Any]:
+    """Return rank, alpha and dropout, with patterns where they differ."""
+    common = Counter((p.rank, p.alpha) for _, p in keys).most_common(1)
+    (rank, alpha) = common[0][0] if common else (8, 8.0)
+    return {
+        "r": rank,
+        "lora_alpha": _tidy(alpha),
+        "lora_dropout": dropout,
+        "rank_pattern": _pattern({k: p.rank for k, p in keys}, rank),
+        "alpha_pattern": _pattern({k: _tidy(p.alpha) for k, p in keys}, _tidy(alpha)),
+    }
 
 
 def _config_key(site: Site) -> str:

@@ -4,33 +4,39 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorry.core.errors import CheckpointError, OptionError, near_misses
+from lorry.core.life.adapter import Adapter
 from lorry.core.life.writers import WRITERS
+from lorry.core.method.declared import whole_module
+from lorry.core.method.families import Bottleneck
 from lorry.core.receipt import Receipt
+from lorry.core.sites.fingerprint import Fingerprint
+from lorry.formats.file import FOLDER_FORMATS, AdapterFile
 from lorry.formats.folders import MANIFEST, PEFT_CONFIG, TENSORS, write_folder
-from lorry.formats.manifest import Manifest
-from lorry.formats.peft_write import NotPlain, PeftForm, Plain, peft_form
-from lorry.formats.tensors import check_finite, with_metadata
-
-if TYPE_CHECKING:
-    from lorry.core.life.adapter import Adapter
-
-SaveFormat = Literal["auto", "peft", "lorry"]
+from lorry.formats.manifest import Manifest, Section
+from lorry.formats.peft_write import NotPlain, PeftFolder, Plain, peft_folder
+from lorry.formats.snapshot import as_file, is_sharded
+from lorry.formats.stored import PREFIX
+from lorry.formats.tensors import check_finite, checksum, places_of, with_metadata
+from lorry.formats.updates import NeedsBase
 
 
 def save_adapter(
-    adapter: Adapter,
+    adapter: Adapter | AdapterFile,
     path: str | os.PathLike[str],
     *,
     overwrite: bool = True,
-    format: SaveFormat = "auto",
+    format: str = "auto",
     base_name: str | None = None,
+    extra: Mapping[str, bytes] | None = None,
+    **options: Any,
 ) -> Receipt:
     """Write an adapter as a folder: ``adapter_model.safetensors``, ``lorry.json``, and
     ``adapter_config.json`` where exact.
@@ -41,16 +47,20 @@ def save_adapter(
     Parameters
     ----------
     adapter
-        Attached to a model; merged or not, training or not.
+        Attached to a model (merged or not, training or not), or as data.
     path
         The folder.
     overwrite
         Replace an adapter that lies there; other files in the folder are kept.
     format
         ``auto`` uses PEFT's names and config whenever PEFT computes exactly the same, ``peft`` insists on it,
-        ``lorry`` leaves them out.
+        ``lorry`` leaves them out; any other name is that of a writer in `lorry.core.life.writers.WRITERS`.
     base_name
         What PEFT should load as the base; the model's own name if not given.
+    extra
+        Further files of the folder, by name.
+    options
+        Of another writer.
 
     Raises
     ------
@@ -58,130 +68,213 @@ def save_adapter(
         A tensor is empty or not finite, the format cannot say it, or the disk refuses; what was there before
         is left.
     """
-    if format not in ("auto", "peft", "lorry"):
-        raise OptionError(
-            "format must be auto, peft or lorry, found "
-            f"{format!r}.{near_misses(str(format), ['auto', 'peft', 'lorry'])}"
-        )
-    tensors, sharded = gathered(adapter)
-    first = process_rank() == 0
+    if format not in FOLDER_FORMATS:
+        known = [*FOLDER_FORMATS, *(w for w in WRITERS if w != "folder")]
+        if format not in known:
+            raise OptionError(
+                f"format must be one of {', '.join(known)}, found {format!r}.{near_misses(str(format), known)}"
+            )
+        return WRITERS.find(format)(adapter, path, overwrite=overwrite, **options)
+    if options:
+        raise OptionError(f"Saving as a folder has no option '{next(iter(options))}'.")
+    sharded = is_sharded(adapter)
+    file = as_file(adapter, copy=False)
     try:
-        receipt = _save(adapter, Path(path), tensors, format, base_name, overwrite, write=first)
+        return _save(file, Path(path), format, base_name, overwrite, extra or {}, write=process_rank() == 0)
     finally:
         if sharded:
             torch.distributed.barrier()
-    return receipt
 
 
 WRITERS.add("folder", save_adapter)
 
 
 def _save(
-    adapter: Adapter,
+    file: AdapterFile,
     path: Path,
-    tensors: dict[str, dict[str, Tensor]],
-    format: SaveFormat,
+    format: str,
     base_name: str | None,
     overwrite: bool,
+    extra: Mapping[str, bytes],
     *,
     write: bool,
 ) -> Receipt:
+    if file.needs_model:
+        raise NeedsBase(f"'{file.where}' cannot be written as it is: {file.needs_model}. Load it and save the adapter.")
+    if file.flat:
+        raise NeedsBase(
+            f"'{file.where}' names its layers with underscores, which only the model can resolve. Load it onto its "
+            "model and save the adapter."
+        )
+    if len(file.components) == 1:
+        file = next(iter(file.components.values()))
     notes: list[str] = []
-    form: PeftForm | None = None
-    if format != "lorry":
+    form: PeftFolder | None = None
+    if format != "lorry" and not file.components:
         try:
-            form = adapter_form(adapter, tensors, base_name)
+            form = adapter_form(file, base_name)
             notes += form.notes
         except NotPlain as reason:
             if format == "peft":
                 raise CheckpointError(
-                    f"Adapter '{adapter.name}' cannot be saved in PEFT's format: {reason}. Save it with "
+                    f"Adapter '{file.name}' cannot be saved in PEFT's format: {reason}. Save it with "
                     "format='auto', or export it with lorry.formats.export.export_plain."
                 ) from None
             notes.append(f"saved in Lorry's format only, because {reason}")
-    flat = form.tensors if form else {f"{home}.{n}": t for home, own in tensors.items() for n, t in own.items()}
-    check_tensors(flat, adapter.name)
+    elif format == "peft":
+        raise CheckpointError(f"Adapter '{file.name}' spans several models, which PEFT's format cannot say.")
+    flat, sections = contents(file) if form is None else (form.tensors, {"": section_of(file, "peft")})
+    check_tensors(flat, file.name)
     if write:
-        blob, digest = serialised(flat)
-        files = {TENSORS: blob}
-        if form:
-            files[PEFT_CONFIG] = form.config_bytes()
-        files[MANIFEST] = _manifest(adapter, len(flat), "peft" if form else "lorry", tensors, digest).to_bytes()
-        write_folder(path, files, overwrite=overwrite)
+        files = {} if form is None else {PEFT_CONFIG: form.config_bytes()}
+        write_adapter(path, file.name, flat, sections, {**files, **extra}, overwrite=overwrite, metadata=file.metadata)
     else:
         notes.append("written by the first process")
-    return Receipt("save", adapter.name, len(flat), len(flat), len(adapter.entries), "match", notes=tuple(notes))
+    return Receipt("save", file.name, len(flat), len(flat), len(file.sites), "match", notes=tuple(notes))
 
 
-def gathered(adapter: Adapter) -> tuple[dict[str, dict[str, Tensor]], bool]:
-    """Return all saved tensors by home and name, whole and on the CPU, and whether any was sharded."""
-    result: dict[str, dict[str, Tensor]] = {}
-    sharded = False
-    with torch.no_grad():
-        for home, holder in adapter.homes():
-            own = {}
-            for name, tensor in holder.tensors().items():
-                if not holder.specs[name].saved:
-                    continue
-                if hasattr(tensor, "full_tensor"):
-                    sharded = True
-                    tensor = tensor.full_tensor()
-                own[name] = tensor.detach().to("cpu")
-            result[home] = own
-    return result, sharded
+def contents(file: AdapterFile) -> tuple[dict[str, Tensor], dict[str, Section]]:
+    """Return the tensors of an adapter by the names that Lorry's layout gives them, and the manifest's sections."""
+    if not file.components:
+        return flat_tensors(file), {"": section_of(file, "lorry")}
+    flat: dict[str, Tensor] = {}
+    for root, part in file.components.items():
+        if part.flat:
+            raise NeedsBase(f"'{part.where}' names its layers with underscores, which only the model can resolve")
+        flat |= {f"{root}/{name}": t for name, t in flat_tensors(part).items()}
+    return flat, {root: section_of(part, "lorry") for root, part in file.components.items()}
 
 
-def adapter_form(adapter: Adapter, tensors: dict[str, dict[str, Tensor]], base_name: str | None) -> PeftForm:
+def write_adapter(
+    path: Path,
+    name: str,
+    flat: Mapping[str, Tensor],
+    sections: dict[str, Section],
+    files: Mapping[str, bytes],
+    *,
+    overwrite: bool,
+    metadata: dict[str, Any],
+) -> None:
+    """Write tensors, manifest and further files as one folder in one step."""
+    blob, digest, checksums = sealed(flat)
+    dtypes = {str(t.dtype).removeprefix("torch.") for t in flat.values() if t.is_floating_point()}
+    manifest = Manifest(
+        name=name,
+        sections=sections,
+        tensors=len(flat),
+        dtype=dtypes.pop() if len(dtypes) == 1 else "mixed",
+        digest=digest,
+        checksums=checksums,
+        metadata={} if "" in sections else metadata,
+    )
+    write_folder(path, {TENSORS: blob, **files, MANIFEST: manifest.to_bytes()}, overwrite=overwrite)
+
+
+def flat_tensors(file: AdapterFile) -> dict[str, Tensor]:
+    """Return all tensors of an adapter by the names that Lorry's layout gives them."""
+    shared = {n: t for n, t in file.shared_tensors().items() if n not in file.shared_unsaved}
+    flat = {f"shared.{name}": tensor for name, tensor in shared.items()}
+    for path, stored in file.sites.items():
+        if not file.native and not stored.method.whole:
+            file.facts(path)  # a bank that PEFT flattened has no shape without its model
+        flat |= {f"{path}.{n}": t for n, t in saved_tensors(file, path).items()}
+    for path, key in file.base_copies.items():
+        flat[path] = file.read(key)
+    return flat
+
+
+def saved_tensors(file: AdapterFile, path: str) -> dict[str, Tensor]:
+    """Return the tensors of a site that are written to a checkpoint."""
+    unsaved = file.stored(path)[1].unsaved
+    return {n: t for n, t in file.tensors(path).items() if n not in unsaved}
+
+
+def section_of(file: AdapterFile, layout: str) -> Section:
+    """Return what the manifest says of the adapter of one root."""
+    facts = {p: None if s.method.whole else file.facts(p) for p, s in file.sites.items()}
+    copied = {p.rpartition(".")[0]: whole_module() for p in file.base_copies}
+    kinds = {p: "block" if f is None else f.kind for p, f in facts.items()}
+    shapes = {p: (0, 0) if f is None else f.shape for p, f in facts.items()}
+    for path, stored in file.sites.items():
+        if stored.kind == "block":
+            kinds[path], shapes[path] = "block", stored.shape or (0, 0)
+    shared = [n for n in (file.shared | file.shared_values) if n not in file.shared_unsaved]
+    return Section(
+        layout=layout,
+        method=file.method,
+        methods={**file.methods, **copied},
+        kinds={**kinds, **dict.fromkeys(copied, "block")},
+        shapes={**shapes, **dict.fromkeys(copied, (0, 0))},
+        shared=tuple(shared),
+        kernels={p: f.kernel for p, f in facts.items() if f is not None and f.kernel and layout == "lorry"},
+        fingerprint=file.fingerprint if file.fingerprint is not None else Fingerprint({}, file.base),
+        metadata=file.metadata,
+    )
+
+
+def adapter_form(file: AdapterFile, base_name: str | None) -> PeftFolder:
     """Return the adapter in PEFT's format, or raise `NotPlain` saying why PEFT would not compute the same."""
-    if adapter.shared is not None:
+    if file.shared or file.shared_values:
         raise NotPlain("its sites share tensors")
-    low = {p: e.method for p, e in adapter.entries.items() if e.method.info.slug != "full"}
-    slugs = {m.info.slug for m in low.values()}
-    if not low or not slugs <= {"lora", "dora"} or len(slugs) > 1:
-        raise NotPlain(
-            f"its methods are {sorted({e.method.info.slug for e in adapter.entries.values()})}, not LoRA or DoRA alone"
-        )
-    options: Any = low  # LoRA's fields, which DoRA has too; `core` does not import `methods`
+    low = {p: m for p, m in file.methods.items() if not m.whole}
+    form = next((m.peft_form for m in low.values()), None)
+    if form is None or not form.exact or any(m.peft_form != form for m in low.values()):
+        slugs = sorted({m.info.slug for m in file.methods.values()})
+        raise NotPlain(f"its methods are {slugs}, which PEFT's LoRA does not say, or not together")
+    options: Any = low  # they have LoRA's fields, as `PeftForm` asks; `core` does not import `methods`
     stabilized = {m.rank_stabilized for m in options.values()}
     dropouts = {m.dropout for m in options.values()}
     same = len(stabilized) == 1
     plain = []
     for path, method in options.items():
-        site = adapter.entries[path].site
-        alpha = method.rank if method.alpha is None else method.alpha
-        alpha = float(alpha) if same else method.scale(site) * method.rank
-        plain.append(Plain(site, method.rank, alpha, tensors[path]))
-    whole = {p: tensors[p] for p in adapter.entries if p not in low}
-    form = peft_form(
-        adapter.state.root,
+        try:
+            site = file.site(path)
+        except NeedsBase as reason:
+            raise NotPlain(str(reason)) from None
+        if site.kind.name == "conv" and file.root is None and not file.facts(path).kernel:
+            raise NotPlain(f"the kernel of the convolution '{path}' is not in the file")
+        assert isinstance(method, Bottleneck)
+        alpha = getattr(method, "rank", 0) if getattr(method, "alpha", None) is None else getattr(method, "alpha", 0)
+        rank = int(getattr(method, "rank", 0))
+        plain.append(Plain(site, rank, float(alpha) if same else method.scale(site) * rank, saved_tensors(file, path)))
+    result = peft_folder(
+        file.root,
         plain,
-        whole,
-        dora=slugs == {"dora"},
+        {p: saved_tensors(file, p) for p in file.sites if p not in low},
+        fields=form.config,
         stabilized=same and stabilized == {True},
         dropout=dropouts.pop() if len(dropouts) == 1 else 0.0,
-        base=base_name if base_name is not None else model_name(adapter),
-        task=adapter.metadata.get("task_type"),
+        base=base_name if base_name is not None else model_name(file),
+        task=file.metadata.get("task_type"),
+        chosen=file.targets() if file.targets is not None else None,
     )
+    result.tensors |= {f"{PREFIX}{path}": file.read(key) for path, key in file.base_copies.items()}
     if len(dropouts) > 1:
-        form.notes.append("dropout differs by site: it is in lorry.json only")
-    return form
+        result.notes.append("dropout differs by site: it is in lorry.json only")
+    return result
 
 
-def serialised(tensors: dict[str, Tensor]) -> tuple[bytes, str]:
-    """Return a safetensors file that carries a digest of itself, and the digest."""
+def sealed(tensors: Mapping[str, Tensor]) -> tuple[bytes, str, dict[str, str]]:
+    """Return a safetensors file that carries a digest of itself, the digest, and the checksum of each tensor."""
     from safetensors.torch import save
 
-    whole = {}
+    whole: dict[str, Tensor] = {}
+    taken: set[int] = set()
     for name, tensor in tensors.items():
         tensor = tensor.contiguous()
-        shares = tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
+        storage = tensor.untyped_storage()
+        shares = storage.nbytes() != tensor.numel() * tensor.element_size() or storage.data_ptr() in taken
         whole[name] = tensor.clone() if shares else tensor
+        taken.add(storage.data_ptr())
     blob = save(whole)
     digest = hashlib.blake2b(blob, digest_size=8).hexdigest()
-    return with_metadata(blob, {"format": "pt", "lorry_digest": digest}), digest
+    places, start = places_of(blob)
+    view = memoryview(blob)
+    checksums = {n: checksum(view[start + p.start : start + p.end]) for n, p in places.items()}
+    return with_metadata(blob, {"format": "pt", "lorry_digest": digest}), digest, checksums
 
 
-def check_tensors(tensors: dict[str, Tensor], name: str) -> None:
+def check_tensors(tensors: Mapping[str, Tensor], name: str) -> None:
     """Raise `CheckpointError` if a tensor is empty or not finite: such a file could not be loaded."""
     empty = [n for n, t in tensors.items() if not t.numel()]
     if empty or not tensors:
@@ -196,32 +289,11 @@ def check_tensors(tensors: dict[str, Tensor], name: str) -> None:
         raise CheckpointError(f"{error} Nothing was written.") from None
 
 
-def _manifest(
-    adapter: Adapter, count: int, layout: str, tensors: dict[str, dict[str, Tensor]], digest: str
-) -> Manifest:
-    kinds = {
-        str(t.dtype).removeprefix("torch.") for own in tensors.values() for t in own.values() if t.is_floating_point()
-    }
-    entries = adapter.entries
-    return Manifest(
-        name=adapter.name,
-        layout=layout,
-        method=adapter.method,
-        methods={p: e.method for p, e in entries.items()},
-        kinds={p: e.site.kind.name for p, e in entries.items()},
-        shapes={p: e.site.shape for p, e in entries.items()},
-        shared=tuple(tensors.get("shared", {})),
-        tensors=count,
-        dtype=kinds.pop() if len(kinds) == 1 else "mixed",
-        fingerprint=adapter.fingerprint,
-        metadata=adapter.metadata,
-        digest=digest,
-    )
-
-
-def model_name(adapter: Adapter) -> str:
-    """Return where the adapter's base model came from, or an empty string."""
-    config = getattr(adapter.state.root, "config", None)
+def model_name(file: AdapterFile) -> str:
+    """Return where the base model of an adapter came from, or an empty string."""
+    if file.root is None:
+        return file.base
+    config = getattr(file.root, "config", None)
     return str(getattr(config, "_name_or_path", "") or "")
 
 

@@ -1,10 +1,8 @@
-"""Single files of diffusion tools: kohya's flattened names, and diffusers' names with a component in
-front.
-"""
+"""Reading single files of diffusion tools: kohya's flattened names, and diffusers' names with a component in front."""
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,10 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from lorry.core.errors import CheckpointError, some
-from lorry.core.method.registry import method_from
-from lorry.formats.parts import PREFIX, Part
+from lorry.core.errors import CheckpointError, OptionError, some
+from lorry.core.method.declared import peft_method
+from lorry.formats.file import AdapterFile
 from lorry.formats.peft_config import PeftConfig, understood
+from lorry.formats.reader import READERS, Location, Reader
+from lorry.formats.stored import PREFIX, StoredSite
+from lorry.formats.tensors import parsed
 
 _KOHYA = re.compile(r"lora_(unet|te\d?|transformer|prior|vae|mmdit)_(.+)")
 #: Suffixes of other methods that share kohya's naming.
@@ -57,12 +58,70 @@ COMPONENTS = (
 )
 
 
+#: What kohya calls the models of a pipeline -> what diffusers does.
+_ROOTS = {"te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_3"}
+
+
+class SingleFile(Reader):
+    """A ``.safetensors`` file on its own.
+
+    Parameters
+    ----------
+    kohya
+        Whether this is the reader of kohya's names, or the one of diffusers'.
+    """
+
+    def __init__(self, kohya: bool) -> None:
+        self.kohya = kohya
+
+    def recognises(self, location: Location) -> bool:
+        """Whether it is such a file, and in this naming."""
+        if not location.path.is_file() or location.path.suffix != ".safetensors":
+            return False
+        return any(_KOHYA.match(name) for name in location.tensors().places) == self.kohya
+
+    def read(self, location: Location) -> AdapterFile:
+        """Open it; the models of a pipeline become components."""
+        file, path = location.tensors(), location.path
+        single = read_single(file.places, file.metadata, file.read, str(path))
+        roots: dict[str, list[StoredSite]] = {}
+        for stored in single.sites:
+            roots.setdefault(_ROOTS.get(stored.component, stored.component), []).append(stored)
+        facts = {k: v for k, v in file.metadata.items() if k.startswith(("ss_", "modelspec")) and len(v) < 200}
+
+        def adapter(sites: dict[str, StoredSite], **more: Any) -> AdapterFile:
+            return AdapterFile(
+                name=path.stem,
+                method=max(sites.values(), key=lambda s: getattr(s.method, "rank", 0)).method,
+                sites=sites,
+                format=single.format,
+                path=path,
+                layout="peft",
+                file=file,
+                base=facts.get("ss_sd_model_name", ""),
+                metadata={"source": single.format, **facts},
+                notes=tuple(single.notes),
+                flat=self.kohya,
+                pipeline=True,
+                **more,
+            )
+
+        several = len({s.component for s in single.sites}) > 1
+        parts = {r: adapter({s.path: s for s in own}, partial=True) for r, own in roots.items() if r}
+        whole = {f"{s.component}.{s.path}" if several else s.path: s for s in single.sites}
+        return adapter(whole, components=parts)
+
+
+READERS.add("kohya", SingleFile(kohya=True))
+READERS.add("diffusers", SingleFile(kohya=False))
+
+
 @dataclass
 class Single:
     """A single file, sorted by site."""
 
     format: str
-    parts: list[Part] = field(default_factory=list)
+    sites: list[StoredSite] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -111,13 +170,13 @@ def read_single(
     configs = _configs(metadata, where)
     result = Single("kohya" if kohya else "diffusers")
     for (component, path), keys in found.items():
-        result.parts.append(_part(component, path, keys, names, configs.get(component), read, where))
-    if any("mid" in p.keys for p in result.parts):
+        result.sites.append(_site(component, path, keys, names, configs.get(component), read, where))
+    if any("mid" in p.keys for p in result.sites):
         result.notes.append("convolutions in three steps (lora_mid) were folded into two, exactly")
     return result
 
 
-def _part(
+def _site(
     component: str,
     path: str,
     keys: dict[str, str],
@@ -125,16 +184,22 @@ def _part(
     config: PeftConfig | None,
     read: Callable[[str], Tensor],
     where: str,
-) -> Part:
+) -> StoredSite:
     missing = [n for n in ("A", "B") if n not in keys]
     if missing:
         raise CheckpointError(
             f"'{where}' lacks {' and '.join(missing)} of '{path}', though it holds {some(keys.values())}."
         )
+    if not names[keys["A"]].shape or len(names[keys["B"]].shape) < 2:
+        raise CheckpointError(f"'{where}': the factors of '{path}' are no matrices.")
     rank = int(names[keys["A"]].shape[0])
     alpha: float | None = None
     stabilized = False
     if "alpha" in keys:
+        if math.prod(names[keys["alpha"]].shape) > 1:
+            raise CheckpointError(
+                f"'{where}': alpha of '{path}' must be one number, found {names[keys['alpha']].shape}."
+            )
         value = read(keys.pop("alpha"))
         if value.numel() != 1 or not float(value) > 0 or float(value) == float("inf"):
             raise CheckpointError(
@@ -147,9 +212,12 @@ def _part(
             raise CheckpointError(
                 f"'{where}': '{path}' has rank {rank}, but the file's metadata say {config.rank(path)}."
             )
-    slug = "dora" if "magnitude" in keys else "lora"
-    method = method_from({"method": slug, "rank": rank, "alpha": alpha, "rank_stabilized": stabilized})
-    return Part(path, method, keys, component=component)
+    form = {"use_dora": True} if "magnitude" in keys else {}
+    try:
+        method = peft_method(form, {"rank": rank, "alpha": alpha, "rank_stabilized": stabilized})
+    except OptionError as error:
+        raise CheckpointError(f"'{where}': the tensors of '{path}' are no LoRA: {error}") from None
+    return StoredSite(path, method, keys, component=component)
 
 
 def _kohya_place(name: str, where: str) -> tuple[str, str, str] | None:
@@ -188,14 +256,11 @@ def _configs(metadata: Mapping[str, str], where: str) -> dict[str, PeftConfig]:
     text = metadata.get("lora_adapter_metadata")
     if not text:
         return {}
-    try:
-        values = json.loads(text)
-        flat: dict[str, dict[str, Any]] = {}
-        for key, value in values.items():
-            component, dot, option = key.partition(".")
-            if not dot or component not in COMPONENTS:
-                component, option = "", key
-            flat.setdefault(component, {})[option] = value
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"'{where}': the metadata field lora_adapter_metadata is damaged ({error}).") from None
+    values = parsed(text.encode(), f"'{where}': the metadata field lora_adapter_metadata is damaged")
+    flat: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        component, dot, option = key.partition(".")
+        if not dot or component not in COMPONENTS:
+            component, option = "", key
+        flat.setdefault(component, {})[option] = value
     return {component: understood(options, where) for component, options in flat.items()}

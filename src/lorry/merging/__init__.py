@@ -4,6 +4,7 @@ is needed.
 
 from __future__ import annotations
 
+import lorry.merging.methods  # noqa: F401  they register at the first look-up
 from lorry.merging.compare import Comparison, compare, comparison_picture, comparison_table
 from lorry.merging.engine import merge
 from lorry.merging.factors import Factors

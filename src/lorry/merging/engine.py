@@ -26,13 +26,15 @@ from lorry.core.errors import (
     some,
 )
 from lorry.core.life.adapter import Adapter
+from lorry.formats.file import AdapterFile
+from lorry.formats.updates import SiteFacts
 from lorry.merging.factors import Factors, decompose
 from lorry.merging.inputs import Candidate, Pool, SiteInput
 from lorry.merging.measure import pair_facts, ratio, squared_errors, total
 from lorry.merging.output import MergedAdapter, joined, trial_adapter
 from lorry.merging.receipt import InputRecord, MergeReceipt, SiteRecord
 from lorry.merging.registry import MergeMethod, merge_method_named
-from lorry.merging.sources import AdapterLike, SiteFacts, Source, open_source
+from lorry.merging.sources import AdapterLike, Source, open_source
 from lorry.merging.weights import Step, Weight, Weights
 
 Inputs = Sequence[AdapterLike] | Mapping[str, AdapterLike]
@@ -124,7 +126,7 @@ def _target(out: str | os.PathLike[str] | None, overwrite: bool) -> Path | None:
 
 def _named(inputs: Inputs) -> dict[str, AdapterLike]:
     """Return the inputs by name; names that come twice get a number."""
-    if isinstance(inputs, str | os.PathLike | Adapter):
+    if isinstance(inputs, str | os.PathLike | Adapter | AdapterFile):
         inputs = [inputs]
     if isinstance(inputs, Mapping):
         named = {str(k): v for k, v in inputs.items()}
@@ -136,7 +138,7 @@ def _named(inputs: Inputs) -> dict[str, AdapterLike]:
         for item in inputs:
             own = (
                 item.name
-                if isinstance(item, Adapter)
+                if isinstance(item, Adapter | AdapterFile)
                 else Path(item).name.removesuffix(".safetensors").replace("|", "_") or "adapter"
             )
             number = 2

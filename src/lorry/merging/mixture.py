@@ -21,6 +21,7 @@ from lorry.core.method.families import Bottleneck
 from lorry.core.method.registry import method_from
 from lorry.core.receipt import Receipt
 from lorry.core.sites.site import Site
+from lorry.formats.load import load
 
 
 def from_adapters(
@@ -112,8 +113,6 @@ def _member(model: nn.Module, expert: str | os.PathLike[str], number: int, loade
         raise AdapterError(
             f"Expert '{expert}' is neither an adapter on this model ({some(state.adapters)}) nor a file."
         )
-    from lorry.formats.load import load
-
     loaded.append(load(model, expert, name=f"expert-{number}-of-mixture", activate=False))
     return loaded[-1]
 

@@ -8,16 +8,15 @@ turned into a frozen dataclass of options, from which checks, help and schema fo
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
-import pkgutil
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from lorry.core.errors import OptionError, near_misses
+from lorry.core.errors import OptionError
 from lorry.core.options import check_options, from_options, option
+from lorry.core.registry import Registry
 
 Space = Literal["factor", "delta", "aligned"]
 Scope = Literal["site", "adapter"]
@@ -96,9 +95,10 @@ class MergeMethod:
         return {**facts, "plain": None if self.plain is None else dict(self.plain), "options": options}
 
 
-_REGISTRY: dict[str, MergeMethod] = {}
+#: Every merge method by slug.
+MERGES: Registry[MergeMethod] = Registry("merge method")
 _ALIASES: dict[str, str] = {}
-_LOADED = False
+_ORIGINS: dict[str, str] = {}
 
 
 def merge_method(slug: str, *, space: Space, source: str, scope: Scope = "site", **facts: Any) -> Callable[[F], F]:
@@ -113,10 +113,12 @@ def merge_method(slug: str, *, space: Space, source: str, scope: Scope = "site",
 
 def add(slug: str, function: Callable[..., Any], options: type, *, help: str = "", **facts: Any) -> None:
     """Register a method whose options were worked out already (rows of a table of variants)."""
-    if slug in _REGISTRY:
-        raise OptionError(f"Two merge methods are called '{slug}'.")
+    defined = getattr(function, "func", function)  # a variant is a partial of its table's function
+    origin = f"{defined.__module__}.{defined.__qualname__}"
+    if _ORIGINS.setdefault(slug, origin) != origin:
+        raise OptionError(f"Two merge methods are called '{slug}': {_ORIGINS[slug]} and {origin}.")
     text = help or (inspect.getdoc(function) or "").partition("\n")[0]
-    _REGISTRY[slug] = MergeMethod(slug, function, options, help=text, **facts)
+    MERGES.add(slug, MergeMethod(slug, function, options, help=text, **facts))
 
 
 def alias(name: str, of: str) -> None:
@@ -125,26 +127,14 @@ def alias(name: str, of: str) -> None:
 
 
 def merge_methods() -> dict[str, MergeMethod]:
-    """Return every merge method by slug, importing the files of `lorry.merging.methods` at the first call."""
-    global _LOADED
-    if not _LOADED:
-        _LOADED = True
-        package = importlib.import_module("lorry.merging.methods")
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"lorry.merging.methods.{module.name}")
-    return dict(sorted(_REGISTRY.items()))
+    """Return every merge method by slug."""
+    return dict(MERGES)
 
 
 def merge_method_named(slug: str) -> MergeMethod:
     """Return a merge method by its slug or alias; unknown ones raise `OptionError` with near misses."""
-    known = merge_methods()
-    found = known.get(_ALIASES.get(slug, slug))
-    if found is None:
-        names = [*known, *_ALIASES]
-        raise OptionError(
-            f"There is no merge method '{slug}'.{near_misses(str(slug), names)} There are: {', '.join(known)}."
-        )
-    return found
+    MERGES.discover()
+    return MERGES.find(_ALIASES.get(slug, slug), also=_ALIASES)
 
 
 def _options_of(slug: str, function: Callable[..., Any]) -> type:

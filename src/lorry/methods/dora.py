@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 
 from lorry.core.method.families import norms_of_sum
+from lorry.core.method.forms import PeftForm
 from lorry.core.method.registry import register
 from lorry.core.method.spec import Tensors, TensorSpec, ones
 from lorry.core.sites.site import Site
@@ -20,6 +22,8 @@ class DoRA(LoRA):
     """``W' = m ⊙ (W + scale · B A) / ‖W + scale · B A‖`` by output channel, the norm constant in the gradient (section
     4.3).
     """
+
+    peft_form: ClassVar[PeftForm | None] = PeftForm({"use_dora": True})
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         """Return A, B and the magnitude m ``(out,)``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Generator, Tensor
 
@@ -20,6 +20,8 @@ from lorry.core.sites.site import Site
 @dataclass(frozen=True)
 class Full(Block):
     """Every parameter of a module is trained in a copy that takes the original's place while the adapter is active."""
+
+    whole: ClassVar[bool] = True
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         """Return a copy of each parameter of the module."""

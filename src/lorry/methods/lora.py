@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from lorry.core.errors import SiteError
 from lorry.core.method.families import Bottleneck
+from lorry.core.method.forms import PeftForm
 from lorry.core.method.registry import preset, register
 from lorry.core.method.spec import TensorSpec, kaiming
 from lorry.core.options import option
@@ -18,6 +20,8 @@ from lorry.core.sites.site import Site
 @dataclass(frozen=True)
 class LoRA(Bottleneck):
     """``ΔW = scale · B A`` with A ``(rank, in)`` random, B ``(out, rank)`` zero at the start (section 4.1)."""
+
+    peft_form: ClassVar[PeftForm | None] = PeftForm()
 
     rank: int = option(8, "Rank of the update.", at_least=1)
     alpha: float | None = option(None, "Numerator of the scale; the rank itself if not given.", above=0)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 
+from lorry.core.method.forms import PeftForm
 from lorry.core.method.registry import register
 from lorry.core.method.spec import Tensors, TensorSpec
 from lorry.core.sites.site import Site
@@ -23,6 +25,8 @@ class OLoRA(LoRA):
     beside the base, so the base is shared; as a plain LoRA this is rank 2r: ``[A; A0]`` and ``[B, -B0]``.
     Trained pairs agree with peft's.
     """
+
+    peft_form: ClassVar[PeftForm | None] = PeftForm(start="olora", computed=("A0", "B0"))
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         """Return A and B, and the frozen pair they started from."""

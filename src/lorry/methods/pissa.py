@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
 
+from lorry.core.method.forms import PeftForm
 from lorry.core.method.registry import register
 from lorry.core.method.spec import Tensors, TensorSpec
 from lorry.core.options import option
@@ -23,6 +25,8 @@ class PiSSA(LoRA):
     The offset is kept as a second, frozen pair of factors beside the base, so the base stays as it is and is shared.
     As a plain LoRA this is rank 2r: ``[A; A0]`` and ``[B, -B0]``.
     """
+
+    peft_form: ClassVar[PeftForm | None] = PeftForm(start="pissa", computed=("A0", "B0"))
 
     iterations: int = option(0, "Subspace iterations of a fast randomised SVD; 0 computes the exact one.", at_least=0)
 

@@ -17,6 +17,7 @@ from torch import Generator, Tensor, nn
 
 from lorry.core.errors import AdapterError
 from lorry.core.method.call import Call
+from lorry.core.method.forms import PeftForm
 from lorry.core.method.spec import Layout, Observed, Places, Tensors, TensorSpec
 from lorry.core.options import check_options, from_options
 from lorry.core.sites.kinds import kinds_in_order
@@ -75,6 +76,16 @@ class Method(ABC):
     gathers: ClassVar[tuple[str, ...]] = ()
     #: Parameter-free knobs that the training engine reads: learning-rate factors by tensor name (LoRA+).
     rate_factors: ClassVar[Mapping[str, float]] = {}
+    #: How PEFT's LoRA config says the method, or None. A class declares its own; it is not inherited.
+    peft_form: ClassVar[PeftForm | None] = None
+    #: Whether its tensors are a copy of all parameters of a module, by their own names.
+    whole: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let a subclass, whose mathematics differ, start without its parent's declarations."""
+        super().__init_subclass__(**kwargs)
+        if "peft_form" not in cls.__dict__:
+            cls.peft_form = None
 
     def __post_init__(self) -> None:
         """Check every option against its declared range, then the rules between options."""

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from lorry.core.errors import CheckpointError
 from lorry.core.method.base import Method
+from lorry.core.sites.site import Site
 
 
 @dataclass(slots=True)
-class Part:
+class StoredSite:
     """An adapter at one site as a file has it.
 
     Attributes
@@ -32,10 +33,17 @@ class Part:
         Lorry's name of each tensor -> the file's.
     depth
         How many further parameters of the same module PEFT wrapped outside of this one.
-    kind, shape
-        Of the site, where the file tells (Lorry's own does).
+    kind, shape, kernel
+        Of the site, where the file tells (Lorry's own does); the kernel is a convolution's ``(channels, *size)``.
     component
         Which model of a pipeline it belongs to (``unet``, ``text_encoder``), where the file tells.
+    values
+        Tensors by Lorry's names and in Lorry's layout, in place of the file's: of an adapter that was edited, or
+        that never was a file.
+    unsaved
+        Names among them that are rebuilt from the seed and never written.
+    site
+        The place in a model, for an adapter that was taken from one.
     """
 
     path: str
@@ -44,7 +52,11 @@ class Part:
     depth: int = 0
     kind: str | None = None
     shape: tuple[int, ...] | None = None
+    kernel: tuple[int, ...] = ()
     component: str = ""
+    values: dict[str, Tensor] | None = None
+    unsaved: frozenset[str] = frozenset()
+    site: Site | None = None
 
 
 def canonical(name: str, value: Tensor, kind: str | None, lead: tuple[int, ...]) -> Tensor:

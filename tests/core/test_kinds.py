@@ -31,6 +31,7 @@ def upsample():
         name = "upsample"
         presets = ("upsampling", "convolutions")
         positionwise = False
+        row_channels = False
 
         def sites(self, path, module):
             if isinstance(module, Upsample):
@@ -112,6 +113,27 @@ def test_a_new_kind_is_one_class(upsample, method, tmp_path):
     for adapter in list(lorry.adapters(model).values()):
         adapter.detach()
     assert unchanged(model, before)
+
+
+def test_a_method_that_needs_more_than_a_kind_can_do_is_refused(upsample):
+    with pytest.raises(lorry.SiteError, match="does not sit on upsample sites"):
+        lorry.attach(decoder()[0], lorry.DoRA(rank=2), targets="grow")
+    with pytest.raises(lorry.SiteError, match="does not sit on upsample sites"):
+        lorry.attach(decoder()[0], "eva", targets="grow")
+
+
+def test_a_file_with_a_former_name_of_a_kind_loads(tmp_path):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
+    adapter = off_zero(lorry.attach(model, lorry.LoRA(rank=2)))
+    adapter.save(tmp_path)
+    manifest = tmp_path / "lorry.json"
+    text = manifest.read_text()
+    assert '"kind": "qkv"' in text
+    manifest.write_text(text.replace('"kind": "qkv"', '"kind": "packed"'))
+    adapter.detach()
+    loaded = lorry.load(model, tmp_path)
+    assert {s.kind.name for s in loaded.sites} == {"qkv"} and loaded.receipt.fingerprint == "match"
 
 
 def test_a_new_kind_may_claim_what_another_one_would_take():

@@ -16,7 +16,12 @@ from lorry.core.sites.site import Site
 from lorry.methods.lora import LoRA
 
 
-@register("dora", paper="arXiv 2402.09353", linear_in_scale=False)
+@register(
+    "dora",
+    paper="arXiv 2402.09353",
+    kinds=lambda kind: not kind.whole and kind.row_channels,
+    linear_in_scale=False,
+)
 @dataclass(frozen=True)
 class DoRA(LoRA):
     """``W' = m ⊙ (W + scale · B A) / ‖W + scale · B A‖`` by output channel, the norm constant in the gradient (section

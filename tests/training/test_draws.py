@@ -8,10 +8,11 @@ from training.tiny_bases import encoded, tiny_llama, token_rows
 
 from lorry.core.life.api import context, rows
 from lorry.training import Fleet, Job, train
-from lorry.training.joint import Base, Share, train_pass
+from lorry.training.joint import Base, Share, forward, train_pass
 from lorry.training.objectives import Causal
 from lorry.training.report import read_metrics
 from lorry.training.rows import IGNORE, Encoded
+from lorry.training.task import Prepared, Setting
 
 REMIX = {"method": "remix", "experts": 4, "top_k": 2, "rank": 2, "alpha": 8.0, "draws": 3}
 
@@ -23,11 +24,11 @@ def drawn(steps=10, **method):
         {**REMIX, "dropout": 0.1, **method},
         # proportional steps: at the start all draws are nearly equal, and Adam makes full steps of what little differs
         optimizer="sgd",
-        rate=3.0,
-        clip=None,
+        learning_rate=3.0,
+        max_grad_norm=None,
         steps=steps,
         batch_size=3,
-        accumulation=2,
+        gradient_accumulation_steps=2,
         seed=1,
     )
 
@@ -35,7 +36,13 @@ def drawn(steps=10, **method):
 def company(steps=10):
     return [
         Job("wide", token_rows(30, (15, 30), 2), {"method": "dora", "rank": 4, "dropout": 0.1}, steps=steps, seed=2),
-        replace(drawn(), name="twice", method={**REMIX, "draws": 2, "granularity": "sequence"}, accumulation=1, seed=3),
+        replace(
+            drawn(),
+            name="twice",
+            method={**REMIX, "draws": 2, "granularity": "sequence"},
+            gradient_accumulation_steps=1,
+            seed=3,
+        ),
         Job("routed", token_rows(30, (5, 9), 4), {"method": "lora-mixer", "experts": 3, "rank": 2}, steps=steps),
     ]
 
@@ -86,6 +93,16 @@ def test_a_run_taken_up_again_draws_what_it_would_have_drawn(alone, tmp_path):
     assert difference(tensors(resumed), tensors(alone[0])) == 0
 
 
+def share_of(name, data, **more):
+    return Share(name, Prepared(Causal(), data), data.examples, **more)
+
+
+def again(share, base):
+    """The same pass once more: logits and labels."""
+    with base.mode(training=True), forward(base, [share], {"a": 4}) as outcome:
+        return outcome.parts[0]
+
+
 def shared_pass(seed, draws, method=REMIX):
     """One pass over two rows whose adapter is off its start; returns share, adapter and model."""
     from core.tiny import off_zero
@@ -94,8 +111,8 @@ def shared_pass(seed, draws, method=REMIX):
 
     model = tiny_llama()
     adapter = off_zero(attach(model, method, name="a"), std=0.3)
-    share = Share("a", Causal(), token_rows(2, (6, 11), 5).rows, seed=seed, draws=draws)
-    base = Base(model, 0)
+    share = share_of("a", token_rows(2, (6, 11), 5), seed=seed, draws=draws)
+    base = Base(Setting(model))
     with base.mode(training=True):
         train_pass(base, [share], 0)
     assert share.error is None
@@ -106,8 +123,8 @@ def test_the_reported_loss_is_the_mean_over_draws_without_the_policy_term():
     share, adapter, base = shared_pass(4, 3)
     assert all(p.grad.any() for n, p in adapter.named_parameters() if n.endswith("router"))
     # the same pass by hand: rows after rows, with the same seed
-    with base.mode(training=True), context(base.model), rows(base.model, ["a"] * 6, seeds={"a": 4}), torch.no_grad():
-        logits, labels, _ = base.logits([*share.rows] * 3)
+    with torch.no_grad():
+        logits, labels = again(share, base)
     losses = torch.stack([Causal().loss(x, y)[0] for x, y in zip(logits.split(1), labels.split(1), strict=True)])
     assert float(losses.view(3, 2).std(0).min()) > 0
     assert share.loss == pytest.approx(float(losses.view(3, 2).mean(0).sum()), rel=1e-6)
@@ -117,9 +134,8 @@ def test_experts_get_the_gradient_of_the_mean_loss_alone():
     share, adapter, base = shared_pass(4, 3)
     found = {n: p.grad.clone() for n, p in adapter.named_parameters()}
     base.model.zero_grad(set_to_none=True)
-    with base.mode(training=True), context(base.model), rows(base.model, ["a"] * 6, seeds={"a": 4}):
-        logits, labels, _ = base.logits([*share.rows] * 3)
-        (Causal().loss(logits, labels)[0] / 3).backward()
+    with base.mode(training=True), forward(base, [share], {"a": 4}) as outcome:
+        (Causal().loss(*outcome.parts[0])[0] / 3).backward()
     for name, parameter in adapter.named_parameters():
         if name.endswith("router"):
             assert parameter.grad is None and found[name].any()
@@ -132,12 +148,13 @@ def test_draws_count_towards_the_tokens_of_a_pass_and_not_of_the_data(alone):
     steps = drawn()
     fed = sum(len(r) for r in steps.data.rows)  # an epoch is five steps of two batches of three
     assert result["drawn"]["tokens"] == 2 * fed and len(metrics) == 10
-    share = Share("a", Causal(), token_rows(2, (6, 6), 5).rows, draws=4)
-    assert len(share.passed) == 8 and share.passed[2] is share.rows[0]
+    share = share_of("a", token_rows(2, (6, 6), 5), draws=4)
+    assert len(share.passed) == 8 and share.passed[2] is share.examples[0]
 
 
 def test_all_experts_active_is_trained_without_draws(tmp_path):
     fleet = Fleet(tiny_llama(), None, [drawn(2, top_k=4)], tmp_path)
+    fleet.runs[0].open_step()
     assert fleet.runs[0].share().draws == 1
     assert fleet.train().ok
 
@@ -184,10 +201,10 @@ def learned(folder, data, score):
         data,
         {**method, "granularity": "sequence"},
         targets=[SITE],
-        rate=0.1,
+        learning_rate=0.1,
         steps=60,
         batch_size=6,
-        clip=None,
+        max_grad_norm=None,
         eval_data=data,
     )
     fleet = Fleet(sharp_llama(), None, [job], folder)
@@ -202,7 +219,8 @@ def learned(folder, data, score):
     result = fleet.train()
     with context(fleet.model, recording=True) as facts, rows(fleet.model, ["toy"] * 6), torch.no_grad():
         fleet.model.eval()
-        fleet.base.logits(data.rows)
+        task = Causal()
+        task.forward(fleet.base.setting, task.collate(fleet.base.setting, data.examples))
     return result["toy"]["eval"]["end"]["loss"], facts.records["toy", SITE, "load"]
 
 

@@ -25,8 +25,8 @@ class BatchPlan:
             without lengths.
     """
 
-    rows: int
-    """Number of rows in the set."""
+    examples: int
+    """Number of examples in the set."""
     batch_size: int
     """Rows of a batch; the last of an epoch may be smaller."""
     seed: int = 0
@@ -44,37 +44,37 @@ class BatchPlan:
     """Tokens of each row; needed for bucketing alone."""
 
     def __post_init__(self) -> None:
-        if self.rows < 1:
+        if self.examples < 1:
             raise DataError("no rows to make batches of")
         if self.batch_size < 1:
             raise DataError(f"the batch size must be at least 1, found {self.batch_size}")
-        if self.drop_last and self.rows < self.batch_size:
+        if self.drop_last and self.examples < self.batch_size:
             raise DataError(
-                f"drop_last with batches of {self.batch_size} leaves nothing of {self.rows} rows; "
+                f"drop_last with batches of {self.batch_size} leaves nothing of {self.examples} rows; "
                 "use a smaller batch size or drop_last=False"
             )
         if self.epochs is not None and self.epochs < 1:
             raise DataError(f"the number of epochs must be at least 1, found {self.epochs}")
         if self.bucket_window < 0:
             raise DataError(f"bucket_window must be at least 0, found {self.bucket_window}")
-        if self.bucket_window and (self.lengths is None or len(self.lengths) != self.rows):
+        if self.bucket_window and (self.lengths is None or len(self.lengths) != self.examples):
             found = "none" if self.lengths is None else str(len(self.lengths))
-            raise DataError(f"length bucketing needs the lengths of all {self.rows} rows, found {found}")
+            raise DataError(f"length bucketing needs the lengths of all {self.examples} rows, found {found}")
 
     @property
     def batches_per_epoch(self) -> int:
         """Batches of one epoch."""
-        count = self.rows / self.batch_size
+        count = self.examples / self.batch_size
         return math.floor(count) if self.drop_last else math.ceil(count)
 
     def epoch(self, epoch: int) -> tuple[tuple[int, ...], ...]:
         """The batches of an epoch, each a tuple of row numbers; every row at most once, and all without
         `drop_last`.
         """
-        order = list(range(self.rows))
+        order = list(range(self.examples))
         generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
         if self.shuffle:
-            order = torch.randperm(self.rows, generator=generator).tolist()
+            order = torch.randperm(self.examples, generator=generator).tolist()
         size = self.batch_size
         if self.drop_last:
             order = order[: len(order) - len(order) % size]
@@ -94,6 +94,7 @@ class BatchPlan:
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for a saved position to mean the same batch, as plain JSON."""
         values = asdict(self)
+        values["rows"] = values.pop("examples")  # as checkpoints have always called them
         del values["epochs"]  # a run may be resumed for longer
         if values["lengths"] is not None:
             text = ",".join(map(str, values["lengths"]))

@@ -59,11 +59,11 @@ class Bars:
         self._drawn = now
         for run in self.runs:
             p = run.progress
-            before, then = self._before.get(run.name, (p.tokens, now))
+            before, then = self._before.get(run.name, (p.size_seen, now))
             if run.name not in self._before or now - then > 1.0:
-                self._before[run.name] = (p.tokens, now)
-                if p.tokens > before:
-                    self._speed[run.name] = (p.tokens - before) / (now - then)
+                self._before[run.name] = (p.size_seen, now)
+                if p.size_seen > before:
+                    self._speed[run.name] = (p.size_seen - before) / (now - then)
             speed = self._speed.get(run.name)
             note = "" if p.status == RUNNING else p.status
             self._bars.update(
@@ -71,7 +71,7 @@ class Bars:
                 completed=p.step,
                 total=run.total or 1,
                 loss="" if p.last_loss is None else f"loss {p.last_loss:.4f}",
-                speed="" if speed is None or note else f"{speed:,.0f} tokens/s",
+                speed="" if speed is None or note else f"{speed:,.0f} {run.unit}/s",
                 note=note,
             )
 

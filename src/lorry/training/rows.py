@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from .data import held_out_indices
 from .data_errors import DataError
+from .task import Examples
 
 IGNORE = -100
 """The label of a position that is not predicted (the convention of torch and Hugging Face)."""
@@ -92,51 +92,41 @@ class EncodeReport:
 
 
 @dataclass(frozen=True, eq=False)
-class EncodedSet:
-    """The rows of one data set, and the report of how they came about."""
+class EncodedSet(Examples[Encoded]):
+    """The examples of one text data set, and the report of how they came about."""
 
-    rows: tuple[Encoded, ...]
-    report: EncodeReport
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Encoded:
-        return self.rows[index]
+    @property
+    def rows(self) -> tuple[Encoded, ...]:
+        """The examples, under their earlier name."""
+        return self.examples
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each row, as the length bucketing of a `BatchPlan` wants them."""
-        return [len(row) for row in self.rows]
+        """Tokens of each example, as the length bucketing of a `BatchPlan` wants them."""
+        return [len(row) for row in self.examples]
 
-    def take(self, indices: Sequence[int]) -> list[Encoded]:
-        """The rows at these positions."""
-        return [self.rows[i] for i in indices]
+    def report_of(self, examples: Sequence[Encoded]) -> EncodeReport:
+        """Return the report of examples taken out of a set: they are the records now."""
+        return EncodeReport(
+            records=len(examples),
+            rows=len(examples),
+            kept=len(examples),
+            dropped={},
+            truncated=0,
+            tokens=sum(len(e) for e in examples),
+            label_tokens=sum(e.label_count for e in examples),
+        )
 
-    def hold_out(self, fraction: float, seed: int | None = None) -> tuple[EncodedSet, EncodedSet]:
-        """Hold out a part of the rows: (rest, held out). Seed None takes the last rows, as wanted for one
-        long text.
-
-        Raises:
-            DataError: a fraction outside (0, 1), or fewer than two rows.
-        """
-        held = set(held_out_indices(len(self.rows), fraction, seed))
-        parts = ([r for i, r in enumerate(self.rows) if (i in held) == side] for side in (False, True))
-        rest, out = (EncodedSet(tuple(rows), _report_of(rows)) for rows in parts)
-        return rest, out
-
-
-def _report_of(rows: Sequence[Encoded]) -> EncodeReport:
-    """The report of rows taken out of a set: the rows are the records now."""
-    return EncodeReport(
-        records=len(rows),
-        rows=len(rows),
-        kept=len(rows),
-        dropped={},
-        truncated=0,
-        tokens=sum(len(r) for r in rows),
-        label_tokens=sum(r.label_count for r in rows),
-    )
+    def joined_report(self, sets: Sequence[Examples[Encoded]]) -> EncodeReport:
+        """Return the report of several sets as one."""
+        found = [s.report for s in sets if isinstance(s.report, EncodeReport)]
+        sums = {f.name: sum(getattr(r, f.name) for r in found) for f in fields(EncodeReport) if f.type == "int"}
+        counts: dict[str, dict[str, int]] = {"dropped": {}, "notes": {}}
+        for name, total in counts.items():
+            for report in found:
+                for reason, count in getattr(report, name).items():
+                    total[reason] = total.get(reason, 0) + count
+        return EncodeReport(**sums, dropped=counts["dropped"], notes=counts["notes"])
 
 
 class Builder:

@@ -207,6 +207,7 @@ def forward(base: Base, shares: Sequence[Share], seeds: dict[str, int] | None = 
     if shares[0].task_ids is not None:
         tags = [tag for share in shares for tag in share.row_tasks]
         facts["task_ids"] = torch.tensor(tags, device=base.setting.device)
+    facts["draws"] = {share.name: share.draws for share in shares if share.draws > 1}
     sizes = [share.height for share in shares]
     names = [share.name for share, size in zip(shares, sizes, strict=True) for _ in range(size)]
     with ExitStack() as stack:

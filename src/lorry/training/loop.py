@@ -78,10 +78,10 @@ class Companion:
             records = self.records.setdefault(name, {})
             records[path, key] = records[path, key] + value if (path, key) in records else value
         kept.records.clear()
-        found = [auxiliary_loss(self.model, name) for name in self.adapters]
-        for value in found:
-            if value is not None:
-                loss = loss + value.to(loss) * share
+        for name in self.adapters:
+            auxiliary = auxiliary_loss(self.model, name)
+            if auxiliary is not None:
+                loss = loss + auxiliary.to(loss) * share
         return loss
 
     def step(self, optimizer: Any) -> None:

@@ -1,4 +1,4 @@
-"""Tasks that are not text, each on a real tiny model: pictures, denoising, and pairs of texts to choose from."""
+"""Tasks that are not plain text: pictures, denoising, pairs of texts to choose from, and a policy with a reward."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import lorry
 from lorry.training import Batch, Examples, Setting, Task
 from lorry.training.objectives import Causal
 from lorry.training.task import PlainReport
@@ -56,7 +57,9 @@ class Denoising(Task):
     def examples(self, setting: Setting, records: Sequence[Any], labels: Any = None) -> Examples[Any]:
         return Examples(tuple(torch.as_tensor(r["picture"]) for r in records), PlainReport(len(records), len(records)))
 
-    def draw(self, examples: Sequence[Any], generator: torch.Generator) -> Sequence[Any]:
+    def draw(
+        self, examples: Sequence[Any], generator: torch.Generator, setting: Setting, adapter: str
+    ) -> Sequence[Any]:
         drawn = []
         for clean in examples:
             time = torch.randint(1, 1000, (), generator=generator)
@@ -105,3 +108,47 @@ class Preference(Causal):
 
     def fingerprint(self, examples: Sequence[Any]) -> str:
         return super().fingerprint([row for pair in examples for row in pair])
+
+
+@dataclass(frozen=True)
+class EvenPolicy(Causal):
+    """REINFORCE for one token: the model continues each prompt with its own adapter, and even tokens are rewarded."""
+
+    name: ClassVar[str] = "even-policy"
+
+    @property
+    def family(self) -> str:
+        return self.name
+
+    def draw(
+        self, examples: Sequence[Any], generator: torch.Generator, setting: Setting, adapter: str
+    ) -> Sequence[Any]:
+        batch = super().collate(setting, examples)
+        with torch.no_grad(), lorry.context(setting.model, **batch.facts):
+            with lorry.rows(setting.model, [adapter] * len(examples)):
+                logits = super().forward(setting, batch)
+        last = torch.tensor([len(e) - 1 for e in examples])
+        chances = logits[torch.arange(len(examples)), last].softmax(-1)
+        actions = torch.multinomial(chances, 1, generator=generator)[:, 0]
+        rewards = (actions % 2 == 0).float()
+        return [(e, a, r - rewards.mean()) for e, a, r in zip(examples, actions, rewards, strict=True)]
+
+    def collate(self, setting: Setting, examples: Sequence[Any]) -> Batch:
+        batch = super().collate(setting, [e for e, _, _ in examples])
+        last = torch.tensor([len(e) - 1 for e, _, _ in examples])
+        actions, gains = (torch.stack([e[i] for e in examples]) for i in (1, 2))
+        return Batch(batch.inputs, {"last": last, "action": actions, "gain": gains}, batch.facts)
+
+    def losses(self, outputs: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
+        final = outputs[torch.arange(len(outputs)), targets["last"]].log_softmax(-1)
+        chosen = final.gather(1, targets["action"][:, None])[:, 0]
+        return -targets["gain"] * chosen, torch.ones(len(outputs))
+
+    def loss(self, outputs: Tensor, targets: Any) -> tuple[Tensor, int]:
+        return self.losses(outputs, targets)[0].sum(), len(outputs)
+
+    def count(self, example: Any) -> int:
+        return 1
+
+    def cost(self, example: Any) -> int:
+        return len(example[0]) if isinstance(example, tuple) else len(example)

@@ -214,6 +214,28 @@ def test_the_draws_of_a_trainer_give_the_gradients_of_the_engine(tmp_path):
         torch.testing.assert_close(chosen[1][name], gradient, rtol=1e-4, atol=1e-7)
 
 
+def test_a_loss_of_ones_own_may_make_the_draws(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    from lorry.training.routing import policy_loss, repeated
+
+    model = tiny_llama()
+    adapter = attach(model, REMIX, name="a")
+    start = {n: t.detach().clone() for n, t, _ in adapter.named_tensors()}
+
+    class Drawing(with_adapters(Trainer)):
+        def compute_loss(self, model, inputs, return_outputs=False, **more):
+            batch = repeated({"input_ids": inputs["input_ids"]}, adapter.row_draws)
+            logits, targets = model(**batch).logits[:, :-1], batch["input_ids"][:, 1:]
+            losses = torch.nn.functional.cross_entropy(logits.mT, targets, reduction="none").mean(1)
+            return policy_loss(model, "a", losses, adapter.row_draws)
+
+    data = [{"input_ids": r.input_ids.long(), "labels": r.labels.long()} for r in token_rows(16, (12, 12), 1).rows]
+    Drawing(model, TrainingArguments(**options(tmp_path, steps=3)), train_dataset=data).train()
+    moved = {n: t for n, t, _ in adapter.named_tensors() if n.endswith("router")}
+    assert all(not torch.equal(t, start[n]) for n, t in moved.items())
+
+
 def test_draws_that_a_trainer_cannot_make_are_refused(tmp_path):
     model = tiny_llama()
     attach(model, REMIX, name="a")

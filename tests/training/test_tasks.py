@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from training.other_tasks import Denoising, Margins, PictureClasses, Preference
+from training.other_tasks import Denoising, EvenPolicy, Margins, PictureClasses, Preference
 from training.tiny_bases import tiny_llama, token_rows
 
 from lorry.training import DataError, Examples, Fleet, Job, train
@@ -151,6 +151,38 @@ def test_pairs_go_through_one_pass_with_plain_text(tmp_path):
         alone = train(tiny_llama(), None, job, tmp_path / job.name)
         assert difference(tensors(together, job.name), tensors(alone, job.name)) < 1e-5
     assert together["pairs"]["last_loss"] < together["pairs"]["first_loss"]
+
+
+def sharp_llama():
+    """In float64, since drawing is choosing; with a head whose logits can be far apart."""
+    model = tiny_llama().double()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+    return model
+
+
+def even_share(result, model):
+    """How likely the adapter makes an even token after each of some prompts."""
+    from lorry.core.life.api import rows
+
+    ids = torch.stack([e.input_ids.long() for e in token_rows(16, (8, 8), 3).examples])
+    with rows(model, ["policy"] * 16), torch.no_grad():
+        return float(model.eval()(ids).logits[:, -1].softmax(-1)[:, ::2].sum(-1).mean())
+
+
+def test_a_policy_learns_from_its_own_draws_beside_text_as_alone(tmp_path):
+    def jobs():
+        lora = {"method": "lora", "rank": 4}
+        policy = Job("policy", token_rows(24, (5, 10), 3), lora, objective=EvenPolicy(), steps=25, batch_size=8, seed=1,
+                     learning_rate=1e-2)  # fmt: skip
+        return [Job("text", token_rows(20, (5, 12), 1), lora, steps=25, seed=2), policy]
+
+    models = [sharp_llama(), sharp_llama()]
+    together = train(models[0], None, jobs(), tmp_path / "together")
+    assert together.ok, together.report
+    alone = train(models[1], None, jobs()[1], tmp_path / "alone")
+    assert difference(tensors(together, "policy"), tensors(alone, "policy")) < 1e-5
+    assert even_share(together, models[0]) > 0.7
 
 
 def test_the_gradient_of_a_pass_is_that_of_plain_pytorch(tmp_path):

@@ -20,9 +20,11 @@ class BatchPlan:
     """The order of batches as a pure function of (seed, epoch): no state, nothing of the machine or the
     process.
 
-    Raises:
-        DataError: no rows, a batch size below 1, fewer rows than a batch with ``drop_last``, or bucketing
-            without lengths.
+    Raises
+    ------
+    DataError
+        No rows, a batch size below 1, fewer rows than a batch with ``drop_last``, or bucketing
+        without lengths.
     """
 
     examples: int
@@ -143,8 +145,10 @@ class BatchCursor(Iterator[tuple[int, ...]]):
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go to a saved state.
 
-        Raises:
-            DataError: the state is of another plan (names what differs), or is no state at all.
+        Raises
+        ------
+        DataError
+            The state is of another plan (names what differs), or is no state at all.
         """
         missing = {"epoch", "position", "plan"} - set(state)
         if missing:
@@ -170,19 +174,28 @@ def collate(
 ) -> dict[str, Tensor]:
     """Pad rows to one length and stack them. The rows may come from several jobs.
 
-    Args:
-        rows: n rows, all with labels or all with a class.
-        pad_id: token that fills up; any token will do, since the mask hides it.
-        pad_to_multiple: round the length up to a multiple of this.
-        side: where the padding goes.
+    Parameters
+    ----------
+    rows
+        The n rows, all with labels or all with a class.
+    pad_id
+        Token that fills up; any token will do, since the mask hides it.
+    pad_to_multiple
+        Round the length up to a multiple of this.
+    side
+        Where the padding goes.
 
-    Returns:
+    Returns
+    -------
+    dict[str, Tensor]
         int64 tensors: ``input_ids`` and ``attention_mask`` (n, L); ``labels`` (n, L) with -100 in the
         padding, or (n,) for classes; ``position_ids`` (n, L) if a row is packed (see `block_mask`);
         ``token_type_ids`` (n, L) if a row has them.
 
-    Raises:
-        DataError: no rows, no ``pad_id``, or rows of both kinds.
+    Raises
+    ------
+    DataError
+        No rows, no ``pad_id``, or rows of both kinds.
     """
     if not rows:
         raise DataError("no rows to make a batch of")
@@ -196,13 +209,7 @@ def collate(
         length = -(-length // pad_to_multiple) * pad_to_multiple
 
     def stack(values: Sequence[Tensor], fill: int) -> Tensor:
-        out = torch.full((len(rows), length), fill, dtype=torch.int64)
-        for i, value in enumerate(values):
-            if side == "right":
-                out[i, : len(value)] = value
-            else:
-                out[i, length - len(value) :] = value
-        return out
+        return _stacked(values, fill, length, side)
 
     batch = {
         "input_ids": stack([row.input_ids for row in rows], pad_id),
@@ -221,6 +228,16 @@ def collate(
     return batch
 
 
+def _stacked(values: Sequence[Tensor], fill: int, length: int, side: str) -> Tensor:
+    out = torch.full((len(values), length), fill, dtype=torch.int64)
+    for i, value in enumerate(values):
+        if side == "right":
+            out[i, : len(value)] = value
+        else:
+            out[i, length - len(value) :] = value
+    return out
+
+
 def block_mask(position_ids: Tensor, attention_mask: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The attention mask of packed rows: each token sees its own document up to itself, and no other
     document.
@@ -229,13 +246,19 @@ def block_mask(position_ids: Tensor, attention_mask: Tensor, dtype: torch.dtype 
     ``use_cache=False``, leaving the attention mask out has the same effect on transformers' causal models,
     which then read the borders from the position ids.)
 
-    Args:
-        position_ids: (n, L), restarting at 0 at each document.
-        attention_mask: (n, L), 1 for tokens and 0 for padding.
-        dtype: None gives a bool mask, as SDPA takes; a float dtype gives 0 and the lowest value, as eager
-            attention takes.
+    Parameters
+    ----------
+    position_ids
+        (n, L), restarting at 0 at each document.
+    attention_mask
+        (n, L), 1 for tokens and 0 for padding.
+    dtype
+        None gives a bool mask, as SDPA takes; a float dtype gives 0 and the lowest value, as eager
+        attention takes.
 
-    Returns:
+    Returns
+    -------
+    Tensor
         (n, 1, L, L). A padding position sees itself alone, so that no softmax is over nothing.
     """
     length = position_ids.shape[1]

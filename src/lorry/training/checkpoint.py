@@ -50,14 +50,22 @@ def write_json(path: Path, value: Any) -> None:
 def save(folder: Path, tick: int, runs: Sequence[Run], offsets: Mapping[str, int], keep: int) -> Path:
     """Write a checkpoint and remove older ones.
 
-    Args:
-        folder: where checkpoints go.
-        tick: joint passes done.
-        runs: all jobs.
-        offsets: bytes of each job's metrics file up to here.
-        keep: how many checkpoints stay.
+    Parameters
+    ----------
+    folder
+        Where checkpoints go.
+    tick
+        Joint passes done.
+    runs
+        All jobs.
+    offsets
+        Bytes of each job's metrics file up to here.
+    keep
+        How many checkpoints stay.
 
-    Returns:
+    Returns
+    -------
+    Path
         The checkpoint's folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,8 +119,10 @@ def latest(folder: Path) -> Path | None:
 def read(path: Path) -> dict[str, Any]:
     """The JSON part of a checkpoint.
 
-    Raises:
-        CheckpointError: it is damaged, or of a newer version.
+    Raises
+    ------
+    CheckpointError
+        It is damaged, or of a newer version.
     """
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -128,8 +138,10 @@ def read(path: Path) -> dict[str, Any]:
 def check_same(run: Run, saved: Mapping[str, Any]) -> None:
     """Check that a job is the one that a checkpoint was written for.
 
-    Raises:
-        CheckpointError: names the options that differ, or says that the data changed.
+    Raises
+    ------
+    CheckpointError
+        Names the options that differ, or says that the data changed.
     """
     now = json.loads(json.dumps(run.job.to_dict()))
     # options that are younger than the checkpoint had their default value then
@@ -149,8 +161,10 @@ def check_same(run: Run, saved: Mapping[str, Any]) -> None:
 def restore(path: Path, run: Run, saved: Mapping[str, Any]) -> None:
     """Bring a job that has begun to where it was.
 
-    Raises:
-        CheckpointError: another job's checkpoint, or tensors missing, surplus or misshapen.
+    Raises
+    ------
+    CheckpointError
+        Another job's checkpoint, or tensors missing, surplus or misshapen.
     """
     check_same(run, saved)
     known = {f.name for f in fields(Progress)}
@@ -221,8 +235,10 @@ def _defaults() -> dict[str, Any]:
 def load_tensors(run: Run, values: Mapping[str, Tensor]) -> None:
     """Copy tensors into the run's adapter, all of them or none.
 
-    Raises:
-        CheckpointError: a tensor is missing, surplus or misshapen.
+    Raises
+    ------
+    CheckpointError
+        A tensor is missing, surplus or misshapen.
     """
     assert run.adapter is not None
     own = {name: tensor for name, tensor, _ in run.adapter.named_tensors()}

@@ -10,7 +10,7 @@ from lorry.core.life.adapter import mix_seed
 
 from .joint import Base, Share, evaluate_pass, grouped
 from .run import Run
-from .task import Tally
+from .task import Setting, Tally
 
 
 def evaluate(
@@ -33,7 +33,9 @@ def evaluate(
         Metrics by job: ``loss`` and, by objective, ``perplexity``, ``accuracy`` and others.
     """
     waiting = {
-        run.name: _batches(run) for run in runs if run.prepared is not None and run.prepared.evaluation is not None
+        run.name: _batches(run, base.setting)
+        for run in runs
+        if run.prepared is not None and run.prepared.evaluation is not None
     }
     sums: dict[str, Tally] = {}
     with base.mode(training=False):
@@ -47,7 +49,7 @@ def evaluate(
     return {name: tally.metrics() for name, tally in sums.items()}
 
 
-def _batches(run: Run) -> list[Share]:
+def _batches(run: Run, setting: Setting) -> list[Share]:
     """Return examples sorted by size, so that padding is small, drawn alike in every evaluation."""
     assert run.prepared is not None and run.prepared.evaluation is not None
     made, held = run.prepared, run.prepared.evaluation
@@ -56,6 +58,6 @@ def _batches(run: Run) -> list[Share]:
     for start in range(0, len(order), run.job.eval_batch_size):
         chosen = order[start : start + run.job.eval_batch_size]
         generator = torch.Generator().manual_seed(mix_seed(run.job.seed, "evaluate", start))
-        examples = made.task.draw(held.take(chosen), generator)
+        examples = made.task.draw(held.take(chosen), generator, setting, run.name)
         shares.append(Share(run.name, made, examples, held.ids(chosen)))
     return shares

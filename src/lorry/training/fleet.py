@@ -163,7 +163,7 @@ class Fleet:
                 continue
             try:
                 self._calibrate(run, prepared)
-                run.begin(run.adapter, prepared)
+                run.begin(run.adapter, prepared, self.base.setting)
             except LorryError:
                 self._detach()
                 raise
@@ -174,19 +174,19 @@ class Fleet:
         job, train = run.job, prepared.train
         plan = BatchPlan(examples=len(train), batch_size=job.batch_size, seed=job.seed)
         order = plan.epoch(0)[: job.calibration]
-        loss = self._calibration_loss(job.seed, prepared)
+        loss = self._calibration_loss(job, prepared)
         if needs_calibration(run.adapter):
             calibrate(run.adapter, order, loss, again=True)  # attached just now
         start = job.make_start()
         if start is not None:
             apply_start(start, run.adapter, order, loss, job.seed)
 
-    def _calibration_loss(self, seed: int, prepared: Prepared) -> Callable[[nn.Module, Sequence[int]], torch.Tensor]:
+    def _calibration_loss(self, job: Job, prepared: Prepared) -> Callable[[nn.Module, Sequence[int]], torch.Tensor]:
         task, setting = prepared.task, self.base.setting
 
         def loss(model: nn.Module, batch: Sequence[int]) -> torch.Tensor:
-            generator = torch.Generator().manual_seed(mix_seed(seed, "calibrate", *batch))
-            examples = task.draw(prepared.train.take(batch), generator)
+            generator = torch.Generator().manual_seed(mix_seed(job.seed, "calibrate", *batch))
+            examples = task.draw(prepared.train.take(batch), generator, setting, job.name)
             made = task.collate(setting, examples)
             with context(model, **made.facts):
                 outputs = task.forward(setting, made)
@@ -231,11 +231,15 @@ class Fleet:
     def train(self) -> FleetResult:
         """Train all jobs to their ends.
 
-        Returns:
+        Returns
+        -------
+        FleetResult
             The report, and the adapters on the model (not active).
 
-        Raises:
-            KeyboardInterrupt: after Ctrl-C or SIGTERM; a checkpoint and a report were written first.
+        Raises
+        ------
+        KeyboardInterrupt
+            After Ctrl-C or SIGTERM; a checkpoint and a report were written first.
         """
         begun = time.perf_counter()
         active = open_state(self.model).active

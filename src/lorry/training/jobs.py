@@ -33,9 +33,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Job:
     """One training run on a base that it may share with other jobs.
 
-    Raises:
-        OptionError: a value out of its range, a rule between options broken, or an unknown name (with near
-            misses).
+    Raises
+    ------
+    OptionError
+        A value out of its range, a rule between options broken, or an unknown name (with near
+        misses).
     """
 
     name: str = option(MISSING, "Name of the job and of its adapter.")
@@ -204,8 +206,10 @@ class Job:
 def jobs_from(values: Sequence[Job | Mapping[str, Any]]) -> list[Job]:
     """Jobs from jobs or mappings, with names that differ.
 
-    Raises:
-        OptionError: no job, two of one name, or a bad option.
+    Raises
+    ------
+    OptionError
+        No job, two of one name, or a bad option.
     """
     jobs = [v if isinstance(v, Job) else Job.from_dict(v) for v in values]
     if not jobs:

@@ -201,8 +201,10 @@ class Classification(TextTask):
     def label_names(self, records: Sequence[Record]) -> tuple[str, ...]:
         """The classes of the training records in a stable order: numbers by value, names by alphabet.
 
-        Raises:
-            DataError: fewer than two classes, a label that is missing, or a fraction.
+        Raises
+        ------
+        DataError
+            Fewer than two classes, a label that is missing, or a fraction.
         """
         column = _column(records, self.label_column, LABEL_COLUMNS, "label", "label_column")
         names = {_label(_value(r, column, i), i, column) for i, r in enumerate(records)}
@@ -214,11 +216,15 @@ class Classification(TextTask):
     def encode(self, tokenizer: Any, records: Sequence[Record], *, labels: Sequence[str] | None = None) -> EncodedSet:
         """Encode texts and classes (`encode_classification`).
 
-        Args:
-            tokenizer: a Hugging Face tokenizer.
-            records: the examples.
-            labels: classes in the model's order; None takes those of these records (`label_names`). Give the
-                training set's here for evaluation data.
+        Parameters
+        ----------
+        tokenizer
+            A Hugging Face tokenizer.
+        records
+            The examples.
+        labels
+            Classes in the model's order; None takes those of these records (`label_names`). Give the
+            training set's here for evaluation data.
         """
         first = ("text", "sentence", "sentence1", "premise", "question", *TEXT_COLUMNS)
         text = _column(records, self.text_column, first, "text", "text_column")
@@ -283,8 +289,10 @@ OBJECTIVES = TASKS
 def make_objective(name: str, options: Mapping[str, Any] | None = None) -> Task:
     """Build an objective by name from parsed options.
 
-    Raises:
-        DataError: an unknown name or option, with near misses.
+    Raises
+    ------
+    DataError
+        An unknown name or option, with near misses.
     """
     if name not in OBJECTIVES:
         raise DataError(f"unknown objective {name!r}; {suggest(name, OBJECTIVES)}")

@@ -13,10 +13,14 @@ from .run import RUNNING, Run
 class Bars:
     """Bars with loss and tokens per second of each job; nothing at all where they are not shown.
 
-    Args:
-        runs: the jobs.
-        show: True or False; None shows them on a terminal only.
-        console: a rich console; None makes one on standard error.
+    Parameters
+    ----------
+    runs
+        The jobs.
+    show
+        True or False; None shows them on a terminal only.
+    console
+        A rich console; None makes one on standard error.
     """
 
     def __init__(self, runs: Sequence[Run], show: bool | None, console: Any = None) -> None:

@@ -16,9 +16,12 @@ VERSION = 1
 class MetricsFile:
     """A job's ``metrics.jsonl``: a line for each step and for each evaluation.
 
-    Args:
-        path: where the file is.
-        offset: bytes to keep of a file that is there; what was written after a checkpoint is cut off.
+    Parameters
+    ----------
+    path
+        Where the file is.
+    offset
+        Bytes to keep of a file that is there; what was written after a checkpoint is cut off.
     """
 
     def __init__(self, path: Path, offset: int = 0) -> None:
@@ -137,11 +140,16 @@ def _change(start: float | None, end: float | None) -> str:
 def draw_curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> bool:
     """Draw the losses of all jobs into one picture (PNG): thin as measured, thick smoothed, dots held out.
 
-    Args:
-        metrics: rows of ``metrics.jsonl`` by job.
-        path: the picture.
+    Parameters
+    ----------
+    metrics
+        Rows of ``metrics.jsonl`` by job.
+    path
+        The picture.
 
-    Returns:
+    Returns
+    -------
+    bool
         False where there is nothing to draw, or no matplotlib.
     """
     try:

@@ -36,9 +36,11 @@ STATISTICS = {
 class RoutingLog:
     """Routing statistics by step.
 
-    Attributes:
-        rows: one for each step, layer and adapter: step, adapter, site, and what the layer recorded
-            (``load`` and ``mass`` as lists over the experts).
+    Attributes
+    ----------
+    rows
+        One for each step, layer and adapter: step, adapter, site, and what the layer recorded
+        (``load`` and ``mass`` as lists over the experts).
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -60,8 +62,10 @@ class RoutingLog:
     def of(self, adapter: str | None = None) -> list[dict[str, Any]]:
         """The rows of one adapter; it must be named if there are several.
 
-        Raises:
-            LorryError: nothing was recorded, or the adapter was not.
+        Raises
+        ------
+        LorryError
+            Nothing was recorded, or the adapter was not.
         """
         names = self.adapters()
         if adapter is None and len(names) == 1:
@@ -110,9 +114,12 @@ class RoutingLog:
     def plot(self, path: str | os.PathLike[str], adapter: str | None = None) -> Path:
         """Draw the loads of the last step by layer, and entropy, effective number and imbalance by step.
 
-        Args:
-            path: where to write; the suffix decides the format (png, svg, pdf).
-            adapter: which, if several were recorded.
+        Parameters
+        ----------
+        path
+            Where to write; the suffix decides the format (png, svg, pdf).
+        adapter
+            Which, if several were recorded.
         """
         import matplotlib
 

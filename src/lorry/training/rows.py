@@ -29,12 +29,18 @@ Truncation = Literal["right", "left", "drop"]
 class Encoded:
     """One row: one example, one block of a document, or several packed examples.
 
-    Attributes:
-        input_ids: int32 tokens, (L,).
-        labels: int32 labels with -100 where nothing is predicted, (L,); None for classification.
-        position_ids: int32 (L,), restarting at 0 at each packed document; None for a row that holds one.
-        label: class of a classification example.
-        token_type_ids: int32 (L,), for encoders that tell the two texts of a pair apart.
+    Attributes
+    ----------
+    input_ids
+        Int32 tokens, (L,).
+    labels
+        Int32 labels with -100 where nothing is predicted, (L,); None for classification.
+    position_ids
+        Int32 (L,), restarting at 0 at each packed document; None for a row that holds one.
+    label
+        Class of a classification example.
+    token_type_ids
+        Int32 (L,), for encoders that tell the two texts of a pair apart.
     """
 
     input_ids: Tensor
@@ -181,8 +187,10 @@ class Builder:
     def finish(self, rows: Sequence[Encoded] | None = None) -> EncodedSet:
         """Make the set; ``rows`` replaces the collected examples where they were packed.
 
-        Raises:
-            DataError: no row is left; the message counts the reasons.
+        Raises
+        ------
+        DataError
+            No row is left; the message counts the reasons.
         """
         rows = self.rows if rows is None else rows
         if not rows:
@@ -216,11 +224,16 @@ def pack_stream(documents: Sequence[Tensor], max_length: int) -> list[Encoded]:
     A row begins a new count of positions too, since a document cut by the end of a row cannot be seen from
     the next one. A row may be without labels (a last row of one token).
 
-    Args:
-        documents: int32 tokens (L_i,), each at least 1 long.
-        max_length: tokens of a row.
+    Parameters
+    ----------
+    documents
+        Int32 tokens (L_i,), each at least 1 long.
+    max_length
+        Tokens of a row.
 
-    Returns:
+    Returns
+    -------
+    list[Encoded]
         Rows with ``position_ids``; the last may be shorter.
     """
     if not documents:
@@ -242,9 +255,12 @@ def pack_fit(rows: Sequence[Encoded], max_length: int) -> list[Encoded]:
     No example is cut. The order of the packs is that of their first examples, so it does not depend on
     anything but the input.
 
-    Args:
-        rows: examples with labels, none longer than ``max_length``.
-        max_length: tokens of a row.
+    Parameters
+    ----------
+    rows
+        Examples with labels, none longer than ``max_length``.
+    max_length
+        Tokens of a row.
     """
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
     by_space: dict[int, list[int]] = {}  # packs by the room they have left

@@ -25,7 +25,7 @@ from .joint import Place, Share
 from .optim import clip_gradients, gradients, make_optimizer, set_rate
 from .row_gradients import RowGradients
 from .schedule import Schedule, rate_factor, warmup_steps
-from .task import Prepared
+from .task import Prepared, Setting
 
 #: What a job's status may be; a failed one is ``failed: WHY``.
 RUNNING, DONE, STOPPED, INTERRUPTED = "running", "done", "stopped early", "interrupted"
@@ -94,9 +94,9 @@ class Run:
         self._records: dict[tuple[str, str], Tensor] = {}
         self._rows: RowGradients | None = None
 
-    def begin(self, adapter: Adapter, prepared: Prepared) -> None:
+    def begin(self, adapter: Adapter, prepared: Prepared, setting: Setting) -> None:
         """Take up the adapter and the data."""
-        job = self.job
+        job, self._setting = self.job, setting
         self.adapter, self.prepared = adapter, prepared
         epochs = None if job.steps is not None else job.epochs or 1
         plan = BatchPlan(
@@ -188,7 +188,7 @@ class Run:
         return Share(
             name=self.name,
             prepared=made,
-            examples=made.task.draw(made.train.take(chosen), generator),
+            examples=made.task.draw(made.train.take(chosen), generator, self._setting, self.name),
             task_ids=made.train.ids(chosen),
             seed=mix_seed(self.job.seed, "step", p.step, p.micro),
             weight=1.0 / p.labels,

@@ -277,8 +277,20 @@ class Task(ABC):
         """Return the seed by which held-out examples are drawn; None takes the last ones."""
         return seed
 
-    def draw(self, examples: Sequence[Any], generator: Generator) -> Sequence[Any]:
-        """Return the examples as a pass sees them: with noise, crops or drawn times of this step."""
+    def draw(self, examples: Sequence[Any], generator: Generator, setting: Setting, adapter: str) -> Sequence[Any]:
+        """Return the examples as a pass sees them: with noise, crops or drawn times of this step, or continued.
+
+        Parameters
+        ----------
+        examples
+            Of one job.
+        generator
+            Source of randomness; the same for the same job, step and micro-batch.
+        setting
+            Where the model is, for tasks that learn from what it says.
+        adapter
+            The job's adapter; none applies unless the task lets it (`lorry.rows`).
+        """
         return examples
 
     def rows_of(self, example: Any) -> int:

@@ -297,6 +297,21 @@ def test_calibration_comes_before_training(tmp_path):
     assert losses(resumed) == losses(straight)
 
 
+def test_calibration_and_an_optimizer_of_ones_own_do_not_go_together(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model = tiny_llama()
+    adapter = attach(model, {"method": "eva", "rank": 3}, name="job")
+    start = {n: t.detach().clone() for n, t, _ in adapter.named_tensors()}
+    data = [{"input_ids": r.input_ids.long(), "labels": r.labels.long()} for r in token_rows(8, (12, 12), 1).examples]
+    own = (torch.optim.SGD(adapter.parameters(), lr=0.1), None)
+    arguments = TrainingArguments(**options(tmp_path, steps=1))
+    trainer = with_adapters(Trainer)(model, arguments, train_dataset=data, optimizers=own)
+    with pytest.raises(AdapterError, match="before the optimizer"):
+        trainer.train()
+    assert all(torch.equal(t, start[n]) for n, t, _ in adapter.named_tensors())
+
+
 def test_task_ids_reach_the_methods(tmp_path):
     from transformers import Trainer, TrainingArguments
 

@@ -71,6 +71,12 @@ class Attendance:
         waiting = [a for a in self.adapters.values() if needs_calibration(a)]
         if not waiting:
             return
+        # ranks may move, so that parameters are others than an optimizer was made for
+        if self.trainer.optimizer is not None:
+            raise AdapterError(
+                "Calibration comes before the optimizer; do not give the trainer an optimizer of your own for adapters "
+                f"that want to see batches first ({', '.join(a.name for a in waiting)}), or calibrate them before."
+            )
         with torch.random.fork_rng(devices=[]):  # the order of the data in training stays what it is
             torch.manual_seed(self.trainer.args.seed)
             batches = list(itertools.islice(self.trainer.get_train_dataloader(), _CALIBRATION))
@@ -82,12 +88,6 @@ class Attendance:
 
         for adapter in waiting:
             calibrate(adapter, batches, loss, again=True)
-        # ranks may have moved, so that parameters are others than the optimizer was made for
-        if self.trainer.optimizer is not None:
-            raise AdapterError(
-                "Calibration comes before the optimizer; do not give the trainer an optimizer of your own for adapters "
-                f"that want to see batches first ({', '.join(a.name for a in waiting)}), or calibrate them before."
-            )
 
     @contextmanager
     def told(self, inputs: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Context]]:

@@ -17,7 +17,7 @@ from lorry.core.errors import SiteError
 from lorry.core.forward.entry import Entry
 from lorry.core.life.adapter import Adapter, mix_seed
 from lorry.core.life.calibrate import LossFn, observe
-from lorry.core.method.families import Bottleneck
+from lorry.core.method.families import Bottleneck, check_rank
 from lorry.core.method.spec import Observed
 from lorry.core.options import check_options
 from lorry.core.registry import Registry
@@ -106,6 +106,7 @@ class Orthogonal(Start):
     def set(self, entry: Entry, seen: Mapping[str, Observed], generator: Generator) -> None:
         """Draw the rows of A."""
         a = factor(entry, "A")
+        check_rank(entry.site, len(a))
         drawn = torch.linalg.qr(torch.randn(a.shape[::-1], generator=generator))[0].mT
         a.copy_((drawn * a.norm(dim=-1).mean().cpu()).to(a))
 

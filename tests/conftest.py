@@ -24,3 +24,12 @@ def shared() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip("no ../shared/data beside the checkout")
     return SHARED
+
+
+@pytest.fixture(autouse=True)
+def gradients_stay_on():
+    """A mode that one test leaves behind would decide what the next ones see."""
+    yield
+    left = not torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert not left, "the test left gradients switched off"

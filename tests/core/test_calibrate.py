@@ -15,13 +15,10 @@ METHOD = {"method": "shira", "mask": "grad", "density": 0.1}
 
 def gradients_seen(adapter, batches, loss_fn):
     """The gradients as the method gets them."""
-    from lorry.core.life.calibrate import _Gradients, _plain
+    from lorry.core.life.calibrate import observe
 
-    watch = _Gradients(adapter.sites)
-    with _plain(adapter), watch.watching():
-        for batch in batches:
-            loss_fn(adapter.state.root, batch).backward()
-    return {path: seen.gradient for path, seen in watch.result(len(batches)).items()}
+    found = observe(adapter, {"gradient": adapter.sites}, batches, loss_fn)["gradient"]
+    return {path: seen.gradient for path, seen in found.items()}
 
 
 class Twice(nn.Module):
@@ -111,10 +108,10 @@ def test_only_one_dense_gradient_is_alive_at_a_time():
     adapter = lorry.attach(model, METHOD)
     alive = []
 
-    from lorry.core.life.calibrate import _Gradients
+    from lorry.core.life.probes import WeightGradients
 
-    watch, ids = _Gradients(adapter.sites), tokens()
-    with watch.watching():
+    watch, ids = WeightGradients(adapter.sites), tokens()
+    with watch.watching(adapter):
         leaves = [m.__dict__["weight"] for m in model.modules() if "weight" in m.__dict__]
         own = watch._add
         watch._add = lambda site, gradient: (
@@ -151,10 +148,9 @@ def test_refusals():
     with pytest.raises(lorry.AdapterError, match="depends on none"):
         calibrate(adapter, [ids], lambda m, b: torch.zeros((), requires_grad=True))
     with pytest.raises(lorry.SiteError, match="linear sites only"):
-        from lorry.core.life.calibrate import _Inputs
+        from lorry.core.life.calibrate import observe
 
-        with _Inputs([adapter.state.sites["mix"]], 8).watching(adapter):
-            pass
+        observe(adapter, {"input": [adapter.state.sites["mix"]]}, [ids], loss_of)
     lorry.adapters(model)["a"].merge()
     with pytest.raises(lorry.AdapterError, match="merged into the base"):
         calibrate(adapter, [ids], loss_of)

@@ -13,7 +13,7 @@ from lorry.training.rows import IGNORE, Encoded, ints, pack_fit, pack_stream
 
 plans = st.builds(
     lambda rows, batch_size, seed, shuffle, window, drop, epochs: BatchPlan(
-        rows=rows,
+        examples=rows,
         batch_size=min(batch_size, rows),
         seed=seed,
         shuffle=shuffle,
@@ -37,8 +37,8 @@ def test_an_epoch_holds_every_row_once(plan, epoch):
     batches = plan.epoch(epoch)
     seen = [row for batch in batches for row in batch]
     assert len(batches) == plan.batches_per_epoch
-    assert len(seen) == len(set(seen)) and set(seen) <= set(range(plan.rows))
-    assert len(seen) == (plan.rows - plan.rows % plan.batch_size if plan.drop_last else plan.rows)
+    assert len(seen) == len(set(seen)) and set(seen) <= set(range(plan.examples))
+    assert len(seen) == (plan.examples - plan.examples % plan.batch_size if plan.drop_last else plan.examples)
     if not plan.shuffle and not plan.bucket_window:
         assert seen == list(range(len(seen)))
 
@@ -57,15 +57,15 @@ def test_resume_equals_a_straight_run(plan, data):
 
 
 def test_epochs_and_seeds_differ_and_seeds_do_not_share_epochs():
-    orders = {BatchPlan(rows=50, batch_size=5, seed=s).epoch(e) for s in range(4) for e in range(4)}
+    orders = {BatchPlan(examples=50, batch_size=5, seed=s).epoch(e) for s in range(4) for e in range(4)}
     assert len(orders) == 16
 
 
 def test_order_is_the_same_in_another_process():
-    plan = BatchPlan(rows=30, batch_size=4, seed=3, bucket_window=2, lengths=tuple(range(30)))
+    plan = BatchPlan(examples=30, batch_size=4, seed=3, bucket_window=2, lengths=tuple(range(30)))
     code = (
         "from lorry.training.batches import BatchPlan\n"
-        "p = BatchPlan(rows=30, batch_size=4, seed=3, bucket_window=2, lengths=tuple(range(30)))\n"
+        "p = BatchPlan(examples=30, batch_size=4, seed=3, bucket_window=2, lengths=tuple(range(30)))\n"
         "print([list(b) for e in range(3) for b in p.epoch(e)])"
     )
     env = {"PYTHONPATH": ":".join(sys.path), "PYTHONHASHSEED": "77", "PATH": "", "OMP_NUM_THREADS": "2"}
@@ -74,7 +74,7 @@ def test_order_is_the_same_in_another_process():
 
 
 def test_an_infinite_plan_goes_on():
-    cursor = BatchCursor(BatchPlan(rows=3, batch_size=2))
+    cursor = BatchCursor(BatchPlan(examples=3, batch_size=2))
     assert len([next(cursor) for _ in range(101)]) == 101 and cursor.epoch == 50
 
 
@@ -82,7 +82,7 @@ def test_bucketing_saves_padding():
     lengths = tuple(torch.randint(1, 200, (640,), generator=torch.Generator().manual_seed(0)).tolist())
 
     def padded(window):
-        plan = BatchPlan(rows=640, batch_size=8, bucket_window=window, lengths=lengths)
+        plan = BatchPlan(examples=640, batch_size=8, bucket_window=window, lengths=lengths)
         return sum(max(lengths[i] for i in b) * len(b) for b in plan.epoch(0))
 
     assert padded(20) < 1.1 * sum(lengths) < 1.5 * sum(lengths) < padded(0)
@@ -90,22 +90,22 @@ def test_bucketing_saves_padding():
 
 def test_bad_plans_and_states():
     for bad, message in [
-        (dict(rows=0, batch_size=1), "no rows"),
-        (dict(rows=3, batch_size=0), "at least 1"),
-        (dict(rows=3, batch_size=4, drop_last=True), "leaves nothing of 3 rows"),
-        (dict(rows=3, batch_size=1, bucket_window=2), "lengths of all 3 rows, found none"),
-        (dict(rows=3, batch_size=1, epochs=0), "epochs"),
+        (dict(examples=0, batch_size=1), "no rows"),
+        (dict(examples=3, batch_size=0), "at least 1"),
+        (dict(examples=3, batch_size=4, drop_last=True), "leaves nothing of 3 rows"),
+        (dict(examples=3, batch_size=1, bucket_window=2), "lengths of all 3 rows, found none"),
+        (dict(examples=3, batch_size=1, epochs=0), "epochs"),
     ]:
         with pytest.raises(DataError, match=message):
             BatchPlan(**bad)
-    cursor = BatchCursor(BatchPlan(rows=6, batch_size=2, seed=1))
+    cursor = BatchCursor(BatchPlan(examples=6, batch_size=2, seed=1))
     with pytest.raises(DataError, match="seed was 2, now 1"):
-        cursor.restore(BatchCursor(BatchPlan(rows=6, batch_size=2, seed=2)).state())
+        cursor.restore(BatchCursor(BatchPlan(examples=6, batch_size=2, seed=2)).state())
     with pytest.raises(DataError, match="lacks plan, position"):
         cursor.restore({"epoch": 1})
     with pytest.raises(DataError, match="epoch 0, batch 9"):
         cursor.restore({**cursor.state(), "position": 9})
-    longer = BatchCursor(BatchPlan(rows=6, batch_size=2, seed=1, epochs=9))
+    longer = BatchCursor(BatchPlan(examples=6, batch_size=2, seed=1, epochs=9))
     longer.restore(cursor.state())
 
 

@@ -8,10 +8,11 @@ from training.tiny_bases import encoded, tiny_llama, token_rows
 
 from lorry.core.life.api import context, rows
 from lorry.training import Fleet, Job, train
-from lorry.training.joint import Base, Share, train_pass
+from lorry.training.joint import Base, Share, forward, train_pass
 from lorry.training.objectives import Causal
 from lorry.training.report import read_metrics
 from lorry.training.rows import IGNORE, Encoded
+from lorry.training.task import Prepared, Setting
 
 REMIX = {"method": "remix", "experts": 4, "top_k": 2, "rank": 2, "alpha": 8.0, "draws": 3}
 
@@ -23,11 +24,11 @@ def drawn(steps=10, **method):
         {**REMIX, "dropout": 0.1, **method},
         # proportional steps: at the start all draws are nearly equal, and Adam makes full steps of what little differs
         optimizer="sgd",
-        rate=3.0,
-        clip=None,
+        learning_rate=3.0,
+        max_grad_norm=None,
         steps=steps,
         batch_size=3,
-        accumulation=2,
+        gradient_accumulation_steps=2,
         seed=1,
     )
 
@@ -35,14 +36,15 @@ def drawn(steps=10, **method):
 def company(steps=10):
     return [
         Job("wide", token_rows(30, (15, 30), 2), {"method": "dora", "rank": 4, "dropout": 0.1}, steps=steps, seed=2),
-        replace(drawn(), name="twice", method={**REMIX, "draws": 2, "granularity": "sequence"}, accumulation=1, seed=3),
+        replace(
+            drawn(),
+            name="twice",
+            method={**REMIX, "draws": 2, "granularity": "sequence"},
+            gradient_accumulation_steps=1,
+            seed=3,
+        ),
         Job("routed", token_rows(30, (5, 9), 4), {"method": "lora-mixer", "experts": 3, "rank": 2}, steps=steps),
     ]
-
-
-def exact_llama():
-    """In float64, so that no route is drawn otherwise because another processor or batch rounds otherwise."""
-    return tiny_llama().double()
 
 
 def tensors(result, name="drawn"):
@@ -54,41 +56,56 @@ def difference(a, b):
     return max(float((a[n] - b[n]).abs().max()) for n in a)
 
 
+def base():
+    """In float64: routes are choices, and what rounding turns round in a near tie is another result altogether."""
+    return tiny_llama().double()
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
-    return train(exact_llama(), None, drawn(), folder), read_metrics(folder / "drawn" / "metrics.jsonl")
+    return train(base(), None, drawn(), folder), read_metrics(folder / "drawn" / "metrics.jsonl")
 
 
 @pytest.mark.parametrize("ratio", [None, 1.0])
 def test_a_router_is_trained_beside_others_as_alone(alone, ratio, tmp_path):
     first, *others = company()
-    fleet = train(exact_llama(), None, [first, drawn(), *others], tmp_path, max_pad_ratio=ratio)
+    fleet = train(base(), None, [first, drawn(), *others], tmp_path, max_pad_ratio=ratio)
     assert fleet.ok, fleet.report
     assert difference(tensors(fleet), tensors(alone[0])) < 1e-5
     for name in ("drawn", "twice"):  # routers start at zero
         routers = [t for n, t in tensors(fleet, name).items() if n.endswith("router")]
         assert routers and all(float(t.abs().max()) > 1e-4 for t in routers)
     for job in (first, *others):
-        single = train(exact_llama(), None, job, tmp_path / job.name)
+        single = train(base(), None, job, tmp_path / job.name)
         assert difference(tensors(fleet, job.name), tensors(single, job.name)) < 1e-5
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_recomputed_routes_are_those_that_were_drawn(alone, reentrant, tmp_path):
-    model = exact_llama()
+    model = base()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     assert difference(tensors(train(model, None, drawn(), tmp_path)), tensors(alone[0])) < 1e-5
 
 
 def test_a_run_taken_up_again_draws_what_it_would_have_drawn(alone, tmp_path):
-    fleet = Fleet(exact_llama(), None, [drawn()], tmp_path)
+    fleet = Fleet(base(), None, [drawn()], tmp_path)
     with fleet.base.mode(training=True):
         for _ in range(7):  # the seventh pass is the first half of a step
             fleet._tick()
     fleet.save_checkpoint()
-    resumed = Fleet(exact_llama(), None, [drawn()], tmp_path, resume=True).train()
+    resumed = Fleet(base(), None, [drawn()], tmp_path, resume=True).train()
     assert difference(tensors(resumed), tensors(alone[0])) == 0
+
+
+def share_of(name, data, **more):
+    return Share(name, Prepared(Causal(), data), data.examples, **more)
+
+
+def again(share, base):
+    """The same pass once more: logits and labels."""
+    with base.mode(training=True), forward(base, [share], {"a": 4}) as outcome:
+        return outcome.parts[0]
 
 
 def shared_pass(seed, draws, method=REMIX):
@@ -99,8 +116,8 @@ def shared_pass(seed, draws, method=REMIX):
 
     model = tiny_llama()
     adapter = off_zero(attach(model, method, name="a"), std=0.3)
-    share = Share("a", Causal(), token_rows(2, (6, 11), 5).rows, seed=seed, draws=draws)
-    base = Base(model, 0)
+    share = share_of("a", token_rows(2, (6, 11), 5), seed=seed, draws=draws)
+    base = Base(Setting(model))
     with base.mode(training=True):
         train_pass(base, [share], 0)
     assert share.error is None
@@ -111,20 +128,40 @@ def test_the_reported_loss_is_the_mean_over_draws_without_the_policy_term():
     share, adapter, base = shared_pass(4, 3)
     assert all(p.grad.any() for n, p in adapter.named_parameters() if n.endswith("router"))
     # the same pass by hand: rows after rows, with the same seed
-    with base.mode(training=True), context(base.model), rows(base.model, ["a"] * 6, seeds={"a": 4}), torch.no_grad():
-        logits, labels, _ = base.logits([*share.rows] * 3)
+    with torch.no_grad():
+        logits, labels = again(share, base)
     losses = torch.stack([Causal().loss(x, y)[0] for x, y in zip(logits.split(1), labels.split(1), strict=True)])
     assert float(losses.view(3, 2).std(0).min()) > 0
     assert share.loss == pytest.approx(float(losses.view(3, 2).mean(0).sum()), rel=1e-6)
+
+
+def test_the_draws_of_a_row_drop_the_same_elements():
+    from core.tiny import off_zero
+
+    from lorry.core.life.api import attach
+
+    model = tiny_llama()
+    adapter = off_zero(attach(model, {**REMIX, "dropout": 0.5, "router_std": 0.0}, name="a", targets=[SITE]), std=0.3)
+    with torch.no_grad():  # experts that are all alike: only dropout could make draws differ
+        tensors = adapter.entries[SITE].tensors()
+        tensors["A"].copy_(tensors["A"][:2].repeat(4, 1))
+        tensors["B"].copy_(tensors["B"][:, :2].repeat(1, 4))
+    share = share_of("a", token_rows(2, (6, 11), 5), seed=4, draws=3)
+    base = Base(Setting(model))
+    with base.mode(training=True), forward(base, [share], {"a": 4}) as outcome:
+        logits = outcome.parts[0][0].unflatten(0, (3, 2))
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+    assert not torch.equal(logits[0, 0, :6], logits[0, 1, :6])
+    with base.mode(training=False), forward(base, [share]) as outcome:
+        assert not torch.allclose(outcome.parts[0][0].unflatten(0, (3, 2))[0], logits[0])
 
 
 def test_experts_get_the_gradient_of_the_mean_loss_alone():
     share, adapter, base = shared_pass(4, 3)
     found = {n: p.grad.clone() for n, p in adapter.named_parameters()}
     base.model.zero_grad(set_to_none=True)
-    with base.mode(training=True), context(base.model), rows(base.model, ["a"] * 6, seeds={"a": 4}):
-        logits, labels, _ = base.logits([*share.rows] * 3)
-        (Causal().loss(logits, labels)[0] / 3).backward()
+    with base.mode(training=True), forward(base, [share], {"a": 4}) as outcome:
+        (Causal().loss(*outcome.parts[0])[0] / 3).backward()
     for name, parameter in adapter.named_parameters():
         if name.endswith("router"):
             assert parameter.grad is None and found[name].any()
@@ -137,12 +174,13 @@ def test_draws_count_towards_the_tokens_of_a_pass_and_not_of_the_data(alone):
     steps = drawn()
     fed = sum(len(r) for r in steps.data.rows)  # an epoch is five steps of two batches of three
     assert result["drawn"]["tokens"] == 2 * fed and len(metrics) == 10
-    share = Share("a", Causal(), token_rows(2, (6, 6), 5).rows, draws=4)
-    assert len(share.passed) == 8 and share.passed[2] is share.rows[0]
+    share = share_of("a", token_rows(2, (6, 6), 5), draws=4)
+    assert len(share.passed) == 8 and share.passed[2] is share.examples[0]
 
 
 def test_all_experts_active_is_trained_without_draws(tmp_path):
     fleet = Fleet(tiny_llama(), None, [drawn(2, top_k=4)], tmp_path)
+    fleet.runs[0].open_step()
     assert fleet.runs[0].share().draws == 1
     assert fleet.train().ok
 
@@ -189,10 +227,10 @@ def learned(folder, data, score):
         data,
         {**method, "granularity": "sequence"},
         targets=[SITE],
-        rate=0.1,
+        learning_rate=0.1,
         steps=60,
         batch_size=6,
-        clip=None,
+        max_grad_norm=None,
         eval_data=data,
     )
     fleet = Fleet(sharp_llama(), None, [job], folder)
@@ -207,7 +245,8 @@ def learned(folder, data, score):
     result = fleet.train()
     with context(fleet.model, recording=True) as facts, rows(fleet.model, ["toy"] * 6), torch.no_grad():
         fleet.model.eval()
-        fleet.base.logits(data.rows)
+        task = Causal()
+        task.forward(fleet.base.setting, task.collate(fleet.base.setting, data.examples))
     return result["toy"]["eval"]["end"]["loss"], facts.records["toy", SITE, "load"]
 
 

@@ -20,7 +20,7 @@ def four_jobs(steps: int = 50) -> list[Job]:
             "plain",
             token_rows(40, (5, 12), 1),
             {"method": "lora", "rank": 4, "dropout": 0.1},
-            rate=3e-3,
+            learning_rate=3e-3,
             steps=steps,
             batch_size=3,
             seed=1,
@@ -29,10 +29,10 @@ def four_jobs(steps: int = 50) -> list[Job]:
             "dora",
             token_rows(40, (20, 40), 2),
             {"method": "dora", "rank": 8, "dropout": 0.2},
-            rate=1e-3,
+            learning_rate=1e-3,
             steps=steps,
             batch_size=2,
-            accumulation=2,
+            gradient_accumulation_steps=2,
             schedule="cosine",
             warmup=5,
             seed=2,
@@ -42,20 +42,20 @@ def four_jobs(steps: int = 50) -> list[Job]:
             token_rows(40, (8, 20), 3),
             {"method": "rslora", "rank": 6, "dropout": 0.05},
             targets="attention",
-            rate=2e-3,
+            learning_rate=2e-3,
             steps=steps,
             batch_size=4,
             schedule="linear",
             warmup=0.1,
-            accumulation=3,
+            gradient_accumulation_steps=3,
             seed=3,
-            clip=0.5,
+            max_grad_norm=0.5,
         ),
         Job(
             "plus",
             token_rows(40, (3, 30), 4),
             {"method": "lora-plus", "rank": 2, "rate_ratio": 4.0},
-            rate=1e-2,
+            learning_rate=1e-2,
             optimizer="sgd",
             momentum=0.9,
             steps=steps,
@@ -107,13 +107,13 @@ def test_jobs_on_real_weights_and_texts_together_equal_alone(shared, tmp_path):
     boolq = {"path": str(shared / "data" / "boolq_train.json"), "limit": 40}
     common = {"steps": 50, "batch_size": 2, "max_length": 32}
     jobs = [
-        Job("verse", shakespeare, {"method": "lora", "rank": 4, "dropout": 0.1}, rate=2e-4, seed=5, **common),
+        Job("verse", shakespeare, {"method": "lora", "rank": 4, "dropout": 0.1}, learning_rate=2e-4, seed=5, **common),
         Job(
             "answers",
             boolq,
             {"method": "dora", "rank": 8, "dropout": 0.1},
             objective="completion",
-            rate=2e-4,
+            learning_rate=2e-4,
             schedule="cosine",
             warmup=4,
             seed=6,
@@ -148,8 +148,8 @@ def test_packed_rows_beside_plain_ones_equal_packed_rows_alone(tmp_path):
 
     def jobs():
         return [
-            Job("packed", packed(), {"method": "lora", "rank": 4}, rate=3e-3, steps=15, batch_size=4),
-            Job("plain", token_rows(30, (9, 20), 8), {"method": "lora", "rank": 4}, rate=3e-3, steps=15),
+            Job("packed", packed(), {"method": "lora", "rank": 4}, learning_rate=3e-3, steps=15, batch_size=4),
+            Job("plain", token_rows(30, (9, 20), 8), {"method": "lora", "rank": 4}, learning_rate=3e-3, steps=15),
         ]
 
     both = train(tiny_llama(), None, jobs(), tmp_path / "both")
@@ -164,8 +164,8 @@ def test_packed_rows_beside_plain_ones_equal_packed_rows_alone(tmp_path):
 
 def test_accumulation_equals_one_large_batch(tmp_path):
     rows = token_rows(32, (4, 24), 11)
-    common = {"method": {"method": "lora", "rank": 4}, "rate": 3e-3, "epochs": 3}
-    small = Job("job", rows, batch_size=2, accumulation=4, **common)
+    common = {"method": {"method": "lora", "rank": 4}, "learning_rate": 3e-3, "epochs": 3}
+    small = Job("job", rows, batch_size=2, gradient_accumulation_steps=4, **common)
     large = Job("job", rows, batch_size=8, **common)
     a, b = (train(tiny_llama(), None, j, tmp_path / str(j.batch_size)) for j in (small, large))
     assert a["job"]["steps"] == b["job"]["steps"] == 12
@@ -173,7 +173,14 @@ def test_accumulation_equals_one_large_batch(tmp_path):
 
 
 def test_a_job_that_diverges_stops_alone_and_says_why(short, tmp_path):
-    wild = Job("wild", token_rows(40, (5, 25), 7), {"method": "lora", "rank": 4}, rate=1e30, steps=8, clip=None)
+    wild = Job(
+        "wild",
+        token_rows(40, (5, 25), 7),
+        {"method": "lora", "rank": 4},
+        learning_rate=1e30,
+        steps=8,
+        max_grad_norm=None,
+    )
     jobs = [four_jobs(8)[0], wild, *four_jobs(8)[1:]]
     result = train(tiny_llama(), None, jobs, tmp_path)
     assert result["wild"]["status"].startswith("failed: at step ")
@@ -189,16 +196,18 @@ def bad_jobs(tmp_path):
     foreign = token_rows(4, (5, 9), 0).rows[0]
     foreign.input_ids[1] = VOCABULARY
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\nnot json\n')
+    (tmp_path / "fine.jsonl").write_text('{"text": "fine"}\n')
     return {
         "token": (Job("bad", encoded([foreign])), "97"),
         "length": (Job("bad", token_rows(2, (70, 70), 0)), "64"),
         "task": (Job("bad", class_rows(4, 2, 0), objective="classification"), "classification head"),
-        "missing": (Job("bad", tmp_path / "nowhere.jsonl"), "tokenizer"),
+        "missing": (Job("bad", tmp_path / "nowhere.jsonl"), "nowhere.jsonl"),
+        "text": (Job("bad", tmp_path / "fine.jsonl"), "tokenizer"),
         "held out": (Job("bad", encoded(list(rows.rows[:1])), hold_out=0.5), "at least 2"),
     }
 
 
-@pytest.mark.parametrize("case", ["token", "length", "task", "missing", "held out"])
+@pytest.mark.parametrize("case", ["token", "length", "task", "missing", "text", "held out"])
 def test_a_job_with_bad_data_stops_alone_and_says_why(short, tmp_path, case):
     bad, word = bad_jobs(tmp_path)[case]
     result = train(tiny_llama(), None, [bad, four_jobs(8)[0]], tmp_path / "out")
@@ -231,7 +240,7 @@ def test_options_that_do_not_fit_leave_the_model_as_it_was(tmp_path):
 
 def test_classifiers_learn_with_their_own_heads_and_equal_those_alone(tmp_path):
     def jobs():
-        common = {"objective": "classification", "train_also": ["classifier"], "rate": 5e-3, "steps": 50}
+        common = {"objective": "classification", "modules_to_save": ["classifier"], "learning_rate": 5e-3, "steps": 50}
         return [
             Job(
                 "two",
@@ -271,7 +280,7 @@ def test_early_stopping_keeps_the_best(tmp_path):
         token_rows(16, (8, 12), 1),
         {"method": "lora", "rank": 8},
         eval_data=encoded([Encoded(r.input_ids.flip(0), r.labels) for r in token_rows(16, (8, 12), 2).rows]),
-        rate=2e-2,
+        learning_rate=2e-2,
         steps=200,
         eval_every=5,
         patience=3,

@@ -159,16 +159,69 @@ def test_accelerate_trains_the_adapter_alone(tmp_path):
     assert all(torch.equal(v, before[k]) for k, v in accelerator.unwrap_model(ready).state_dict().items())
 
 
-def test_a_method_that_needs_draws_is_refused_unless_the_loss_makes_them(tmp_path):
+REMIX = {"method": "remix", "rank": 2, "experts": 4, "top_k": 2, "router_std": 0.02}
+
+
+def test_routers_learn_from_draws(tmp_path):
+    model = tiny_llama()
+    adapter = attach(model, REMIX, name="a")
+    start = {n: t.detach().clone() for n, t, _ in adapter.named_tensors()}
+    sizes = []
+    model.register_forward_pre_hook(lambda m, args, given: sizes.append(len(given["input_ids"])), with_kwargs=True)
+    trainer = plain_trainer(model, tmp_path, steps=3)
+    trainer.train()
+    assert sizes == [8, 8, 8]
+    routers = {n: t for n, t, _ in adapter.named_tensors() if n.endswith("router")}
+    assert routers and all(not torch.equal(t, start[n]) for n, t in routers.items())
+    # what is reported is a loss of the data, and evaluation does not draw
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(4.57, abs=0.4)
+    assert sizes[3:] == [8]
+
+
+def test_the_draws_of_a_trainer_give_the_gradients_of_the_engine(tmp_path):
+    from lorry.training import Job
+    from lorry.training.fleet import Fleet
+
+    data = token_rows(4, (12, 12), 1)
+    method = {**REMIX, "top_k": 1}
+    job = Job("a", data, method, steps=1, batch_size=4, seed=1)
+    fleet = Fleet(tiny_llama(), None, [job], tmp_path / "fleet")
+    model = tiny_llama()
+    adapter = attach(model, method, name="a", seed=1)
+    trainer = plain_trainer(model, tmp_path)
+    rows = [{"input_ids": r.input_ids.long(), "labels": r.labels.long()} for r in data.examples]
+    # the routes of both come from the same generator
+    chosen = []
+    for root, run in ((fleet.model, "engine"), (model, "trainer")):
+        torch.manual_seed(5)
+        root.train()
+        if run == "engine":
+            batch = {k: torch.stack([r[k] for r in rows]).repeat(2, 1) for k in rows[0]}
+            from lorry.core.life.api import activate, context
+            from lorry.training.objectives import Causal
+            from lorry.training.routing import policy_loss
+
+            activate(root, "a")
+            with context(root):
+                losses, counts = Causal().losses(root(batch["input_ids"]).logits, batch["labels"])
+                (policy_loss(root, "a", losses, 2) * 4 / counts[:4].sum()).backward()
+            chosen.append({n: p.grad for n, p in fleet.runs[0].adapter.named_parameters()})
+        else:
+            trainer.compute_loss(root, {k: torch.stack([r[k] for r in rows]) for k in rows[0]}).backward()
+            chosen.append({n: p.grad for n, p in adapter.named_parameters()})
+    assert chosen[0].keys() == chosen[1].keys()
+    for name, gradient in chosen[0].items():
+        torch.testing.assert_close(chosen[1][name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_a_loss_of_ones_own_may_make_the_draws(tmp_path):
     from transformers import Trainer, TrainingArguments
 
     from lorry.training.routing import policy_loss, repeated
 
-    method = {"method": "remix", "rank": 2, "experts": 4, "top_k": 2}
     model = tiny_llama()
-    adapter = attach(model, method, name="a")
-    with pytest.raises(AdapterError, match=r"'a' \(remix\) .* 2 draws .* lorry.training.train"):
-        plain_trainer(model, tmp_path)
+    adapter = attach(model, REMIX, name="a")
+    start = {n: t.detach().clone() for n, t, _ in adapter.named_tensors()}
 
     class Drawing(with_adapters(Trainer)):
         def compute_loss(self, model, inputs, return_outputs=False, **more):
@@ -179,9 +232,110 @@ def test_a_method_that_needs_draws_is_refused_unless_the_loss_makes_them(tmp_pat
 
     data = [{"input_ids": r.input_ids.long(), "labels": r.labels.long()} for r in token_rows(16, (12, 12), 1).rows]
     Drawing(model, TrainingArguments(**options(tmp_path, steps=3)), train_dataset=data).train()
-    assert all(p.any() for n, p in adapter.named_parameters() if n.endswith("router"))
+    moved = {n: t for n, t, _ in adapter.named_tensors() if n.endswith("router")}
+    assert all(not torch.equal(t, start[n]) for n, t in moved.items())
 
-    # with every expert active nothing is drawn
-    adapter.detach()
-    attach(model, {**method, "top_k": 4}, name="a")
-    plain_trainer(model, tmp_path)
+
+def test_draws_that_a_trainer_cannot_make_are_refused(tmp_path):
+    model = tiny_llama()
+    attach(model, REMIX, name="a")
+    trainer = plain_trainer(model, tmp_path, steps=1)
+    trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: outputs.logits.mean()
+    with pytest.raises(AdapterError, match=r"'a' \(remix\) .* 2 draws .* lorry.training.train"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("method", ["smora", "flylora"])
+def test_rules_after_a_step_are_applied(method, tmp_path):
+    model = tiny_llama()
+    adapter = attach(model, {"method": method, "rate": 0.01}, name="a")
+    before = {n: t.clone() for n, t, s in adapter.named_tensors() if not s.trained}
+    plain_trainer(model, tmp_path, steps=2).train()
+    moved = [n for n, t, s in adapter.named_tensors() if not s.trained and not torch.equal(t, before[n])]
+    assert moved
+
+
+def test_auxiliary_losses_are_in_the_loss(tmp_path):
+    found = {}
+    for weight in (0.0, 1e3):
+        model = tiny_llama()
+        attach(
+            model,
+            {
+                "method": "lora-mixer",
+                "experts": 3,
+                "rank": 2,
+                "load_balance": weight,
+                "entropy": 0.0,
+                "shared_router": False,
+            },
+            name="a",
+        )
+        trainer = plain_trainer(model, tmp_path / str(weight), steps=1, gradient_accumulation_steps=2)
+        trainer.train()
+        found[weight] = losses(trainer)[0]
+    # sum over the routers of load_balance * sum p f, which is at least 1/3 each; once for a step of two micro-batches
+    routers = len({n for n, _, _ in adapters(model)["a"].named_tensors() if "router" in n})
+    assert found[1e3] - found[0.0] == pytest.approx(1e3 * routers / 3, rel=0.2)
+
+
+def test_calibration_comes_before_training(tmp_path):
+    def run(folder, steps=2, **more):
+        model = tiny_llama()
+        attach(model, {"method": "eva", "rank": 3}, name="job")
+        trainer = plain_trainer(model, folder, steps=steps, save_steps=1)
+        trainer.train(**more)
+        return adapters(model)["job"], trainer
+
+    adapter, straight = run(tmp_path / "a")
+    assert adapter.metadata["calibration"]["batches"] == 8
+    ranks = {entry.method.rank for entry in adapter.entries.values()}
+    assert len(ranks) > 1  # directions moved between layers
+    again, resumed = run(tmp_path / "a", resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
+    first = {n: t for n, t, _ in adapter.named_tensors()}
+    assert all(torch.equal(t, first[n]) for n, t, _ in again.named_tensors())
+    assert losses(resumed) == losses(straight)
+
+
+def test_calibration_and_an_optimizer_of_ones_own_do_not_go_together(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model = tiny_llama()
+    adapter = attach(model, {"method": "eva", "rank": 3}, name="job")
+    start = {n: t.detach().clone() for n, t, _ in adapter.named_tensors()}
+    data = [{"input_ids": r.input_ids.long(), "labels": r.labels.long()} for r in token_rows(8, (12, 12), 1).examples]
+    own = (torch.optim.SGD(adapter.parameters(), lr=0.1), None)
+    arguments = TrainingArguments(**options(tmp_path, steps=1))
+    trainer = with_adapters(Trainer)(model, arguments, train_dataset=data, optimizers=own)
+    with pytest.raises(AdapterError, match="before the optimizer"):
+        trainer.train()
+    assert all(torch.equal(t, start[n]) for n, t, _ in adapter.named_tensors())
+
+
+def test_task_ids_reach_the_methods(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    method = {"method": "lora-mixer", "experts": 2, "rank": 2, "top_k": 1, "training_mode": "hard"}
+    method |= {"inference_mode": "hard", "shared_router": False}
+    rows = token_rows(16, (12, 12), 1).examples
+
+    def trained(tasks):
+        model = tiny_llama()
+        adapter = attach(model, method, name="job", seed=1)
+        data = [
+            {"input_ids": r.input_ids.long(), "labels": r.labels.long(), "task_ids": t}
+            for r, t in zip(rows, tasks, strict=True)
+        ]
+        arguments = TrainingArguments(**options(tmp_path, steps=4))
+        trainer = with_adapters(Trainer)(model, arguments, train_dataset=data, eval_dataset=data[:8])
+        trainer.train()
+        assert trainer.evaluate()["eval_loss"] > 0 and trainer.predict(data[:4]).predictions.shape[0] == 4
+        entry = next(iter(adapter.entries.values()))
+        return entry.tensors()["B"].unflatten(1, (2, 2)).abs().sum((0, 2))
+
+    both, first = trained([i % 2 for i in range(16)]), trained([0] * 16)
+    assert both.min() > 0 and first[0] > 0 and first[1] == 0  # the expert of a task that never came has not moved
+    with pytest.raises(AdapterError, match="task_ids"):
+        model = tiny_llama()
+        attach(model, method, name="job")
+        plain_trainer(model, tmp_path, steps=1).train()

@@ -20,7 +20,7 @@ def test_a_job_is_built_from_plain_data_and_says_what_it_is():
         "objective": "completion",
         "columns": {"prompt": "q", "completion": "a"},
         "max_length": 64,
-        "rate": 1e-3,
+        "learning_rate": 1e-3,
     }
     job = Job.from_dict(plain)
     assert {k: job.to_dict()[k] for k in ("name", "data", "targets", "columns")} == {
@@ -41,8 +41,8 @@ def test_a_job_is_built_from_plain_data_and_says_what_it_is():
         ({"schedule": "cosin"}, "cosine"),
         ({"method": "lorra"}, "lora"),
         ({"method": {"method": "lora", "rnk": 3}}, "rank"),
-        ({"rate": "1e-4"}, "1.0e-4"),
-        ({"rate": -1.0}, "above 0"),
+        ({"learning_rate": "1e-4"}, "1.0e-4"),
+        ({"learning_rate": -1.0}, "above 0"),
         ({"eval_every": 5}, "eval_data"),
         ({"hold_out": 0.1, "patience": 2}, "eval_every"),
         ({"betas": [0.9]}, "two numbers"),
@@ -83,7 +83,7 @@ def test_schedules_rise_and_fall():
 
 def test_lora_plus_gives_b_its_own_rate():
     model = tiny_llama()
-    job = Job("job", token_rows(2, (4, 4), 0), {"method": "lora-plus", "rate_ratio": 16.0}, rate=1e-3)
+    job = Job("job", token_rows(2, (4, 4), 0), {"method": "lora-plus", "rate_ratio": 16.0}, learning_rate=1e-3)
     adapter = attach(model, job.make_method(), name="job")
     optimizer = make_optimizer(job, adapter)
     set_rate(optimizer, 5e-4)
@@ -112,7 +112,7 @@ def test_optimizer_state_goes_through_tensors_and_back(name):
             p.grad = torch.randn(p.shape, generator=generator)
         optimizer.step()
 
-    job = Job("job", token_rows(2, (4, 4), 0), optimizer=name, rate=1e-2, weight_decay=0.01)
+    job = Job("job", token_rows(2, (4, 4), 0), optimizer=name, learning_rate=1e-2, weight_decay=0.01)
     first = attach(tiny_llama(), "lora", name="job")
     optimizer = make_optimizer(job, first)
     step(first, optimizer, 1)

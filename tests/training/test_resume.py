@@ -27,7 +27,7 @@ def jobs(steps: int = STEPS) -> list[Job]:
             "a",
             token_rows(20, (5, 12), 1),
             {"method": "lora", "rank": 4, "dropout": 0.1},
-            rate=3e-3,
+            learning_rate=3e-3,
             steps=steps,
             batch_size=3,
             eval_data=token_rows(6, (5, 12), 5),
@@ -40,7 +40,7 @@ def jobs(steps: int = STEPS) -> list[Job]:
             token_rows(20, (9, 20), 2),
             {"method": "dora", "rank": 2, "dropout": 0.2},
             steps=steps,
-            accumulation=3,
+            gradient_accumulation_steps=3,
             batch_size=2,
             bucketing=4,
             schedule="cosine",
@@ -166,8 +166,8 @@ def test_what_changed_since_the_checkpoint_is_named(tmp_path):
     job = jobs()[2]
     train(tiny_llama(), None, job, tmp_path)
     for changed, words in (
-        (replace(job, rate=1.0), "rate was 0.0002, now 1.0"),
-        (replace(job, data=token_rows(20, (5, 9), 99)), "training rows"),
+        (replace(job, learning_rate=1.0), "learning_rate was 0.0002, now 1.0"),
+        (replace(job, data=token_rows(20, (5, 9), 99)), "training examples"),
         (replace(job, method={"method": "lora", "rank": 5}), "method was"),
     ):
         model = tiny_llama()

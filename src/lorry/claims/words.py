@@ -36,7 +36,7 @@ def job(
         objective="completion",
         steps=steps,
         batch_size=rows,
-        rate=rate,
+        learning_rate=rate,
         schedule="cosine",
         seed=seed,
         **more,

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
 
 from lorry.cli.arguments import key_values, layers, names
 from lorry.core.errors import OptionError
+from lorry.training.aliases import EARLIER, FOREIGN, renamed
 from lorry.training.jobs import Job
 
 #: Fields that are not flags of their own name: the method has --method and --option, as in every command.
 _OWN = ("method", "data", "site_options")
-_LISTS = ("targets", "exclude", "train_also", "labels")
-_PAIRS = ("columns",)
+_LISTS = ("targets", "exclude", "modules_to_save", "labels", "dynamics")
+#: Mappings, with what their values are.
+_PAIRS: dict[str, Callable[[Any], Any]] = {"columns": str, "stages": float, "schedule_options": lambda value: value}
 _SIMPLE = {"int": int, "float": float, "str": str, "bool": bool}
 
 
@@ -34,21 +36,25 @@ def parameters() -> list[inspect.Parameter]:
         if field.name in _LISTS:
             flags.append(_flag(field.name, list[str], f"{text} Repeatable, or separated by commas."))
         elif field.name in _PAIRS:
-            flags.append(_flag(field.name, list[str], f"{text} Written ROLE=COLUMN; repeatable."))
+            flags.append(_flag(field.name, list[str], f"{text} Written KEY=VALUE; repeatable."))
         else:
             kind = _SIMPLE.get(declared, str)
             flags.append(_flag(field.name, kind, f"{text} Default: {_shown(field)}."))
+    by_name = {flag.name: flag.annotation.__origin__ for flag in flags}
+    for other, now in {**EARLIER, **FOREIGN}.items():
+        kind = next(k for k in by_name[now].__args__ if k is not type(None))
+        flags.append(_flag(other, kind, f"Another name of --{now.replace('_', '-')}.", hidden=True))
     return flags
 
 
-def _flag(name: str, kind: Any, text: str, *short: str) -> inspect.Parameter:
+def _flag(name: str, kind: Any, text: str, *short: str, hidden: bool = False) -> inspect.Parameter:
     long = f"--{name.replace('_', '-')}"
     declared = f"{long}/--no-{long[2:]}" if kind is bool else long
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
         default=None,
-        annotation=Annotated[kind | None, typer.Option(declared, *short, help=text, show_default=False)],
+        annotation=Annotated[kind | None, typer.Option(declared, *short, help=text, show_default=False, hidden=hidden)],
     )
 
 
@@ -58,7 +64,7 @@ def _shown(field: dataclasses.Field[Any]) -> str:
 
 def job_values(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Return the job's options that the flags mean; those not given are absent."""
-    given = {k: v for k, v in flags.items() if v is not None and v != []}
+    given = renamed({k: v for k, v in flags.items() if v is not None and v != []})
     values: dict[str, Any] = {}
     options = key_values(given.pop("option", None))
     if options or "method" in given:
@@ -71,9 +77,11 @@ def job_values(flags: Mapping[str, Any]) -> dict[str, Any]:
             chosen = names(value)
             values[name] = chosen[0] if name == "targets" and len(chosen) == 1 else chosen
         elif name in _PAIRS:
-            values[name] = {k: str(v) for k, v in key_values(value, f"--{name}").items()}
+            values[name] = {k: _PAIRS[name](v) for k, v in key_values(value, f"--{name}").items()}
         elif name == "layers":
             values[name] = layers(value)
+        elif name == "task_ids" and str(value).isdigit():
+            values[name] = int(value)
         elif name == "betas":
             values[name] = _numbers(value, name)
         else:

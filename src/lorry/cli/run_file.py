@@ -13,6 +13,7 @@ import yaml
 
 from lorry.core.errors import OptionError
 from lorry.core.options import check_options, from_options, option
+from lorry.training.aliases import EARLIER, FOREIGN, renamed
 from lorry.training.jobs import Job, jobs_from
 
 
@@ -51,11 +52,13 @@ class RunFile:
         defaults = self.defaults or {}
         if not isinstance(defaults, Mapping):
             raise OptionError(f"'defaults' must be a mapping of job options, found {defaults!r}.")
+        defaults = renamed(defaults)
         jobs = self.jobs if isinstance(self.jobs, list | tuple) else [self.jobs]
         filled = []
         for index, job in enumerate(jobs):
             if not isinstance(job, Mapping):
                 raise OptionError(f"Job {index} must be a mapping of options, found {job!r}.")
+            job = renamed(job)
             filled.append({"name": f"job-{index}", **_without_rivals(defaults, job), **job})
         return jobs_from(filled)
 
@@ -89,7 +92,7 @@ def read_run_file(path: Path) -> RunFile:
     try:
         return from_options(RunFile, {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()})
     except OptionError as error:
-        jobs = {f.name for f in dataclasses.fields(Job)}
+        jobs = {*(f.name for f in dataclasses.fields(Job)), *EARLIER, *FOREIGN}
         stray = [k for k in values if k in jobs and k not in {f.name for f in dataclasses.fields(RunFile)}]
         hint = f" ('{stray[0]}' is a job option: put it under jobs or defaults.)" if stray else ""
         raise OptionError(f"{path}: {error}{hint}") from None
@@ -120,6 +123,9 @@ def schema() -> dict[str, Any]:
     """Return the JSON schema of the YAML, derived from the option declarations."""
     job = _object(Job)
     job["required"] = ["data"]  # a name is given to a job without one
+    for other, now in {**EARLIER, **FOREIGN}.items():
+        job["properties"][other] = {**job["properties"][now], "description": f"Another name of {now}."}
+        job["properties"][other] |= {"deprecated": True} if other in EARLIER else {}
     properties = _object(RunFile)
     properties["properties"]["jobs"] |= {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/job"}}
     defaults = {k: v for k, v in job.items() if k != "required"}

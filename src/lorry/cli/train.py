@@ -144,10 +144,11 @@ def _base_and_jobs(run: RunFile) -> tuple[Any, list[Job]]:
 
     from lorry.cli.new_heads import load_for_training
     from lorry.training.objectives import Classification
+    from lorry.training.text_task import TextTask
 
     jobs = run.job_list()
     objectives = [job.make_objective() for job in jobs]
-    tasks = {o.task for o in objectives} if run.task == "auto" else {run.task}
+    tasks = {o.task for o in objectives if isinstance(o, TextTask)} if run.task == "auto" else {run.task}
     if len(tasks) > 1:
         raise OptionError(
             "Jobs that classify and jobs that predict tokens need different heads, so they cannot share "
@@ -162,9 +163,9 @@ def _base_and_jobs(run: RunFile) -> tuple[Any, list[Job]]:
     model, fresh = load_for_training(run.base, run.dtype, tasks.pop(), classes or None)
     if fresh:
         note(f"{', '.join(fresh)}: new, so every job trains it whole and saves it beside its adapter")
-        also = [[j.train_also] if isinstance(j.train_also, str) else list(j.train_also) for j in jobs]
+        also = [[m] if isinstance(m := j.modules_to_save, str) else list(m) for j in jobs]
         jobs = [
-            dataclasses.replace(j, train_also=[*a, *(f for f in fresh if f not in a)])
+            dataclasses.replace(j, modules_to_save=[*a, *(f for f in fresh if f not in a)])
             for j, a in zip(jobs, also, strict=True)
         ]
     return model, jobs

@@ -136,7 +136,7 @@ def train(demo: Demo, model: Any, tokenizer: Any, steps: int, bars: bool | None)
             objective="completion",
             steps=steps,
             batch_size=BATCH,
-            rate=RATE,
+            learning_rate=RATE,
             seed=index,
         )
         for index, name in enumerate(SKILLS)

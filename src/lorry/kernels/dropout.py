@@ -73,25 +73,34 @@ def kept_scale(p: float) -> float:
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float, seed: int) -> Tensor:
-        ctx.p, ctx.seed = p, seed
-        return masked(x, p, seed)
+    def forward(ctx: Any, x: Tensor, p: float, seed: int, tile: int) -> Tensor:
+        ctx.p, ctx.seed, ctx.tile = p, seed, tile
+        return masked(x, p, seed, tile)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return masked(grads[0], ctx.p, ctx.seed), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return masked(grads[0], ctx.p, ctx.seed, ctx.tile), None, None, None
 
 
-def masked(x: Tensor, p: float, seed: int) -> Tensor:
-    """Return ``x · mask / (1 - p)`` for the mask of `seed`; p = 1 gives zeros."""
-    return (x * keep_mask(x.shape, p, seed, x.device)).mul_(kept_scale(p))
+def masked(x: Tensor, p: float, seed: int, tile: int = 1) -> Tensor:
+    """Return ``x · mask / (1 - p)`` for the mask of `seed`; p = 1 gives zeros.
+
+    With `tile`, x holds the same rows so many times one after another, and each time the mask is the same.
+    """
+    if tile == 1:
+        return (x * keep_mask(x.shape, p, seed, x.device)).mul_(kept_scale(p))
+    each = x.unflatten(0, (tile, -1))
+    return (each * keep_mask(each.shape[1:], p, seed, x.device)).mul_(kept_scale(p)).view_as(x)
 
 
-def dropout(x: Tensor, p: float, seed: int) -> Tensor:
-    """Drop elements of x with probability `p` and scale the others by 1/(1-p); keeps no mask for the backward pass."""
+def dropout(x: Tensor, p: float, seed: int, tile: int = 1) -> Tensor:
+    """Drop elements of x with probability `p` and scale the others by 1/(1-p); keeps no mask for the backward pass.
+
+    With `tile`, x holds the same rows so many times one after another, and each time the same elements drop.
+    """
     if p <= 0.0:
         return x
     if torch.compiler.is_compiling():
         return torch.nn.functional.dropout(x, p)
-    result: Tensor = _Dropout.apply(x, p, seed)  # type: ignore[no-untyped-call]
+    result: Tensor = _Dropout.apply(x, p, seed, tile)  # type: ignore[no-untyped-call]
     return result

@@ -1,9 +1,29 @@
-"""Training: jobs, fleets of jobs on one base, their data, objectives, checkpoints and reports."""
+"""Training: jobs, fleets of jobs on one base, their tasks, data, dynamics, checkpoints and reports."""
 
 from __future__ import annotations
 
 from .data_errors import DataError
 from .fleet import Fleet, FleetResult, train
+from .hooks import Dynamic, Moment, register_dynamic
 from .jobs import Job, jobs_from
+from .starts import Start, register_start
+from .task import TASKS, Batch, Examples, Setting, Task
 
-__all__ = ["DataError", "Fleet", "FleetResult", "Job", "jobs_from", "train"]
+__all__ = [
+    "TASKS",
+    "Batch",
+    "DataError",
+    "Dynamic",
+    "Examples",
+    "Fleet",
+    "FleetResult",
+    "Job",
+    "Moment",
+    "Setting",
+    "Start",
+    "Task",
+    "jobs_from",
+    "register_dynamic",
+    "register_start",
+    "train",
+]

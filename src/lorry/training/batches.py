@@ -20,13 +20,15 @@ class BatchPlan:
     """The order of batches as a pure function of (seed, epoch): no state, nothing of the machine or the
     process.
 
-    Raises:
-        DataError: no rows, a batch size below 1, fewer rows than a batch with ``drop_last``, or bucketing
-            without lengths.
+    Raises
+    ------
+    DataError
+        No rows, a batch size below 1, fewer rows than a batch with ``drop_last``, or bucketing
+        without lengths.
     """
 
-    rows: int
-    """Number of rows in the set."""
+    examples: int
+    """Number of examples in the set."""
     batch_size: int
     """Rows of a batch; the last of an epoch may be smaller."""
     seed: int = 0
@@ -44,37 +46,37 @@ class BatchPlan:
     """Tokens of each row; needed for bucketing alone."""
 
     def __post_init__(self) -> None:
-        if self.rows < 1:
+        if self.examples < 1:
             raise DataError("no rows to make batches of")
         if self.batch_size < 1:
             raise DataError(f"the batch size must be at least 1, found {self.batch_size}")
-        if self.drop_last and self.rows < self.batch_size:
+        if self.drop_last and self.examples < self.batch_size:
             raise DataError(
-                f"drop_last with batches of {self.batch_size} leaves nothing of {self.rows} rows; "
+                f"drop_last with batches of {self.batch_size} leaves nothing of {self.examples} rows; "
                 "use a smaller batch size or drop_last=False"
             )
         if self.epochs is not None and self.epochs < 1:
             raise DataError(f"the number of epochs must be at least 1, found {self.epochs}")
         if self.bucket_window < 0:
             raise DataError(f"bucket_window must be at least 0, found {self.bucket_window}")
-        if self.bucket_window and (self.lengths is None or len(self.lengths) != self.rows):
+        if self.bucket_window and (self.lengths is None or len(self.lengths) != self.examples):
             found = "none" if self.lengths is None else str(len(self.lengths))
-            raise DataError(f"length bucketing needs the lengths of all {self.rows} rows, found {found}")
+            raise DataError(f"length bucketing needs the lengths of all {self.examples} rows, found {found}")
 
     @property
     def batches_per_epoch(self) -> int:
         """Batches of one epoch."""
-        count = self.rows / self.batch_size
+        count = self.examples / self.batch_size
         return math.floor(count) if self.drop_last else math.ceil(count)
 
     def epoch(self, epoch: int) -> tuple[tuple[int, ...], ...]:
         """The batches of an epoch, each a tuple of row numbers; every row at most once, and all without
         `drop_last`.
         """
-        order = list(range(self.rows))
+        order = list(range(self.examples))
         generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
         if self.shuffle:
-            order = torch.randperm(self.rows, generator=generator).tolist()
+            order = torch.randperm(self.examples, generator=generator).tolist()
         size = self.batch_size
         if self.drop_last:
             order = order[: len(order) - len(order) % size]
@@ -94,6 +96,7 @@ class BatchPlan:
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for a saved position to mean the same batch, as plain JSON."""
         values = asdict(self)
+        values["rows"] = values.pop("examples")  # as checkpoints have always called them
         del values["epochs"]  # a run may be resumed for longer
         if values["lengths"] is not None:
             text = ",".join(map(str, values["lengths"]))
@@ -142,8 +145,10 @@ class BatchCursor(Iterator[tuple[int, ...]]):
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go to a saved state.
 
-        Raises:
-            DataError: the state is of another plan (names what differs), or is no state at all.
+        Raises
+        ------
+        DataError
+            The state is of another plan (names what differs), or is no state at all.
         """
         missing = {"epoch", "position", "plan"} - set(state)
         if missing:
@@ -169,19 +174,28 @@ def collate(
 ) -> dict[str, Tensor]:
     """Pad rows to one length and stack them. The rows may come from several jobs.
 
-    Args:
-        rows: n rows, all with labels or all with a class.
-        pad_id: token that fills up; any token will do, since the mask hides it.
-        pad_to_multiple: round the length up to a multiple of this.
-        side: where the padding goes.
+    Parameters
+    ----------
+    rows
+        The n rows, all with labels or all with a class.
+    pad_id
+        Token that fills up; any token will do, since the mask hides it.
+    pad_to_multiple
+        Round the length up to a multiple of this.
+    side
+        Where the padding goes.
 
-    Returns:
+    Returns
+    -------
+    dict[str, Tensor]
         int64 tensors: ``input_ids`` and ``attention_mask`` (n, L); ``labels`` (n, L) with -100 in the
         padding, or (n,) for classes; ``position_ids`` (n, L) if a row is packed (see `block_mask`);
         ``token_type_ids`` (n, L) if a row has them.
 
-    Raises:
-        DataError: no rows, no ``pad_id``, or rows of both kinds.
+    Raises
+    ------
+    DataError
+        No rows, no ``pad_id``, or rows of both kinds.
     """
     if not rows:
         raise DataError("no rows to make a batch of")
@@ -195,13 +209,7 @@ def collate(
         length = -(-length // pad_to_multiple) * pad_to_multiple
 
     def stack(values: Sequence[Tensor], fill: int) -> Tensor:
-        out = torch.full((len(rows), length), fill, dtype=torch.int64)
-        for i, value in enumerate(values):
-            if side == "right":
-                out[i, : len(value)] = value
-            else:
-                out[i, length - len(value) :] = value
-        return out
+        return _stacked(values, fill, length, side)
 
     batch = {
         "input_ids": stack([row.input_ids for row in rows], pad_id),
@@ -220,6 +228,16 @@ def collate(
     return batch
 
 
+def _stacked(values: Sequence[Tensor], fill: int, length: int, side: str) -> Tensor:
+    out = torch.full((len(values), length), fill, dtype=torch.int64)
+    for i, value in enumerate(values):
+        if side == "right":
+            out[i, : len(value)] = value
+        else:
+            out[i, length - len(value) :] = value
+    return out
+
+
 def block_mask(position_ids: Tensor, attention_mask: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The attention mask of packed rows: each token sees its own document up to itself, and no other
     document.
@@ -228,13 +246,19 @@ def block_mask(position_ids: Tensor, attention_mask: Tensor, dtype: torch.dtype 
     ``use_cache=False``, leaving the attention mask out has the same effect on transformers' causal models,
     which then read the borders from the position ids.)
 
-    Args:
-        position_ids: (n, L), restarting at 0 at each document.
-        attention_mask: (n, L), 1 for tokens and 0 for padding.
-        dtype: None gives a bool mask, as SDPA takes; a float dtype gives 0 and the lowest value, as eager
-            attention takes.
+    Parameters
+    ----------
+    position_ids
+        (n, L), restarting at 0 at each document.
+    attention_mask
+        (n, L), 1 for tokens and 0 for padding.
+    dtype
+        None gives a bool mask, as SDPA takes; a float dtype gives 0 and the lowest value, as eager
+        attention takes.
 
-    Returns:
+    Returns
+    -------
+    Tensor
         (n, 1, L, L). A padding position sees itself alone, so that no softmax is over nothing.
     """
     length = position_ids.shape[1]

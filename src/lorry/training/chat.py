@@ -25,8 +25,10 @@ def as_messages(value: Any, where: str) -> list[dict[str, Any]]:
 
     Takes that form, ShareGPT's ``{"from", "value"}``, or either as JSON text (as CSV holds it).
 
-    Raises:
-        DataError: anything else; ``where`` names the record.
+    Raises
+    ------
+    DataError
+        Anything else; ``where`` names the record.
     """
     if isinstance(value, str):
         try:
@@ -51,8 +53,10 @@ def as_messages(value: Any, where: str) -> list[dict[str, Any]]:
 def chat_template(tokenizer: Any, template: str | None = None, tools: Any = None) -> str:
     """The template to use: the one given, else the tokenizer's.
 
-    Raises:
-        DataError: the tokenizer has none.
+    Raises
+    ------
+    DataError
+        The tokenizer has none.
     """
     if template is not None:
         return template
@@ -81,19 +85,28 @@ def encode_chat(
     A template with ``{% generation %}`` marks tells where that is. With any other, it is found by rendering
     the conversation up to each turn, which must give a beginning of the whole.
 
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-        conversations: lists of ``{"role", "content"}``; one without an assistant turn is dropped and counted.
-        tools: per conversation, the tool schemas for the template.
-        max_length: tokens of a row, at least 2.
-        packing: put several whole conversations into a row.
-        truncation: what is cut off a conversation that is too long.
-        turns: train on all assistant turns, or on the last one.
-        template: Jinja text in place of the tokenizer's template.
+    Parameters
+    ----------
+    tokenizer
+        A Hugging Face tokenizer.
+    conversations
+        Lists of ``{"role", "content"}``; one without an assistant turn is dropped and counted.
+    tools
+        Per conversation, the tool schemas for the template.
+    max_length
+        Tokens of a row, at least 2.
+    packing, truncation
+        Put several whole conversations into a row; what is cut off one that is too long.
+    turns
+        Train on all assistant turns, or on the last one.
+    template
+        Jinja text in place of the tokenizer's template.
 
-    Raises:
-        DataError: no template, a conversation that the template refuses, turns that cannot be told apart, or
-            nothing left to train on.
+    Raises
+    ------
+    DataError
+        No template, a conversation that the template refuses, turns that cannot be told apart, or
+        nothing left to train on.
     """
     if turns not in ("all", "last"):
         raise DataError(f"turns must be 'all' or 'last', found {turns!r}")

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorry.core.errors import CheckpointError
+from lorry.core.method.registry import method_from
 
+from .aliases import renamed
+from .jobs import Job
 from .optim import load_optimizer, optimizer_tensors
 from .run import DONE, INTERRUPTED, RUNNING, Progress, Run
 
 FORMAT = 1
+#: What is called otherwise since checkpoints were written first.
+_EARLIER = {"tokens": "size_seen"}
 #: Options that may differ when a run is taken up again: they do not change what was done so far.
 _FREE = {"data", "eval_data", "steps", "epochs", "eval_every", "eval_batch_size", "patience"}
 
@@ -45,14 +50,22 @@ def write_json(path: Path, value: Any) -> None:
 def save(folder: Path, tick: int, runs: Sequence[Run], offsets: Mapping[str, int], keep: int) -> Path:
     """Write a checkpoint and remove older ones.
 
-    Args:
-        folder: where checkpoints go.
-        tick: joint passes done.
-        runs: all jobs.
-        offsets: bytes of each job's metrics file up to here.
-        keep: how many checkpoints stay.
+    Parameters
+    ----------
+    folder
+        Where checkpoints go.
+    tick
+        Joint passes done.
+    runs
+        All jobs.
+    offsets
+        Bytes of each job's metrics file up to here.
+    keep
+        How many checkpoints stay.
 
-    Returns:
+    Returns
+    -------
+    Path
         The checkpoint's folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,6 +82,9 @@ def save(folder: Path, tick: int, runs: Sequence[Run], offsets: Mapping[str, int
             if run.adapter is None or run.prepared is None or run.cursor is None:
                 continue
             jobs[run.name] |= {"cursor": run.cursor.state(), "data": run.prepared.fingerprint()}
+            jobs[run.name]["methods"] = _changed_methods(run)
+            if run.groups is not None:
+                jobs[run.name]["groups"] = run.groups.describe()
             save_file(_tensors(run), draft / f"{run.name}.safetensors")
         write_json(draft / "state.json", {"format": FORMAT, "tick": tick, "jobs": jobs})
         draft.chmod(0o755)
@@ -103,8 +119,10 @@ def latest(folder: Path) -> Path | None:
 def read(path: Path) -> dict[str, Any]:
     """The JSON part of a checkpoint.
 
-    Raises:
-        CheckpointError: it is damaged, or of a newer version.
+    Raises
+    ------
+    CheckpointError
+        It is damaged, or of a newer version.
     """
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -120,11 +138,14 @@ def read(path: Path) -> dict[str, Any]:
 def check_same(run: Run, saved: Mapping[str, Any]) -> None:
     """Check that a job is the one that a checkpoint was written for.
 
-    Raises:
-        CheckpointError: names the options that differ, or says that the data changed.
+    Raises
+    ------
+    CheckpointError
+        Names the options that differ, or says that the data changed.
     """
     now = json.loads(json.dumps(run.job.to_dict()))
-    was = saved["job"]
+    # options that are younger than the checkpoint had their default value then
+    was = {**_defaults(), **renamed(saved["job"], warn=False)}
     changed = [k for k in now if k not in _FREE and now[k] != was.get(k)]
     if changed:
         words = ", ".join(f"{k} was {was.get(k)!r}, now {now[k]!r}" for k in changed)
@@ -133,19 +154,22 @@ def check_same(run: Run, saved: Mapping[str, Any]) -> None:
         )
     if run.prepared is not None and "data" in saved and saved["data"] != run.prepared.fingerprint():
         raise CheckpointError(
-            f"Job '{run.name}' cannot be taken up again: its training rows are not those it began with."
+            f"Job '{run.name}' cannot be taken up again: its training examples are not those it began with."
         )
 
 
 def restore(path: Path, run: Run, saved: Mapping[str, Any]) -> None:
     """Bring a job that has begun to where it was.
 
-    Raises:
-        CheckpointError: another job's checkpoint, or tensors missing, surplus or misshapen.
+    Raises
+    ------
+    CheckpointError
+        Another job's checkpoint, or tensors missing, surplus or misshapen.
     """
     check_same(run, saved)
     known = {f.name for f in fields(Progress)}
-    progress = Progress(**{k: v for k, v in saved["progress"].items() if k in known})
+    noted = {_EARLIER.get(k, k): v for k, v in saved["progress"].items()}
+    progress = Progress(**{k: v for k, v in noted.items() if k in known})
     if run.adapter is None or run.cursor is None or "cursor" not in saved:
         run.progress = progress
         return
@@ -154,10 +178,12 @@ def restore(path: Path, run: Run, saved: Mapping[str, Any]) -> None:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"The checkpoint {path} lacks the tensors of job '{run.name}' ({error}).") from error
-    parts: dict[str, dict[str, Tensor]] = {"adapter": {}, "optimizer": {}, "grad": {}, "best": {}}
+    kinds = ("adapter", "optimizer", "frozen", "grad", "best", "acting")
+    parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
     for key, value in tensors.items():
         kind, _, name = key.partition("/")
         parts[kind][name] = value
+    _restore_structure(run, saved, parts)
     load_tensors(run, parts["adapter"])
     longer = progress.status == DONE and progress.step < run.total
     if longer and progress.best_step in (None, progress.step):  # else the last tensors gave way to the best
@@ -168,20 +194,51 @@ def restore(path: Path, run: Run, saved: Mapping[str, Any]) -> None:
     run.best = parts["best"]
     run.cursor.restore(saved["cursor"])
     if run.failed:
-        run.optimizer = None
+        run.groups = None
         return
     assert run.optimizer is not None
     load_optimizer(run.optimizer, run.adapter, parts["optimizer"])
+    run.acting.restore(parts["acting"])
     for name, parameter in run.adapter.named_parameters():
         if name in parts["grad"]:
             parameter.grad = parts["grad"][name].to(parameter.device)
 
 
+def _restore_structure(run: Run, saved: Mapping[str, Any], parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Bring methods at sites, and the groups of parameters, to what they had become."""
+    assert run.adapter is not None and run.groups is not None
+    for path, described in saved.get("methods", {}).items():
+        method = method_from(described)
+        own = {n: parts["adapter"][f"{path}.{n}"] for n in method.layout([run.adapter.entries[path].site]).sites[path]}
+        run.groups.replace(path, method, own)
+    if "groups" in saved:
+        frozen: dict[str, dict[str, Tensor]] = {}
+        for full, value in parts["frozen"].items():
+            name, _, key = full.rpartition("/")
+            frozen.setdefault(name, {})[key] = value
+        run.groups.restore(saved["groups"], frozen)
+
+
+def _changed_methods(run: Run) -> dict[str, Any]:
+    """Return the methods of sites that have another one than at the beginning, as plain data."""
+    assert run.adapter is not None
+    now = {path: entry.method for path, entry in run.adapter.entries.items()}
+    return {path: method.to_dict() for path, method in now.items() if run.methods[path] != method}
+
+
+def _defaults() -> dict[str, Any]:
+    values = {f.name: f.default for f in fields(Job) if f.default is not MISSING}
+    plain: dict[str, Any] = json.loads(json.dumps(values))
+    return plain
+
+
 def load_tensors(run: Run, values: Mapping[str, Tensor]) -> None:
     """Copy tensors into the run's adapter, all of them or none.
 
-    Raises:
-        CheckpointError: a tensor is missing, surplus or misshapen.
+    Raises
+    ------
+    CheckpointError
+        A tensor is missing, surplus or misshapen.
     """
     assert run.adapter is not None
     own = {name: tensor for name, tensor, _ in run.adapter.named_tensors()}
@@ -199,8 +256,11 @@ def load_tensors(run: Run, values: Mapping[str, Tensor]) -> None:
 def _tensors(run: Run) -> dict[str, Tensor]:
     assert run.adapter is not None
     tensors = {f"adapter/{name}": tensor for name, tensor, _ in run.adapter.named_tensors()}
-    if run.optimizer is not None:
-        state = optimizer_tensors(run.optimizer, run.adapter)
+    if run.groups is not None:
+        for name, (resting, _) in run.groups.resting.items():
+            tensors |= {f"frozen/{name}/{k}": torch.as_tensor(v) for k, v in resting.items() if v is not None}
+        tensors |= {f"acting/{name}": tensor for name, tensor in run.acting.tensors().items()}
+        state = optimizer_tensors(run.groups.optimizer, run.adapter)
         tensors |= {f"optimizer/{name}": tensor for name, tensor in state.items()}
         for name, parameter in run.adapter.named_parameters():
             if parameter.grad is not None:

@@ -77,8 +77,10 @@ class DataSpec:
     def from_mapping(cls, mapping: Mapping[str, Any]) -> DataSpec:
         """Build a spec from parsed YAML or JSON.
 
-        Raises:
-            DataError: an unknown key (with near misses), or no ``path``.
+        Raises
+        ------
+        DataError
+            An unknown key (with near misses), or no ``path``.
         """
         known = [f.name for f in fields(cls)]
         for key in mapping:
@@ -108,16 +110,24 @@ def load_records(
     a first line that cannot be one is taken as data and the columns are named ``text, label`` where they look
     so, else ``column_1, column_2, ...``. TSV has no quoting (a quote is a character); CSV has.
 
-    Args:
-        source: a path, a `DataSpec`, a mapping with the fields of one, or records already in memory.
-        split: a split of a folder, a slice, or both (`DataSpec.split`).
-        limit: at most this many records.
-        format: overrides the format that the extension tells; one of `FORMATS`.
-        columns: names for the columns of a CSV or TSV file without a header.
+    Parameters
+    ----------
+    source
+        A path, a `DataSpec`, a mapping with the fields of one, or records already in memory.
+    split
+        A split of a folder, a slice, or both (`DataSpec.split`).
+    limit
+        At most this many records.
+    format
+        Overrides the format that the extension tells; one of `FORMATS`.
+    columns
+        Names for the columns of a CSV or TSV file without a header.
 
-    Raises:
-        DataError: nothing there, unknown extension, a pickle, a bad line (named ``file:line``), or no
-            records.
+    Raises
+    ------
+    DataError
+        Nothing there, unknown extension, a pickle, a bad line (named ``file:line``), or no
+        records.
     """
     if isinstance(source, Mapping):
         source = DataSpec.from_mapping(source)
@@ -152,13 +162,19 @@ def split_records(
 ) -> tuple[list[Record], list[Record]]:
     """Hold out a part of the records: (rest, held out), both in their first order, neither of them empty.
 
-    Args:
-        records: at least two records.
-        fraction: share to hold out, between 0 and 1, rounded to whole records.
-        seed: which records are drawn; None takes the last ones.
+    Parameters
+    ----------
+    records
+        At least two records.
+    fraction
+        Share to hold out, between 0 and 1, rounded to whole records.
+    seed
+        Which records are drawn; None takes the last ones.
 
-    Raises:
-        DataError: a fraction outside (0, 1), or fewer than two records.
+    Raises
+    ------
+    DataError
+        A fraction outside (0, 1), or fewer than two records.
     """
     held = set(held_out_indices(len(records), fraction, seed))
     rest = [r for i, r in enumerate(records) if i not in held]
@@ -183,8 +199,10 @@ def held_out_indices(count: int, fraction: float, seed: int | None) -> list[int]
 def require_column(records: Sequence[Record], name: str, what: str) -> str:
     """Return ``name`` if the first record has that column.
 
-    Raises:
-        DataError: it has not; the message lists the columns found and near misses.
+    Raises
+    ------
+    DataError
+        It has not; the message lists the columns found and near misses.
     """
     found = list(records[0])
     if name not in found:
@@ -195,14 +213,21 @@ def require_column(records: Sequence[Record], name: str, what: str) -> str:
 def guess_column(records: Sequence[Record], candidates: Sequence[str], what: str, option: str) -> str:
     """Return the first of ``candidates`` that is a column of the records.
 
-    Args:
-        records: at least one record.
-        candidates: usual names, best first.
-        what: what the column is for, for the message.
-        option: the option by which the user can name the column, for the message.
+    Parameters
+    ----------
+    records
+        At least one record.
+    candidates
+        Usual names, best first.
+    what
+        What the column is for, for the message.
+    option
+        The option by which the user can name the column, for the message.
 
-    Raises:
-        DataError: none of them is there.
+    Raises
+    ------
+    DataError
+        None of them is there.
     """
     found = list(records[0])
     for name in candidates:

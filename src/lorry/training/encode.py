@@ -49,15 +49,23 @@ def encode_causal(
     ``max_length`` (the last row is shorter); position ids restart at each document, whose first token is
     never a label.
 
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-        texts: documents; blank ones are dropped and counted.
-        max_length: tokens of a row, at least 2.
-        packing: fill rows with several documents.
-        add_eos: end documents with the tokenizer's end-of-text token, if it has one.
+    Parameters
+    ----------
+    tokenizer
+        A Hugging Face tokenizer.
+    texts
+        Documents; blank ones are dropped and counted.
+    max_length
+        Tokens of a row, at least 2.
+    packing
+        Fill rows with several documents.
+    add_eos
+        End documents with the tokenizer's end-of-text token, if it has one.
 
-    Raises:
-        DataError: ``max_length`` below 2, or nothing left to train on.
+    Raises
+    ------
+    DataError
+        ``max_length`` below 2, or nothing left to train on.
     """
     builder = Builder(max_length)
     prefix, eos = special_prefix(tokenizer), _eos(tokenizer) if add_eos else []
@@ -101,16 +109,25 @@ def encode_completion(
     The prompt's tokens are those that it has alone, as at generation: where tokenising prompt and completion
     together would merge a token across the border, the two are tokenised apart.
 
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-        pairs: (prompt, completion) texts; an empty completion is dropped and counted.
-        max_length: tokens of a row, at least 2.
-        packing: put several whole examples into a row.
-        truncation: what is cut off an example that is too long (``left`` keeps the special prefix).
-        add_eos: end completions with the tokenizer's end-of-text token, if it has one.
+    Parameters
+    ----------
+    tokenizer
+        A Hugging Face tokenizer.
+    pairs
+        (prompt, completion) texts; an empty completion is dropped and counted.
+    max_length
+        Tokens of a row, at least 2.
+    packing
+        Put several whole examples into a row.
+    truncation
+        What is cut off an example that is too long (``left`` keeps the special prefix).
+    add_eos
+        End completions with the tokenizer's end-of-text token, if it has one.
 
-    Raises:
-        DataError: ``max_length`` below 2, unknown truncation, or nothing left to train on.
+    Raises
+    ------
+    DataError
+        ``max_length`` below 2, unknown truncation, or nothing left to train on.
     """
     prefix, eos = special_prefix(tokenizer), _eos(tokenizer) if add_eos else []
     builder = Builder(max_length, truncation, len(prefix))
@@ -151,16 +168,25 @@ def encode_classification(
 ) -> EncodedSet:
     """Encode texts, or pairs of texts, with their classes. Special tokens are the tokenizer's own.
 
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-        texts: n texts; blank ones are dropped and counted.
-        labels: n classes.
-        pairs: n second texts.
-        max_length: tokens of a row, at least 2.
-        truncation: ``right`` (of a pair, the longer text is cut) or ``drop``.
+    Parameters
+    ----------
+    tokenizer
+        A Hugging Face tokenizer.
+    texts
+        N texts; blank ones are dropped and counted.
+    labels
+        N classes.
+    pairs
+        N second texts.
+    max_length
+        Tokens of a row, at least 2.
+    truncation
+        ``right`` (of a pair, the longer text is cut) or ``drop``.
 
-    Raises:
-        DataError: ``truncation='left'``, ``max_length`` below 2, or nothing left.
+    Raises
+    ------
+    DataError
+        ``truncation='left'``, ``max_length`` below 2, or nothing left.
     """
     if truncation == "left":
         raise DataError("classification cuts at the right or drops; found truncation='left'")

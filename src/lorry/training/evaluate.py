@@ -4,27 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
+from lorry.core.method.start import mix_seed
+
 from .joint import Base, Share, evaluate_pass, grouped
-from .objectives import Tally
 from .run import Run
+from .task import Setting, Tally
 
 
 def evaluate(
     base: Base, runs: Sequence[Run], max_pad_ratio: float | None, max_tokens: int | None
 ) -> dict[str, dict[str, float]]:
-    """Evaluate jobs on their held-out rows; jobs without any are left out.
+    """Evaluate jobs on their held-out examples; jobs without any are left out.
 
-    Args:
-        base: the model.
-        runs: jobs that have begun.
-        max_pad_ratio: how passes are shared; see `grouped`.
-        max_tokens: likewise.
+    Parameters
+    ----------
+    base
+        The model.
+    runs
+        Jobs that have begun.
+    max_pad_ratio, max_tokens
+        How passes are shared; see `grouped`.
 
-    Returns:
+    Returns
+    -------
+    dict
         Metrics by job: ``loss`` and, by objective, ``perplexity``, ``accuracy`` and others.
     """
     waiting = {
-        run.name: _batches(run) for run in runs if run.prepared is not None and run.prepared.evaluation is not None
+        run.name: _batches(run, base.setting)
+        for run in runs
+        if run.prepared is not None and run.prepared.evaluation is not None
     }
     sums: dict[str, Tally] = {}
     with base.mode(training=False):
@@ -33,15 +44,20 @@ def evaluate(
             for group in grouped(shares, max_pad_ratio, max_tokens):
                 for share, tally in zip(group, evaluate_pass(base, group), strict=True):
                     before = sums.get(share.name)
-                    sums[share.name] = tally if before is None else before + tally  # type: ignore[operator]
+                    sums[share.name] = tally if before is None else before + tally
             waiting = {name: batches for name, batches in waiting.items() if batches}
     return {name: tally.metrics() for name, tally in sums.items()}
 
 
-def _batches(run: Run) -> list[Share]:
-    """Rows sorted by length, so that padding is small; the sums do not depend on the order."""
+def _batches(run: Run, setting: Setting) -> list[Share]:
+    """Return examples sorted by size, so that padding is small, drawn alike in every evaluation."""
     assert run.prepared is not None and run.prepared.evaluation is not None
-    rows = sorted(run.prepared.evaluation.rows, key=len)
-    size = run.job.eval_batch_size
-    made = run.prepared
-    return [Share(run.name, made.objective, rows[i : i + size], made.classes) for i in range(0, len(rows), size)]
+    made, held = run.prepared, run.prepared.evaluation
+    order = sorted(range(len(held)), key=lambda i: made.task.cost(held[i]))
+    shares = []
+    for start in range(0, len(order), run.job.eval_batch_size):
+        chosen = order[start : start + run.job.eval_batch_size]
+        generator = torch.Generator().manual_seed(mix_seed(run.job.seed, "evaluate", start))
+        examples = made.task.draw(held.take(chosen), generator, setting, run.name)
+        shares.append(Share(run.name, made, examples, held.ids(chosen)))
+    return shares

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,19 +27,24 @@ from .data_errors import DataError
 from .evaluate import evaluate
 from .jobs import DTYPES, Job, jobs_from
 from .joint import Base, grouped, train_pass
-from .prepare import Prepared, prepare
+from .prepare import prepare
 from .progress import Bars
 from .report import VERSION, MetricsFile, draw_curves, job_report, print_table, read_metrics
 from .run import DONE, INTERRUPTED, Run
+from .starts import apply_start
+from .task import Prepared, Setting
 
 
 @dataclass(frozen=True)
 class FleetResult:
     """What a fleet made.
 
-    Attributes:
-        report: as in ``report.json``.
-        adapters: by job, on the model, not active; none for a job that failed before it began.
+    Attributes
+    ----------
+    report
+        As in ``report.json``.
+    adapters
+        By job, on the model, not active; none for a job that failed before it began.
     """
 
     report: dict[str, Any]
@@ -58,28 +63,45 @@ class FleetResult:
 class Fleet:
     """Jobs on one frozen base; one job is a fleet of one.
 
-    In a joint pass every unfinished job contributes one micro-batch. The rows go through the base once, each
-    with its own job's adapter; each job then has its own loss, clipping, optimizer and schedule. Padding,
-    dropout and normalisation of a job do not depend on the others.
+    In a joint pass every unfinished job contributes one micro-batch. The rows of jobs whose tasks are of one family go
+    through the base once, each with its own job's adapter; each job then has its own loss, clipping, optimizer and
+    schedule. Padding, dropout and normalisation of a job do not depend on the others.
 
-    Args:
-        model: the base; its weights do not change.
-        tokenizer: a Hugging Face tokenizer; None if all jobs bring encoded rows.
-        jobs: jobs, or mappings with the fields of `Job`.
-        output: folder for adapters, metrics, checkpoints and the report.
-        checkpoint_every: joint passes between checkpoints; 0 writes one at the end alone.
-        keep_checkpoints: how many of them stay.
-        resume: take up the newest checkpoint in `output`, if there is one.
-        overwrite: allow an output folder that holds another run; its checkpoints are removed.
-        progress: show bars and the table; None does on a terminal.
-        console: a rich console to show them on.
-        max_pad_ratio: most tokens of a pass, padding included, as a multiple of what the jobs would have
-            alone; what is longer runs in a pass of its own. None joins all.
-        max_tokens: most tokens of a pass, padding included, to bound memory; one micro-batch may have more.
-        base_dropout: let the base's own dropout be on in training. Results then depend on the company.
+    Parameters
+    ----------
+    model
+        The base; its weights do not change.
+    tokenizer
+        A Hugging Face tokenizer or processor; None if all jobs bring examples that are tensors already.
+    jobs
+        Jobs, or mappings with the fields of `Job`.
+    output
+        Folder for adapters, metrics, checkpoints and the report.
+    checkpoint_every
+        Joint passes between checkpoints; 0 writes one at the end alone.
+    keep_checkpoints
+        How many of them stay.
+    resume
+        Take up the newest checkpoint in `output`, if there is one.
+    overwrite
+        Allow an output folder that holds another run; its checkpoints are removed.
+    progress
+        Show bars and the table; None does on a terminal.
+    console
+        A rich console to show them on.
+    max_pad_ratio
+        Most tokens of a pass, padding included, as a multiple of what the jobs would have
+        alone; what is longer runs in a pass of its own. None joins all.
+    max_tokens
+        Most tokens of a pass, padding included, to bound memory; one micro-batch may have more. For other tasks than
+        text, what their `Task.cost` counts.
+    base_dropout
+        Let the base's own dropout be on in training. Results then depend on the company.
 
-    Raises:
-        LorryError: options or targets that do not fit. The model is as it was then.
+    Raises
+    ------
+    LorryError
+        Options or targets that do not fit. The model is as it was then.
     """
 
     def __init__(
@@ -109,12 +131,12 @@ class Fleet:
         self.checkpoint_every, self.keep = checkpoint_every, keep_checkpoints
         self.max_pad_ratio, self.max_tokens = max_pad_ratio, max_tokens
         self.show, self.console = progress, console
-        self.base = Base(model, _pad_id(tokenizer, model), base_dropout)
+        self.base = Base(Setting(model, tokenizer), base_dropout)
         self.tick = 0
         self.runs = [Run(job) for job in self.jobs]
         self._metrics: dict[str, MetricsFile] = {}
         self._stop = False
-        self._begin(tokenizer)
+        self._begin()
         try:
             self._open(resume, overwrite)
         except BaseException:
@@ -123,7 +145,7 @@ class Fleet:
 
     # -- start
 
-    def _begin(self, tokenizer: Any) -> None:
+    def _begin(self) -> None:
         """Attach all adapters, and read all data; a job with bad data fails here, alone."""
         try:
             for run in self.runs:
@@ -134,7 +156,7 @@ class Fleet:
         for run in self.runs:
             assert run.adapter is not None
             try:
-                prepared = prepare(run.job, tokenizer, self.model)
+                prepared = prepare(run.job, self.base.setting)
             except (DataError, OSError) as error:
                 run.adapter.detach()
                 run.adapter = None
@@ -142,28 +164,37 @@ class Fleet:
                 continue
             try:
                 self._calibrate(run, prepared)
-                run.begin(run.adapter, prepared)
+                run.begin(run.adapter, prepared, self.base.setting)
             except LorryError:
                 self._detach()
                 raise
 
     def _calibrate(self, run: Run, prepared: Prepared) -> None:
-        """Show the first rows to a method that wants to see some; the same ones when a run is resumed."""
+        """Show the first examples to a method or a start that wants to see some; the same ones at a resumed run."""
         assert run.adapter is not None
-        if not needs_calibration(run.adapter):
-            return
-        job, rows = run.job, prepared.train
-        plan = BatchPlan(rows=len(rows), batch_size=job.batch_size, seed=job.seed)
+        job, train = run.job, prepared.train
+        plan = BatchPlan(examples=len(train), batch_size=job.batch_size, seed=job.seed)
         order = plan.epoch(0)[: job.calibration]
+        loss = self._calibration_loss(job, prepared)
+        if needs_calibration(run.adapter):
+            calibrate(run.adapter, order, loss, again=True)  # attached just now
+        start = job.make_start()
+        if start is not None:
+            apply_start(start, run.adapter, order, loss, job.seed)
+
+    def _calibration_loss(self, job: Job, prepared: Prepared) -> Callable[[nn.Module, Sequence[int]], torch.Tensor]:
+        task, setting = prepared.task, self.base.setting
 
         def loss(model: nn.Module, batch: Sequence[int]) -> torch.Tensor:
-            with context(model):
-                logits, labels, _ = self.base.logits(rows.take(batch))
-            own = logits[..., : prepared.classes] if prepared.classes else logits
-            total, count = prepared.objective.loss(own, labels)
+            generator = torch.Generator().manual_seed(mix_seed(job.seed, "calibrate", *batch))
+            examples = task.draw(prepared.train.take(batch), generator, setting, job.name)
+            made = task.collate(setting, examples)
+            with context(model, **made.facts):
+                outputs = task.forward(setting, made)
+            total, count = task.loss(prepared.own(outputs), made.targets)
             return total / count
 
-        calibrate(run.adapter, order, loss)
+        return loss
 
     def _detach(self) -> None:
         for run in self.runs:
@@ -201,11 +232,15 @@ class Fleet:
     def train(self) -> FleetResult:
         """Train all jobs to their ends.
 
-        Returns:
+        Returns
+        -------
+        FleetResult
             The report, and the adapters on the model (not active).
 
-        Raises:
-            KeyboardInterrupt: after Ctrl-C or SIGTERM; a checkpoint and a report were written first.
+        Raises
+        ------
+        KeyboardInterrupt
+            After Ctrl-C or SIGTERM; a checkpoint and a report were written first.
         """
         begun = time.perf_counter()
         active = open_state(self.model).active
@@ -234,6 +269,9 @@ class Fleet:
         """One joint pass, the optimizer steps that it completes, and what follows from them."""
         begun = time.perf_counter()
         runs = {run.name: run for run in self.runs if run.running}
+        for run in runs.values():
+            run.open_step()
+        tried, runs = runs, {name: run for name, run in runs.items() if run.running}
         shares = [run.share() for run in runs.values()]
         complete = []
         for number, group in enumerate(grouped(shares, self.max_pad_ratio, self.max_tokens)):
@@ -251,7 +289,7 @@ class Fleet:
                 self._metrics[run.name].write({**row, "seconds": round(run.progress.seconds, 4)})
         stepped = [run for run in complete if run.running]
         self._evaluate([run for run in stepped if self._due(run)])
-        self._finish([run for run in runs.values() if not run.running or run.progress.step >= run.total])
+        self._finish([run for run in tried.values() if not run.running or run.progress.step >= run.total])
         over = not any(run.running for run in self.runs)
         if self._stop or over or (self.checkpoint_every and self.tick % self.checkpoint_every == 0):
             self.save_checkpoint()
@@ -363,18 +401,10 @@ def _attach(model: nn.Module, job: Job) -> Adapter:
         exclude=job.exclude,
         layers=job.layers,
         site_options=job.site_options,
-        train_also=job.train_also,
+        train_also=job.modules_to_save,
         dtype=DTYPES[job.dtype],
         activate=False,
     )
-
-
-def _pad_id(tokenizer: Any, model: nn.Module) -> int:
-    """The token that fills up rows; the mask hides it, so any will do where the tokenizer has none."""
-    config: Any = getattr(model, "config", None)
-    found = [getattr(config, "pad_token_id", None)]
-    found += [getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id")]
-    return next((int(value) for value in found if isinstance(value, int)), 0)
 
 
 def _facts(run: Run) -> dict[str, Any]:
@@ -384,7 +414,7 @@ def _facts(run: Run) -> dict[str, Any]:
     facts = {
         "job": job,
         "steps": p.step,
-        "tokens": p.tokens,
+        run.unit: p.size_seen,
         "last_loss": p.last_loss,
         "torch": torch.__version__,
     }

@@ -2,13 +2,12 @@
 
 Adapters in training are parameters of the model, so any Trainer trains them as it is, and what it saves of the
 model is the bare base. `with_adapters` adds what a Trainer cannot know: its checkpoints hold the adapters in
-place of the base, and resuming, or loading the best model, restores them.
+place of the base, and what methods need beside their gradients happens (`lorry.training.attendance`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +20,56 @@ from lorry.core.errors import AdapterError, CheckpointError
 from lorry.core.life.adapter import Adapter
 from lorry.core.life.api import adapters
 
+from .attendance import Attendance
+
 #: Exact tensors of all adapters, for resuming; beside it are adapters as `Adapter.save` writes them.
 STATE_FILE = "lorry_adapters.safetensors"
 FOLDER = "adapters"
 
 
 def with_adapters(trainer_class: type[Any]) -> type[Any]:
-    """Return a Trainer class whose checkpoints hold the model's adapters instead of the base.
+    """Return a Trainer class that trains adapters with all that their methods need, and saves them instead of the base.
 
-    Each checkpoint gets a folder ``adapters/NAME`` for every adapter in training, which loads like any saved
-    adapter, and the exact tensors from which ``trainer.train(resume_from_checkpoint=...)`` and
-    ``load_best_model_at_end`` go on.
+    Each checkpoint gets a folder ``adapters/NAME`` for every adapter in training, which loads like any saved one, and
+    the exact tensors from which ``trainer.train(resume_from_checkpoint=...)`` and ``load_best_model_at_end`` go on.
+    What methods need beside their gradients happens; see `lorry.training.attendance.Attendance`.
 
-    Args:
-        trainer_class: ``transformers.Trainer``, ``trl.SFTTrainer`` or a subclass of them.
+    Parameters
+    ----------
+    trainer_class
+        ``transformers.Trainer``, ``trl.SFTTrainer`` or a subclass of them.
 
-    Raises:
-        AdapterError: at the construction of the trainer, if no adapter of the model is in training, or one learns
-            from several draws of each row and ``compute_loss`` is not overridden.
-        CheckpointError: at resuming, if the checkpoint holds other adapters than the model.
+    Raises
+    ------
+    AdapterError
+        At the construction of the trainer, if no adapter of the model is in training; at the first step, if one
+        learns from several draws of each row and the trainer has a loss of its own that cannot be repeated.
+    CheckpointError
+        At resuming, if the checkpoint holds other adapters than the model.
     """
 
     class WithAdapters(trainer_class):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            trained = trained_adapters(self.model)
-            if type(self).compute_loss is trainer_class.compute_loss:
-                _refuse_draws(trained)
+            trained_adapters(self.model)
+            self.lorry = Attendance(self)
+            self.add_callback(self.lorry.callback())
+
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            self.lorry.calibrate(super().compute_loss)
+            return super().train(*args, **kwargs)
+
+        def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **more: Any) -> Any:
+            return self.lorry.loss(super().compute_loss, model, dict(inputs), return_outputs, **more)
+
+        def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            with self.lorry.told(dict(inputs)) as (rest, _):
+                return super().prediction_step(model, rest, *args, **kwargs)
+
+        def _set_signature_columns_if_needed(self) -> None:
+            super()._set_signature_columns_if_needed()
+            if "task_ids" not in self._signature_columns:
+                self._signature_columns.append("task_ids")
 
         def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
             folder = Path(output_dir if output_dir is not None else self.args.output_dir)
@@ -68,10 +90,12 @@ def with_adapters(trainer_class: type[Any]) -> type[Any]:
 
 
 def trained_adapters(model: nn.Module) -> dict[str, Adapter]:
-    """The adapters in training by name.
+    """Return the adapters in training by name.
 
-    Raises:
-        AdapterError: there are none.
+    Raises
+    ------
+    AdapterError
+        There are none.
     """
     found = {name: a for name, a in adapters(model).items() if a.trainable}
     if not found:
@@ -79,18 +103,6 @@ def trained_adapters(model: nn.Module) -> dict[str, Adapter]:
             "No adapter of this model is in training; attach one with lorry.attach, or call adapter.train()."
         )
     return found
-
-
-def _refuse_draws(trained: Mapping[str, Adapter]) -> None:
-    """Refuse adapters whose routers a Trainer would leave untrained without a word."""
-    for name, adapter in trained.items():
-        if adapter.row_draws > 1:
-            raise AdapterError(
-                f"Adapter '{name}' ({adapter.method.info.slug}) learns its routes from {adapter.row_draws} draws of "
-                "each row, but a Trainer passes each row once, so they would stay untrained. Train it with "
-                "lorry.training.train (or `lorry train`), or subclass this class and override compute_loss with "
-                "lorry.training.routing's repeated and policy_loss."
-            )
 
 
 def save_adapters(model: nn.Module, folder: Path) -> None:
@@ -110,8 +122,10 @@ def save_adapters(model: nn.Module, folder: Path) -> None:
 def load_adapters(model: nn.Module, folder: Path) -> None:
     """Copy what `save_adapters` wrote into the adapters in training, all of it or nothing.
 
-    Raises:
-        CheckpointError: no such file, or other adapters or shapes than the model has.
+    Raises
+    ------
+    CheckpointError
+        No such file, or other adapters or shapes than the model has.
     """
     path = folder / STATE_FILE
     if not path.is_file():
@@ -132,7 +146,7 @@ def load_adapters(model: nn.Module, folder: Path) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor of one that FSDP2 spreads over processes; every process has to call this."""
+    """Return the full tensor of one that FSDP2 spreads over processes; every process has to call this."""
     gather = getattr(tensor, "full_tensor", None)
     result: Tensor = tensor if gather is None else gather()
     return result

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -16,22 +16,28 @@ from lorry.core.method.base import Method
 from lorry.core.method.registry import method_from
 from lorry.core.options import check_options, from_options, option
 
+from .aliases import renamed, with_aliases
 from .data import DataSpec
-from .objectives import OBJECTIVES, Objective, make_objective
-from .rows import EncodedSet
-from .schedule import SCHEDULES
+from .hooks import DYNAMICS, Dynamic, by_name
+from .objectives import OBJECTIVES, make_objective
+from .schedule import SCHEDULES, Schedule
+from .starts import STARTS, Start
+from .task import Examples, Task
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}")  # also the name of a folder and of an adapter
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@with_aliases
 @dataclass(frozen=True)
 class Job:
     """One training run on a base that it may share with other jobs.
 
-    Raises:
-        OptionError: a value out of its range, a rule between options broken, or an unknown name (with near
-            misses).
+    Raises
+    ------
+    OptionError
+        A value out of its range, a rule between options broken, or an unknown name (with near
+        misses).
     """
 
     name: str = option(MISSING, "Name of the job and of its adapter.")
@@ -41,12 +47,15 @@ class Job:
     exclude: Any = option((), "Layers to leave out, in the same syntax.")
     layers: tuple[int, ...] | None = option(None, "Indices of the transformer blocks to adapt; all if not given.")
     site_options: Mapping[str, Any] | None = option(None, "Pattern -> method options at the layers that match.")
-    train_also: Any = option((), "Whole modules to train beside the adapter, such as a new head.")
+    modules_to_save: Any = option((), "Whole modules to train beside the adapter, such as a new head.")
     objective: Any = option("causal", "causal, completion, chat or classification; or {objective: name, **options}.")
     columns: Mapping[str, str] | None = option(None, "Role -> column name, e.g. {text: review, label: stars}.")
     max_length: int | None = option(None, "Tokens of a row; the objective's own default if not given.", at_least=2)
     packing: bool = option(False, "Put several examples into a row.")
     labels: tuple[str, ...] | None = option(None, "Classes in the order of the head; read from the data if not given.")
+    task_ids: Any = option(
+        None, "Task of each example, for methods that route by it: a number, a column, or {column: NAME, names: [...]}."
+    )
     eval_data: Any = option(None, "Held-out data, given like the training data.")
     hold_out: float = option(
         0.0, "Fraction of the training rows to hold out where there is no eval_data.", at_least=0, below=1
@@ -54,18 +63,26 @@ class Job:
     epochs: int | None = option(None, "Passes over the data; one if neither epochs nor steps are given.", at_least=1)
     steps: int | None = option(None, "Optimizer steps, in place of epochs.", at_least=1)
     batch_size: int = option(8, "Rows of a micro-batch.", at_least=1)
-    accumulation: int = option(1, "Micro-batches of an optimizer step.", at_least=1)
+    gradient_accumulation_steps: int = option(1, "Micro-batches of an optimizer step.", at_least=1)
     bucketing: int = option(0, "Batch rows of like length, sorted within windows of this many batches.", at_least=0)
-    rate: float = option(2e-4, "Learning rate at its highest.", above=0)
-    schedule: str = option("constant", "Course of the learning rate.", choices=SCHEDULES)
+    learning_rate: float = option(2e-4, "Learning rate at its highest.", above=0)
+    schedule: str = option("constant", "Course of the learning rate.", choices=cast(Any, SCHEDULES))
+    schedule_options: Mapping[str, Any] | None = option(None, "Options of the schedule, where it has any.")
     warmup: float = option(0.0, "Steps of linear warm-up, or a fraction of the run if below 1.", at_least=0)
     rate_floor: float = option(0.0, "What is left of the rate at the end, as a fraction.", at_least=0, at_most=1)
-    optimizer: str = option("adamw", "Name of an optimizer of torch.optim: adamw, adam, sgd, adafactor, ...")
+    optimizer: str = option("adamw", "Name of an optimizer of torch.optim (adamw, sgd, ...) or of one registered.")
     weight_decay: float = option(0.0, "Weight decay of the optimizer.", at_least=0)
     betas: tuple[float, ...] | None = option(None, "Decay rates of the moments, for optimizers that have them.")
     momentum: float = option(0.0, "Momentum, for optimizers that have it.", at_least=0, below=1)
-    clip: float | None = option(1.0, "Largest norm of the job's gradient; None does not clip.", above=0)
-    calibration: int = option(8, "Micro-batches that a method may see before training.", at_least=1)
+    max_grad_norm: float | None = option(1.0, "Largest norm of the job's gradient; None does not clip.", above=0)
+    calibration: int = option(8, "Micro-batches that a method or a start may see before training.", at_least=1)
+    start: Any = option(
+        None, "How the adapter starts, if not in its method's way: a name, or {start: name, **options}."
+    )
+    dynamics: Any = option((), "What acts on the training itself: names, or mappings {dynamics: name, **options}.")
+    stages: Mapping[str, float] | None = option(
+        None, "Stage -> step at which it begins (a fraction of the run if below 1), for dynamics that wait for one."
+    )
     seed: int = option(0, "Start of the adapter, order of the data, dropout.")
     dtype: str = option("float32", "Type of the adapter's tensors.", choices=tuple(DTYPES))
     eval_every: int = option(0, "Steps between evaluations; 0 evaluates at the start and at the end.", at_least=0)
@@ -75,9 +92,9 @@ class Job:
 
     def __post_init__(self) -> None:
         """Check options one by one and against each other, before any data is read."""
-        if isinstance(self.rate, str):
+        if isinstance(self.learning_rate, str):
             raise OptionError(
-                f"Job '{self.name}': rate must be a number, found {self.rate!r} (YAML reads "
+                f"Job '{self.name}': learning_rate must be a number, found {self.learning_rate!r} (YAML reads "
                 "1e-4 as text; write 1.0e-4)."
             )
         check_options(self)
@@ -104,22 +121,63 @@ class Job:
             )
         if self.betas is not None and len(self.betas) != 2:
             raise OptionError(f"Job '{self.name}': betas are two numbers, found {self.betas!r}.")
+        self._check_task_ids()
         self.make_method()
         self.make_objective()
+        self.make_schedule()
+        self.make_start()
+        self.make_dynamics()
+        for stage, at in (self.stages or {}).items():
+            if isinstance(at, bool) or not isinstance(at, int | float) or at < 0:
+                raise OptionError(f"Job '{self.name}': stage '{stage}' must begin at a step from 0, found {at!r}.")
+
+    def _check_task_ids(self) -> None:
+        value = self.task_ids
+        numbered = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        mapped = isinstance(value, Mapping) and "column" in value and not set(value) - {"column", "names"}
+        if not (value is None or isinstance(value, str) or numbered or mapped):
+            raise OptionError(
+                f"Job '{self.name}': task_ids is a number from 0, the name of a column, or {{column: NAME, names: "
+                f"[...]}}; found {value!r}."
+            )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Job:
         """Build a job from parsed YAML or JSON; unknown keys are errors with near misses."""
-        return from_options(cls, values)
+        return from_options(cls, renamed(values))
 
     def make_method(self) -> Method:
         """The method, built from its slug or mapping."""
         return self.method if isinstance(self.method, Method) else method_from(self.method)
 
-    def make_objective(self) -> Objective:
-        """The objective, with the job's length, packing and columns."""
-        if not isinstance(self.objective, str | Mapping):
+    def make_schedule(self) -> Schedule:
+        """The course of the learning rate after its warm-up."""
+        return from_options(SCHEDULES.find(self.schedule), dict(self.schedule_options or {}))
+
+    def make_start(self) -> Start | None:
+        """What sets the adapter's tensors before training; None for the method's own way."""
+        found = by_name(STARTS, "start", self.start)
+        return found
+
+    def make_dynamics(self) -> list[Dynamic]:
+        """What acts on the training, in the order in which it acts."""
+        given = [self.dynamics] if isinstance(self.dynamics, str | Mapping | Dynamic) else self.dynamics
+        made = [by_name(DYNAMICS, "dynamics", value) for value in given]
+        names = [d.name for d in made]
+        doubled = [name for name in names if names.count(name) > 1]
+        if doubled:
+            raise OptionError(f"Job '{self.name}' names the dynamic '{doubled[0]}' twice; give each once.")
+        return made
+
+    def make_objective(self) -> Task:
+        """The task, with the job's length, packing and columns."""
+        if isinstance(self.objective, Task):
             return self.objective
+        if not isinstance(self.objective, str | Mapping):
+            raise OptionError(
+                f"Job '{self.name}': objective is a name, a mapping, or a lorry.training.task.Task; found "
+                f"{self.objective!r}."
+            )
         values = {"objective": self.objective} if isinstance(self.objective, str) else dict(self.objective)
         name = str(values.pop("objective", values.pop("name", "causal")))
         if self.max_length is not None:
@@ -148,8 +206,10 @@ class Job:
 def jobs_from(values: Sequence[Job | Mapping[str, Any]]) -> list[Job]:
     """Jobs from jobs or mappings, with names that differ.
 
-    Raises:
-        OptionError: no job, two of one name, or a bad option.
+    Raises
+    ------
+    OptionError
+        No job, two of one name, or a bad option.
     """
     jobs = [v if isinstance(v, Job) else Job.from_dict(v) for v in values]
     if not jobs:
@@ -172,6 +232,8 @@ def _roles(name: str) -> list[str]:
 def _plain(value: Any) -> Any:
     if isinstance(value, Method):
         return value.to_dict()
+    if isinstance(value, Task | Start | Dynamic):
+        return {"name": value.name, **{f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}}  # type: ignore[arg-type]
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, tuple | list):
@@ -186,5 +248,5 @@ def _described(data: Any) -> Any:
         return {k: _plain(v) for k, v in vars(data).items() if v is not None}
     if isinstance(data, Mapping):
         return _plain(data)
-    kind = "rows" if isinstance(data, EncodedSet) else "records"
+    kind = "examples" if isinstance(data, Examples) else "records"
     return f"{len(data)} {kind} in memory"

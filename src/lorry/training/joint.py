@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,108 +11,152 @@ import torch
 from torch import Tensor, nn
 
 from lorry.core.life.api import auxiliary_loss, context, rows
-from lorry.core.life.state import state_of, unwrapped
 
-from .batches import block_mask, collate
-from .objectives import Objective, Tally
 from .routing import policy_loss
-from .rows import Encoded
+from .task import Prepared, Setting, Tally, Task, split
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the rows of a share lie in a pass.
+
+    Attributes
+    ----------
+    start, stop
+        The share's rows of the batch.
+    total
+        Rows of the whole batch.
+    """
+
+    start: int
+    stop: int
+    total: int
 
 
 @dataclass
 class Share:
     """One job's part of a joint pass.
 
-    Attributes:
-        name: the job and its adapter.
-        objective: makes the loss of its rows.
-        rows: its rows.
-        classes: how many of the head's logits are its own; None for all.
-        seed: of its dropout in this pass.
-        weight: factor of the summed loss (one over the predictions of the optimizer step).
-        auxiliary: factor of the layers' auxiliary losses.
-        draws: how often each row goes through the pass, each time with routes of its own; the loss is the mean
-            over them, and above 1 the difference between them trains what drew the routes.
-        loss: filled in by the pass: the summed loss of its rows.
-        penalty: filled in: the auxiliary loss, unweighted.
-        records: filled in: what its layers recorded, by (site path, name).
-        error: filled in: why its rows could not be used.
+    Attributes
+    ----------
+    name
+        The job and its adapter.
+    prepared
+        Its task, and which of the head's outputs are its own.
+    examples
+        What it learns from in this pass.
+    task_ids
+        The task that each example belongs to; None where they have none.
+    seed
+        Of its dropout in this pass.
+    weight
+        Factor of the summed loss (one over the predictions of the optimizer step).
+    auxiliary
+        Factor of the layers' auxiliary losses.
+    draws
+        How often each example goes through the pass, each time with routes of its own; the loss is the mean over them,
+        and above 1 the difference between them trains what drew the routes.
+    around
+        What the job does around the pass, given the place of its rows.
+    loss
+        Filled in by the pass: the summed loss of its examples.
+    penalty
+        Filled in: the auxiliary loss, unweighted.
+    records
+        Filled in: what its layers recorded, by (site path, name).
+    error
+        Filled in: why its examples could not be used.
     """
 
     name: str
-    objective: Objective
-    rows: Sequence[Encoded]
-    classes: int | None = None
+    prepared: Prepared
+    examples: Sequence[Any]
+    task_ids: Sequence[int] | None = None
     seed: int = 0
     weight: float = 1.0
     auxiliary: float = 1.0
     draws: int = 1
+    around: Callable[[Place], AbstractContextManager[Any]] | None = None
     loss: float = 0.0
     penalty: float = 0.0
     records: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     error: str | None = None
 
     @property
-    def length(self) -> int:
-        """Tokens of its longest row."""
-        return max(len(row) for row in self.rows)
+    def task(self) -> Task:
+        """What is learned."""
+        return self.prepared.task
 
     @property
-    def passed(self) -> list[Encoded]:
-        """The rows as they go through the base: all of them once for each draw, draw after draw."""
-        return [*self.rows] * self.draws
+    def family(self) -> tuple[str, bool]:
+        """Shares of one family may go into one pass; those whose rows have tasks go with others that have."""
+        return self.task.family, self.task_ids is not None
+
+    @property
+    def cost(self) -> int:
+        """Size of its largest row."""
+        return max(self.task.cost(e) for e in self.examples)
+
+    @property
+    def passed(self) -> list[Any]:
+        """The examples as they go through the base: all of them once for each draw, draw after draw."""
+        return [*self.examples] * self.draws
+
+    @property
+    def height(self) -> int:
+        """Number of its rows in the pass."""
+        return self.draws * sum(self.task.rows_of(e) for e in self.examples)
+
+    @property
+    def row_tasks(self) -> list[int]:
+        """The task of each of its rows."""
+        pairs = zip(self.examples, self.task_ids or (), strict=True)
+        return [tag for e, tag in pairs for _ in range(self.task.rows_of(e))] * self.draws
 
 
 def grouped(shares: Sequence[Share], max_pad_ratio: float | None, max_tokens: int | None) -> list[list[Share]]:
-    """Split shares into passes, longest first, so that short rows are not padded too much.
+    """Split shares into passes of one family each, largest rows first, so that small rows are not padded too much.
 
-    Args:
-        shares: one for each job.
-        max_pad_ratio: most tokens of a pass, padding included, as a multiple of those alone; None joins all.
-        max_tokens: most tokens of a pass, padding included; a single share may be larger.
+    Parameters
+    ----------
+    shares
+        One for each job.
+    max_pad_ratio
+        Largest cost of a pass, padding included, as a multiple of the costs alone; None joins all of a family.
+    max_tokens
+        Largest cost of a pass (tokens, for text), padding included; a single share may be larger.
     """
     groups: list[list[Share]] = []
-    for share in sorted(shares, key=lambda s: -s.length):
-        if groups and _fits([*groups[-1], share], max_pad_ratio, max_tokens):
-            groups[-1].append(share)
+    last: dict[tuple[str, bool], list[Share]] = {}
+    for share in sorted(shares, key=lambda s: -s.cost):
+        group = last.get(share.family)
+        if group is not None and _fits([*group, share], max_pad_ratio, max_tokens):
+            group.append(share)
         else:
-            groups.append([share])
+            last[share.family] = [share]
+            groups.append(last[share.family])
     order = {id(s): i for i, s in enumerate(shares)}
     return [sorted(group, key=lambda s: order[id(s)]) for group in groups]
 
 
 def _fits(group: Sequence[Share], ratio: float | None, most: int | None) -> bool:
-    padded = max(s.length for s in group) * sum(len(s.passed) for s in group)
+    padded = max(s.cost for s in group) * sum(s.height for s in group)
     # each job pads its own rows anyway; that is not the company's fault
-    alone = sum(s.length * len(s.passed) for s in group)
+    alone = sum(s.cost * s.height for s in group)
     return (ratio is None or padded <= ratio * alone) and (most is None or padded <= most)
 
 
 class Base:
-    """The model as joint passes use it: where its inputs go, and what its forward understands."""
+    """The model as joint passes use it."""
 
-    def __init__(self, model: nn.Module, pad_id: int, base_dropout: bool = False) -> None:
-        self.model = model
-        self.pad_id = pad_id
+    def __init__(self, setting: Setting, base_dropout: bool = False) -> None:
+        self.setting = setting
         self.base_dropout = base_dropout
-        self.config: Any = getattr(unwrapped(model), "config", None)
-        accepted = inspect.signature(unwrapped(model).forward).parameters
-        self.extra = {"use_cache": False} if "use_cache" in accepted else {}
-        self.token_types = "token_type_ids" in accepted
 
-    def logits(self, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor, Tensor]:
-        """Run the model on rows; returns logits, labels and the boolean padding mask."""
-        device = next(self.model.parameters()).device
-        batch = {k: v.to(device) for k, v in collate(rows, self.pad_id).items()}
-        labels, mask = batch.pop("labels"), batch["attention_mask"].bool()
-        if "position_ids" in batch:
-            eager = getattr(self.config, "_attn_implementation", "sdpa") != "sdpa"
-            dtype = getattr(self.model, "dtype", torch.float32) if eager else None
-            batch["attention_mask"] = block_mask(batch["position_ids"], batch["attention_mask"], dtype)
-        if not self.token_types:
-            batch.pop("token_type_ids", None)
-        state_of(self.model).context.padding_mask = mask
-        return self.model(**batch, **self.extra).logits, labels, mask
+    @property
+    def model(self) -> nn.Module:
+        """The model with its adapters."""
+        return self.setting.model
 
     @contextmanager
     def mode(self, training: bool) -> Iterator[None]:
@@ -136,6 +179,50 @@ class Base:
                 module.training = was
 
 
+@dataclass
+class Outcome:
+    """What a pass gave.
+
+    Attributes
+    ----------
+    parts
+        Each share's own outputs and targets.
+    records
+        What layers recorded, by (adapter, site path, name).
+    """
+
+    parts: list[tuple[Any, Any]]
+    records: dict[tuple[str, str, str], Tensor]
+
+
+@contextmanager
+def forward(base: Base, shares: Sequence[Share], seeds: dict[str, int] | None = None) -> Iterator[Outcome]:
+    """Run the rows of all shares, which are of one family, through the base at once, each with its job's adapter.
+
+    What the pass left behind (auxiliary losses, the state of its dropout) lasts as long as the context.
+    """
+    task, model = shares[0].task, base.model
+    batch = task.collate(base.setting, [e for share in shares for e in share.passed])
+    facts = dict(batch.facts)
+    if shares[0].task_ids is not None:
+        tags = [tag for share in shares for tag in share.row_tasks]
+        facts["task_ids"] = torch.tensor(tags, device=base.setting.device)
+    facts["draws"] = {share.name: share.draws for share in shares if share.draws > 1}
+    sizes = [share.height for share in shares]
+    names = [share.name for share, size in zip(shares, sizes, strict=True) for _ in range(size)]
+    with ExitStack() as stack:
+        left = stack.enter_context(context(model, **facts))
+        stack.enter_context(rows(model, names, seeds=seeds))
+        start = 0
+        for share, size in zip(shares, sizes, strict=True):
+            if share.around is not None:
+                stack.enter_context(share.around(Place(start, start + size, sum(sizes))))
+            start += size
+        outputs = task.forward(base.setting, batch)
+        pairs = zip(shares, split(outputs, sizes), split(batch.targets, sizes), strict=True)
+        yield Outcome([(share.prepared.own(own), targets) for share, own, targets in pairs], left.records)
+
+
 def train_pass(base: Base, shares: Sequence[Share], seed: int) -> None:
     """Add the gradients of all shares to their adapters' parameters; fills in losses, records and errors.
 
@@ -154,46 +241,39 @@ def train_pass(base: Base, shares: Sequence[Share], seed: int) -> None:
 
 
 def _train_pass(base: Base, shares: Sequence[Share], seed: int) -> None:
-    model = base.model
-    names = [share.name for share in shares for _ in share.passed]
     if base.base_dropout:
         torch.manual_seed(seed % 2**63)
-    seeds = {share.name: share.seed for share in shares}
-    with context(model) as facts, rows(model, names, seeds=seeds):
-        logits, labels, _ = base.logits([row for share in shares for row in share.passed])
-        sizes = [len(share.passed) for share in shares]
+    with forward(base, shares, {share.name: share.seed for share in shares}) as outcome:
         weighted, known = [], []
-        # split, not slices: its backward writes the gradient once instead of once for each job
-        for share, own, targets in zip(shares, logits.split(sizes), labels.split(sizes), strict=True):
+        for share, (own, targets) in zip(shares, outcome.parts, strict=True):
             try:
-                total, shown = _loss(model, share, own[..., : share.classes] if share.classes else own, targets)
+                total, shown = _loss(base.model, share, own, targets)
             except ValueError as error:
                 share.error = str(error)
                 continue
-            penalty = auxiliary_loss(model, share.name)
+            penalty = auxiliary_loss(base.model, share.name)
             value = total * share.weight
             known.append((share, shown.double(), None if penalty is None else penalty.detach().double()))
             weighted.append(value if penalty is None else value + penalty * share.auxiliary)
         losses = _finite(known, weighted)
         if losses:
             torch.stack(losses).sum().backward()
-        for (adapter, path, name), record in facts.records.items():
+        for (adapter, path, name), record in outcome.records.items():
             for share in shares:
                 if share.name == adapter:
                     share.records[path, name] = record
 
 
-def _loss(model: nn.Module, share: Share, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the summed loss of a share's rows, averaged over draws: as it is trained on, and as it is reported.
+def _loss(model: nn.Module, share: Share, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+    """Return the summed loss of a share's examples, averaged over draws: as it is trained on, and as it is reported.
 
-    They differ where rows were drawn several times: what trains the policy is not a loss of the data.
+    They differ where examples were drawn several times: what trains the policy is not a loss of the data.
     """
     if share.draws == 1:
-        total, _ = share.objective.loss(logits, labels)
+        total, _ = share.task.loss(outputs, targets)
         return total, total.detach()
-    pairs = zip(logits.split(1), labels.split(1), strict=True)
-    losses = torch.stack([share.objective.loss(row, target)[0] for row, target in pairs])
-    trained = policy_loss(model, share.name, losses, share.draws) * len(share.rows)
+    losses, _ = share.task.losses(outputs, targets)
+    trained = policy_loss(model, share.name, losses, share.draws) * len(share.examples)
     return trained, losses.detach().sum() / share.draws
 
 
@@ -216,12 +296,6 @@ def _finite(known: list[tuple[Share, Tensor, Tensor | None]], weighted: list[Ten
 
 @torch.no_grad()
 def evaluate_pass(base: Base, shares: Sequence[Share]) -> list[Tally]:
-    """The evaluation sums of each share."""
-    names = [share.name for share in shares for _ in share.rows]
-    with context(base.model), rows(base.model, names):
-        logits, labels, _ = base.logits([row for share in shares for row in share.rows])
-    sizes = [len(share.rows) for share in shares]
-    return [
-        share.objective.tally(own[..., : share.classes] if share.classes else own, targets)
-        for share, own, targets in zip(shares, logits.split(sizes), labels.split(sizes), strict=True)
-    ]
+    """Return the evaluation sums of each share."""
+    with forward(base, shares) as outcome:
+        return [share.task.tally(own, targets) for share, (own, targets) in zip(shares, outcome.parts, strict=True)]

@@ -36,16 +36,23 @@ def causal_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
     forward and in backward, and only where there are labels if those are few; no copy of them all is made or
     kept.
 
-    Args:
-        logits: (n, L, V), any float dtype.
-        labels: (n, L), -100 where nothing is predicted.
+    Parameters
+    ----------
+    logits
+        (n, L, V), any float dtype.
+    labels
+        (n, L), -100 where nothing is predicted.
 
-    Returns:
+    Returns
+    -------
+    tuple[Tensor, int]
         The sum as a float32 scalar with gradient (0 with zero gradients if nothing is labelled), and the
         number of predictions.
 
-    Raises:
-        ValueError: shapes that do not fit, or a label outside the vocabulary.
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit, or a label outside the vocabulary.
     """
     targets = next_tokens(logits, labels)
     flat = logits.reshape(-1, logits.shape[-1])
@@ -65,8 +72,10 @@ def next_tokens(logits: Tensor, labels: Tensor) -> Tensor:
     """For each position of (n, L, V) logits the label that it is to predict, -100 where there is none; (n *
     L,).
 
-    Raises:
-        ValueError: labels that are not (n, L).
+    Raises
+    ------
+    ValueError
+        Labels that are not (n, L).
     """
     if logits.dim() != 3 or labels.shape != logits.shape[:2]:
         raise ValueError(
@@ -127,15 +136,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def classification_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
     """Cross-entropy of classes, summed over the examples.
 
-    Args:
-        logits: (n, C).
-        labels: (n,), -100 to leave an example out.
+    Parameters
+    ----------
+    logits
+        (n, C).
+    labels
+        (n,), -100 to leave an example out.
 
-    Returns:
+    Returns
+    -------
+    tuple[Tensor, int]
         The sum as a float32 scalar with gradient, and the number of examples.
 
-    Raises:
-        ValueError: shapes that do not fit, or a label outside the classes.
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit, or a label outside the classes.
     """
     _check_classes(logits, labels)
     loss = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")

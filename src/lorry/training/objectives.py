@@ -1,8 +1,7 @@
-"""What a job learns: how its records become rows, what its loss is, and by what it is judged.
+"""The tasks on text: how their records become rows of tokens, what their loss is, and by what they are judged.
 
-An objective is a frozen dataclass whose fields are the user's options. `OBJECTIVES` maps names to them; a new
-one is a
-class with the attributes and methods of `Objective`.
+An objective is a frozen dataclass whose fields are the user's options. `OBJECTIVES` maps names to them; a new one is a
+class like these, or any other `lorry.training.task.Task` in a file of its own.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor
 
@@ -19,7 +18,9 @@ from .data import Record, guess_column, require_column
 from .data_errors import DataError, suggest
 from .encode import encode_causal, encode_classification, encode_completion
 from .losses import ClassTally, TokenTally, causal_loss, class_tally, classification_loss, token_tally
-from .rows import EncodedSet, Truncation
+from .rows import Encoded, EncodedSet, Truncation
+from .task import TASKS, Examples, Setting, Task
+from .text_task import Head, TextTask
 
 TEXT_COLUMNS = ("text", "sentence", "content", "document", "review")
 PROMPT_COLUMNS = ("prompt", "instruction", "question", "query")
@@ -27,53 +28,29 @@ COMPLETION_COLUMNS = ("completion", "output", "response", "answer", "target")
 MESSAGE_COLUMNS = ("messages", "conversations", "conversation", "chat")
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target")
 
-Tally = TokenTally | ClassTally
+T = TypeVar("T", bound=Task)
 _FIELD = re.compile(r"\{(\w+)\}")
 
 
-@runtime_checkable
-class Objective(Protocol):
-    """What the trainer asks of an objective."""
-
-    name: ClassVar[str]
-    """Its key in `OBJECTIVES`."""
-    task: ClassVar[Literal["causal-lm", "sequence-classification"]]
-    """Which head the model needs."""
-    best: ClassVar[tuple[str, Literal["min", "max"]]]
-    """The metric by which evaluations are compared, and which way is better."""
-
-    def encode(self, tokenizer: Any, records: Sequence[Record], *, labels: Sequence[str] | None = None) -> EncodedSet:
-        """Records to rows, with a report of what was left out. ``labels`` are a classifier's classes, in
-        order.
-        """
-        ...
-
-    def loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-        """Summed loss and number of predictions on one job's rows."""
-        ...
-
-    def tally(self, logits: Tensor, labels: Tensor) -> Tally:
-        """Evaluation sums on one job's rows; tallies add up, and ``tally.metrics()`` reads them."""
-        ...
+def _registered(cls: type[T]) -> type[T]:
+    return TASKS.add(cls.name, cls)
 
 
-class _TokenObjective:
+class TokenObjective(TextTask):
     """The loss and the metrics of all objectives that predict tokens."""
 
-    task: ClassVar[Literal["causal-lm", "sequence-classification"]] = "causal-lm"
-    best: ClassVar[tuple[str, Literal["min", "max"]]] = ("loss", "min")
+    def loss(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+        """Return the summed cross-entropy and the number of labelled tokens (`causal_loss`)."""
+        return causal_loss(outputs, targets)
 
-    def loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-        """Summed cross-entropy and number of labelled tokens (`causal_loss`)."""
-        return causal_loss(logits, labels)
-
-    def tally(self, logits: Tensor, labels: Tensor) -> Tally:
-        """Sums for loss, perplexity and token accuracy (`token_tally`)."""
-        return token_tally(logits, labels)
+    def tally(self, outputs: Tensor, targets: Tensor) -> TokenTally:
+        """Return the sums for loss, perplexity and token accuracy (`token_tally`)."""
+        return token_tally(outputs, targets)
 
 
+@_registered
 @dataclass(frozen=True)
-class Causal(_TokenObjective):
+class Causal(TokenObjective):
     """Next-token prediction on every token of a text."""
 
     name: ClassVar[str] = "causal"
@@ -85,6 +62,10 @@ class Causal(_TokenObjective):
     """Fill each row with several texts."""
     add_eos: bool = True
     """End each text with the end-of-text token."""
+
+    def held_out_seed(self, seed: int) -> None:
+        """Hold out the end: one long text is cut in two; examples would be drawn, since files are often sorted."""
+        return
 
     def encode(self, tokenizer: Any, records: Sequence[Record], *, labels: Sequence[str] | None = None) -> EncodedSet:
         """Encode the text column (`encode_causal`)."""
@@ -98,8 +79,9 @@ class Causal(_TokenObjective):
         )
 
 
+@_registered
 @dataclass(frozen=True)
-class Completion(_TokenObjective):
+class Completion(TokenObjective):
     """Prediction of a completion from its prompt; the prompt is no label."""
 
     name: ClassVar[str] = "completion"
@@ -156,8 +138,9 @@ class Completion(_TokenObjective):
         return [p + separator for p in prompts]
 
 
+@_registered
 @dataclass(frozen=True)
-class Chat(_TokenObjective):
+class Chat(TokenObjective):
     """Conversations in the tokenizer's chat template; the assistant's turns are the labels."""
 
     name: ClassVar[str] = "chat"
@@ -195,12 +178,13 @@ class Chat(_TokenObjective):
         )
 
 
+@_registered
 @dataclass(frozen=True)
-class Classification:
+class Classification(TextTask):
     """Classes of texts or pairs of texts."""
 
     name: ClassVar[str] = "classification"
-    task: ClassVar[Literal["causal-lm", "sequence-classification"]] = "sequence-classification"
+    task: ClassVar[Head] = "sequence-classification"
     best: ClassVar[tuple[str, Literal["min", "max"]]] = ("accuracy", "max")
     max_length: int = 256
     """Tokens of a row."""
@@ -217,8 +201,10 @@ class Classification:
     def label_names(self, records: Sequence[Record]) -> tuple[str, ...]:
         """The classes of the training records in a stable order: numbers by value, names by alphabet.
 
-        Raises:
-            DataError: fewer than two classes, a label that is missing, or a fraction.
+        Raises
+        ------
+        DataError
+            Fewer than two classes, a label that is missing, or a fraction.
         """
         column = _column(records, self.label_column, LABEL_COLUMNS, "label", "label_column")
         names = {_label(_value(r, column, i), i, column) for i, r in enumerate(records)}
@@ -230,11 +216,15 @@ class Classification:
     def encode(self, tokenizer: Any, records: Sequence[Record], *, labels: Sequence[str] | None = None) -> EncodedSet:
         """Encode texts and classes (`encode_classification`).
 
-        Args:
-            tokenizer: a Hugging Face tokenizer.
-            records: the examples.
-            labels: classes in the model's order; None takes those of these records (`label_names`). Give the
-                training set's here for evaluation data.
+        Parameters
+        ----------
+        tokenizer
+            A Hugging Face tokenizer.
+        records
+            The examples.
+        labels
+            Classes in the model's order; None takes those of these records (`label_names`). Give the
+            training set's here for evaluation data.
         """
         first = ("text", "sentence", "sentence1", "premise", "question", *TEXT_COLUMNS)
         text = _column(records, self.text_column, first, "text", "text_column")
@@ -262,26 +252,47 @@ class Classification:
             truncation=self.truncation,
         )
 
-    def loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-        """Summed cross-entropy and number of examples (`classification_loss`)."""
-        return classification_loss(logits, labels)
+    def labels_of(self, records: Sequence[Record]) -> tuple[str, ...]:
+        """Return the classes of the training records (`label_names`)."""
+        return self.label_names(records)
 
-    def tally(self, logits: Tensor, labels: Tensor) -> Tally:
-        """Sums for loss, accuracy and macro F1 (`class_tally`)."""
-        return class_tally(logits, labels)
+    def classes(self, setting: Setting, train: Examples[Encoded], labels: Sequence[str] | None) -> int | None:
+        """Return the number of the job's classes if the head has more.
+
+        Raises
+        ------
+        DataError
+            The head has fewer.
+        """
+        config: Any = getattr(setting.model, "config", None)
+        head = getattr(config, "num_labels", None)
+        count = len(labels) if labels else max(row.label or 0 for row in train.examples) + 1
+        if head is not None and count > head:
+            raise DataError(
+                f"the job has {count} classes, but the model's head has {head}; load the base with num_labels={count}"
+            )
+        return count if head is not None and count < head else None
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+        """Return the summed cross-entropy and the number of examples (`classification_loss`)."""
+        return classification_loss(outputs, targets)
+
+    def tally(self, outputs: Tensor, targets: Tensor) -> ClassTally:
+        """Return the sums for loss, accuracy and macro F1 (`class_tally`)."""
+        return class_tally(outputs, targets)
 
 
-OBJECTIVES: dict[str, type[Causal] | type[Completion] | type[Chat] | type[Classification]] = {
-    cls.name: cls for cls in (Causal, Completion, Chat, Classification)
-}
-"""Name to objective."""
+OBJECTIVES = TASKS
+"""Name to class of what a job may learn."""
 
 
-def make_objective(name: str, options: Mapping[str, Any] | None = None) -> Objective:
+def make_objective(name: str, options: Mapping[str, Any] | None = None) -> Task:
     """Build an objective by name from parsed options.
 
-    Raises:
-        DataError: an unknown name or option, with near misses.
+    Raises
+    ------
+    DataError
+        An unknown name or option, with near misses.
     """
     if name not in OBJECTIVES:
         raise DataError(f"unknown objective {name!r}; {suggest(name, OBJECTIVES)}")
@@ -290,7 +301,8 @@ def make_objective(name: str, options: Mapping[str, Any] | None = None) -> Objec
     for option in options or {}:
         if option not in known:
             raise DataError(f"objective {name!r} has no option {option!r}; {suggest(option, known)}")
-    return cls(**dict(options or {}))
+    made: Task = cls(**dict(options or {}))
+    return made
 
 
 def _column(records: Sequence[Record], named: str | None, candidates: Sequence[str], what: str, option: str) -> str:

@@ -11,19 +11,26 @@ from torch import Tensor, nn
 
 from lorry.core.errors import OptionError, near_misses
 from lorry.core.life.adapter import Adapter
+from lorry.core.registry import Registry
 
 from .jobs import Job
 
+#: Optimizers by name beside those of ``torch.optim``; classes that are called as these are.
+OPTIMIZERS: Registry[type[torch.optim.Optimizer]] = Registry("optimizer")
 # LBFGS wants the loss again within a step, SparseAdam wants sparse gradients: neither fits a joint pass.
 _UNFIT = ("LBFGS", "SparseAdam")
 
 
 def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """The class in ``torch.optim`` of this name, whatever its case.
+    """Return the optimizer that is registered under this name, or else the class in ``torch.optim``, whatever its case.
 
-    Raises:
-        OptionError: there is none (with near misses), or it does not fit a joint pass.
+    Raises
+    ------
+    OptionError
+        There is none (with near misses), or it does not fit a joint pass.
     """
+    if name in OPTIMIZERS:
+        return OPTIMIZERS[name]
     base = torch.optim.Optimizer
     known = {
         n.lower(): cls
@@ -33,13 +40,14 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     key = name.lower().replace("_", "").replace("-", "")
     if key not in known:
         raise OptionError(
-            f"There is no optimizer '{name}'.{near_misses(key, known)} There are: {', '.join(sorted(known))}."
+            f"There is no optimizer '{name}'.{near_misses(key, [*known, *OPTIMIZERS])} There are: "
+            f"{', '.join(sorted([*known, *OPTIMIZERS]))}."
         )
     return known[key]
 
 
 def rate_groups(adapter: Adapter) -> dict[float, list[tuple[str, nn.Parameter]]]:
-    """The trained parameters by the factor that their method gives their rate (LoRA+), with their names."""
+    """Return the trained parameters by the factor that their method gives their rate (LoRA+), with their names."""
     groups: dict[float, list[tuple[str, nn.Parameter]]] = {}
     for prefix, home in adapter.homes():
         method = adapter.entries[prefix].method if prefix in adapter.entries else adapter.method
@@ -51,20 +59,24 @@ def rate_groups(adapter: Adapter) -> dict[float, list[tuple[str, nn.Parameter]]]
 
 
 def make_optimizer(job: Job, adapter: Adapter) -> torch.optim.Optimizer:
-    """The job's optimizer over its adapter's parameters; each group keeps its rate factor as ``factor``.
+    """Return the job's optimizer over its adapter's parameters; each group keeps its rate factor as ``factor``.
 
-    Raises:
-        OptionError: the optimizer is unknown, or lacks an option that the job sets.
+    Raises
+    ------
+    OptionError
+        The optimizer is unknown, or lacks an option that the job sets.
     """
     cls = optimizer_class(job.optimizer)
     accepted = inspect.signature(cls).parameters
-    options: dict[str, Any] = {"lr": job.rate, "weight_decay": job.weight_decay}
+    options: dict[str, Any] = {"lr": job.learning_rate, "weight_decay": job.weight_decay}
     for name, value, unset in (("betas", job.betas, None), ("momentum", job.momentum, 0.0)):
         if value != unset:
             if name not in accepted:
                 raise OptionError(f"Job '{job.name}': the optimizer {cls.__name__} has no option '{name}'.")
             options[name] = value
     groups = [{"params": [p for _, p in named], "factor": factor} for factor, named in rate_groups(adapter).items()]
+    if "weight_decay" not in accepted and not job.weight_decay:
+        del options["weight_decay"]
     if "fused" in accepted and all(p.device.type in ("cpu", "cuda") for p in adapter.parameters()):
         options["fused"] = True  # one call for all tensors: a job has many small ones
     return cls(groups, **options)
@@ -77,7 +89,7 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The gradients that there are."""
+    """Return the gradients that there are."""
     return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
@@ -98,7 +110,7 @@ def _indexed(optimizer: torch.optim.Optimizer, adapter: Adapter) -> Iterator[tup
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, adapter: Adapter) -> dict[str, Tensor]:
-    """The optimizer's state as tensors named ``PARAMETER/KEY``; a plain number becomes a tensor."""
+    """Return the optimizer's state as tensors named ``PARAMETER/KEY``; a plain number becomes a tensor."""
     state = optimizer.state_dict()["state"]
     tensors = {}
     for index, name in _indexed(optimizer, adapter):

@@ -13,10 +13,14 @@ from .run import RUNNING, Run
 class Bars:
     """Bars with loss and tokens per second of each job; nothing at all where they are not shown.
 
-    Args:
-        runs: the jobs.
-        show: True or False; None shows them on a terminal only.
-        console: a rich console; None makes one on standard error.
+    Parameters
+    ----------
+    runs
+        The jobs.
+    show
+        True or False; None shows them on a terminal only.
+    console
+        A rich console; None makes one on standard error.
     """
 
     def __init__(self, runs: Sequence[Run], show: bool | None, console: Any = None) -> None:
@@ -59,11 +63,11 @@ class Bars:
         self._drawn = now
         for run in self.runs:
             p = run.progress
-            before, then = self._before.get(run.name, (p.tokens, now))
+            before, then = self._before.get(run.name, (p.size_seen, now))
             if run.name not in self._before or now - then > 1.0:
-                self._before[run.name] = (p.tokens, now)
-                if p.tokens > before:
-                    self._speed[run.name] = (p.tokens - before) / (now - then)
+                self._before[run.name] = (p.size_seen, now)
+                if p.size_seen > before:
+                    self._speed[run.name] = (p.size_seen - before) / (now - then)
             speed = self._speed.get(run.name)
             note = "" if p.status == RUNNING else p.status
             self._bars.update(
@@ -71,7 +75,7 @@ class Bars:
                 completed=p.step,
                 total=run.total or 1,
                 loss="" if p.last_loss is None else f"loss {p.last_loss:.4f}",
-                speed="" if speed is None or note else f"{speed:,.0f} tokens/s",
+                speed="" if speed is None or note else f"{speed:,.0f} {run.unit}/s",
                 note=note,
             )
 

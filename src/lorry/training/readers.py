@@ -40,8 +40,10 @@ def is_dataset_folder(path: Path) -> bool:
 def read_dataset(path: Path, name: str | None, bounds: Bounds, limit: int | None) -> list[Record]:
     """Records of a ``datasets.save_to_disk`` folder, of the split ``name`` where it holds several.
 
-    Raises:
-        DataError: unreadable, no such split, or no choice among several.
+    Raises
+    ------
+    DataError
+        Unreadable, no such split, or no choice among several.
     """
     try:
         import datasets
@@ -79,8 +81,10 @@ def read_file(
     Slices and limits of text (``bounds``, ``limit``) count lines; those of other formats are cut by the
     caller, which knows all files, and ``limit`` here only stops the reading early.
 
-    Raises:
-        DataError: a bad line (``file:line``), text that is not UTF-8, no such split in a JSON file.
+    Raises
+    ------
+    DataError
+        A bad line (``file:line``), text that is not UTF-8, no such split in a JSON file.
     """
     try:
         if format == "parquet":

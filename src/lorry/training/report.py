@@ -16,9 +16,12 @@ VERSION = 1
 class MetricsFile:
     """A job's ``metrics.jsonl``: a line for each step and for each evaluation.
 
-    Args:
-        path: where the file is.
-        offset: bytes to keep of a file that is there; what was written after a checkpoint is cut off.
+    Parameters
+    ----------
+    path
+        Where the file is.
+    offset
+        Bytes to keep of a file that is there; what was written after a checkpoint is cut off.
     """
 
     def __init__(self, path: Path, offset: int = 0) -> None:
@@ -69,7 +72,8 @@ def job_report(run: Run, adapter_path: Path | None) -> dict[str, Any]:
         "sites": None if run.adapter is None else len(run.adapter.entries),
         "steps": p.step,
         "planned_steps": run.total,
-        "tokens": p.tokens,
+        run.unit: p.size_seen,
+        "unit": run.unit,
         "seconds": round(p.seconds, 3),
         "first_loss": p.first_loss,
         "last_loss": p.last_loss,
@@ -106,7 +110,8 @@ def print_table(report: Mapping[str, Any], console: Any = None) -> None:
     jobs: Sequence[Mapping[str, Any]] = report["jobs"]
     table = Table(title=f"{len(jobs)} job{'s' if len(jobs) > 1 else ''} on {report['base']}, {report['seconds']:.1f} s")
     table.add_column("job")
-    for heading in ("parameters", "steps", "tokens", "loss first", "last"):
+    units = list(dict.fromkeys(job.get("unit", "tokens") for job in jobs))
+    for heading in ("parameters", "steps", ", ".join(units), "loss first", "last"):
         table.add_column(heading, justify="right")
     names = [n for n in ("loss", "accuracy") if any(n in (j["eval"] or {}).get("end", {}) for j in jobs)]
     for name in names:
@@ -116,7 +121,7 @@ def print_table(report: Mapping[str, Any], console: Any = None) -> None:
         held = job["eval"] or {}
         measured = [_change(held.get("start", {}).get(n), held.get("end", {}).get(n)) for n in names]
         style = "red" if job["status"].startswith("failed") else "green" if job["status"] == "done" else "yellow"
-        numbers = [_number(job["parameters"]), _number(job["steps"]), _number(job["tokens"])]
+        numbers = [_number(job["parameters"]), _number(job["steps"]), _number(job[job.get("unit", "tokens")])]
         losses = [_number(job["first_loss"]), _number(job["last_loss"])]
         table.add_row(Text(job["name"]), *numbers, *losses, *measured, Text(job["status"], style=style))
     console.print(table)
@@ -135,11 +140,16 @@ def _change(start: float | None, end: float | None) -> str:
 def draw_curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> bool:
     """Draw the losses of all jobs into one picture (PNG): thin as measured, thick smoothed, dots held out.
 
-    Args:
-        metrics: rows of ``metrics.jsonl`` by job.
-        path: the picture.
+    Parameters
+    ----------
+    metrics
+        Rows of ``metrics.jsonl`` by job.
+    path
+        The picture.
 
-    Returns:
+    Returns
+    -------
+    bool
         False where there is nothing to draw, or no matplotlib.
     """
     try:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lorry.core.errors import LorryError
-from lorry.core.life.api import log_probability
+from lorry.core.life import duties
+from lorry.core.life.api import adapters, log_probability
 from lorry.core.method.context import Context
 from lorry.methods.parts.routing import leave_one_out
 
@@ -34,9 +35,11 @@ STATISTICS = {
 class RoutingLog:
     """Routing statistics by step.
 
-    Attributes:
-        rows: one for each step, layer and adapter: step, adapter, site, and what the layer recorded
-            (``load`` and ``mass`` as lists over the experts).
+    Attributes
+    ----------
+    rows
+        One for each step, layer and adapter: step, adapter, site, and what the layer recorded
+        (``load`` and ``mass`` as lists over the experts).
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -58,8 +61,10 @@ class RoutingLog:
     def of(self, adapter: str | None = None) -> list[dict[str, Any]]:
         """The rows of one adapter; it must be named if there are several.
 
-        Raises:
-            LorryError: nothing was recorded, or the adapter was not.
+        Raises
+        ------
+        LorryError
+            Nothing was recorded, or the adapter was not.
         """
         names = self.adapters()
         if adapter is None and len(names) == 1:
@@ -108,9 +113,12 @@ class RoutingLog:
     def plot(self, path: str | os.PathLike[str], adapter: str | None = None) -> Path:
         """Draw the loads of the last step by layer, and entropy, effective number and imbalance by step.
 
-        Args:
-            path: where to write; the suffix decides the format (png, svg, pdf).
-            adapter: which, if several were recorded.
+        Parameters
+        ----------
+        path
+            Where to write; the suffix decides the format (png, svg, pdf).
+        adapter
+            Which, if several were recorded.
         """
         import matplotlib
 
@@ -154,22 +162,36 @@ def _means(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def repeated(batch: Mapping[str, Tensor], draws: int) -> dict[str, Tensor]:
-    """The rows of a batch once for each draw, draw after draw, for methods with ``method.row_draws`` above 1."""
-    return {name: value.repeat(draws, *[1] * (value.ndim - 1)) for name, value in batch.items()}
+    """Return the rows of a batch once for each draw, draw after draw, for methods with ``method.row_draws`` above 1.
+
+    What is no tensor, or a scalar, stays as it is.
+    """
+    return {
+        name: value.repeat(draws, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) and value.ndim else value
+        for name, value in batch.items()
+    }
 
 
 def policy_loss(model: nn.Module, adapter: str, losses: Tensor, draws: int) -> Tensor:
-    """The loss of a pass over `repeated` rows: it trains the adapter, and its router as a policy.
+    """Return the loss of a pass over `repeated` rows: it trains the adapter, and its router as a policy.
 
-    Args:
-        model: carries the adapter; its last pass drew the routes.
-        adapter: its name; all rows use it.
-        losses: of each row, ``(draws · rows,)``.
-        draws: how often each row is in the batch.
+    Parameters
+    ----------
+    model
+        Carries the adapter; its last pass drew the routes.
+    adapter
+        Its name; all rows use it.
+    losses
+        Of each row, ``(draws · rows,)``.
+    draws
+        How often each row is in the batch.
 
-    Raises:
-        OptionError: fewer than two draws.
+    Raises
+    ------
+    OptionError
+        Fewer than two draws.
     """
+    duties.attend(adapters(model)[adapter], duties.DRAWS)
     chosen = log_probability(model, adapter)
     each = losses.unflatten(0, (draws, -1))
     # with every expert active nothing is drawn

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from .data import held_out_indices
 from .data_errors import DataError
+from .task import Examples
 
 IGNORE = -100
 """The label of a position that is not predicted (the convention of torch and Hugging Face)."""
@@ -29,12 +29,18 @@ Truncation = Literal["right", "left", "drop"]
 class Encoded:
     """One row: one example, one block of a document, or several packed examples.
 
-    Attributes:
-        input_ids: int32 tokens, (L,).
-        labels: int32 labels with -100 where nothing is predicted, (L,); None for classification.
-        position_ids: int32 (L,), restarting at 0 at each packed document; None for a row that holds one.
-        label: class of a classification example.
-        token_type_ids: int32 (L,), for encoders that tell the two texts of a pair apart.
+    Attributes
+    ----------
+    input_ids
+        Int32 tokens, (L,).
+    labels
+        Int32 labels with -100 where nothing is predicted, (L,); None for classification.
+    position_ids
+        Int32 (L,), restarting at 0 at each packed document; None for a row that holds one.
+    label
+        Class of a classification example.
+    token_type_ids
+        Int32 (L,), for encoders that tell the two texts of a pair apart.
     """
 
     input_ids: Tensor
@@ -92,51 +98,41 @@ class EncodeReport:
 
 
 @dataclass(frozen=True, eq=False)
-class EncodedSet:
-    """The rows of one data set, and the report of how they came about."""
+class EncodedSet(Examples[Encoded]):
+    """The examples of one text data set, and the report of how they came about."""
 
-    rows: tuple[Encoded, ...]
-    report: EncodeReport
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Encoded:
-        return self.rows[index]
+    @property
+    def rows(self) -> tuple[Encoded, ...]:
+        """The examples, under their earlier name."""
+        return self.examples
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each row, as the length bucketing of a `BatchPlan` wants them."""
-        return [len(row) for row in self.rows]
+        """Tokens of each example, as the length bucketing of a `BatchPlan` wants them."""
+        return [len(row) for row in self.examples]
 
-    def take(self, indices: Sequence[int]) -> list[Encoded]:
-        """The rows at these positions."""
-        return [self.rows[i] for i in indices]
+    def report_of(self, examples: Sequence[Encoded]) -> EncodeReport:
+        """Return the report of examples taken out of a set: they are the records now."""
+        return EncodeReport(
+            records=len(examples),
+            rows=len(examples),
+            kept=len(examples),
+            dropped={},
+            truncated=0,
+            tokens=sum(len(e) for e in examples),
+            label_tokens=sum(e.label_count for e in examples),
+        )
 
-    def hold_out(self, fraction: float, seed: int | None = None) -> tuple[EncodedSet, EncodedSet]:
-        """Hold out a part of the rows: (rest, held out). Seed None takes the last rows, as wanted for one
-        long text.
-
-        Raises:
-            DataError: a fraction outside (0, 1), or fewer than two rows.
-        """
-        held = set(held_out_indices(len(self.rows), fraction, seed))
-        parts = ([r for i, r in enumerate(self.rows) if (i in held) == side] for side in (False, True))
-        rest, out = (EncodedSet(tuple(rows), _report_of(rows)) for rows in parts)
-        return rest, out
-
-
-def _report_of(rows: Sequence[Encoded]) -> EncodeReport:
-    """The report of rows taken out of a set: the rows are the records now."""
-    return EncodeReport(
-        records=len(rows),
-        rows=len(rows),
-        kept=len(rows),
-        dropped={},
-        truncated=0,
-        tokens=sum(len(r) for r in rows),
-        label_tokens=sum(r.label_count for r in rows),
-    )
+    def joined_report(self, sets: Sequence[Examples[Encoded]]) -> EncodeReport:
+        """Return the report of several sets as one."""
+        found = [s.report for s in sets if isinstance(s.report, EncodeReport)]
+        sums = {f.name: sum(getattr(r, f.name) for r in found) for f in fields(EncodeReport) if f.type == "int"}
+        counts: dict[str, dict[str, int]] = {"dropped": {}, "notes": {}}
+        for name, total in counts.items():
+            for report in found:
+                for reason, count in getattr(report, name).items():
+                    total[reason] = total.get(reason, 0) + count
+        return EncodeReport(**sums, dropped=counts["dropped"], notes=counts["notes"])
 
 
 class Builder:
@@ -191,8 +187,10 @@ class Builder:
     def finish(self, rows: Sequence[Encoded] | None = None) -> EncodedSet:
         """Make the set; ``rows`` replaces the collected examples where they were packed.
 
-        Raises:
-            DataError: no row is left; the message counts the reasons.
+        Raises
+        ------
+        DataError
+            No row is left; the message counts the reasons.
         """
         rows = self.rows if rows is None else rows
         if not rows:
@@ -226,11 +224,16 @@ def pack_stream(documents: Sequence[Tensor], max_length: int) -> list[Encoded]:
     A row begins a new count of positions too, since a document cut by the end of a row cannot be seen from
     the next one. A row may be without labels (a last row of one token).
 
-    Args:
-        documents: int32 tokens (L_i,), each at least 1 long.
-        max_length: tokens of a row.
+    Parameters
+    ----------
+    documents
+        Int32 tokens (L_i,), each at least 1 long.
+    max_length
+        Tokens of a row.
 
-    Returns:
+    Returns
+    -------
+    list[Encoded]
         Rows with ``position_ids``; the last may be shorter.
     """
     if not documents:
@@ -252,9 +255,12 @@ def pack_fit(rows: Sequence[Encoded], max_length: int) -> list[Encoded]:
     No example is cut. The order of the packs is that of their first examples, so it does not depend on
     anything but the input.
 
-    Args:
-        rows: examples with labels, none longer than ``max_length``.
-        max_length: tokens of a row.
+    Parameters
+    ----------
+    rows
+        Examples with labels, none longer than ``max_length``.
+    max_length
+        Tokens of a row.
     """
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
     by_space: dict[int, list[int]] = {}  # packs by the room they have left

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lorry.core.errors import LorryError
+from lorry.core.life import duties
 from lorry.core.life.adapter import Adapter
 from lorry.core.life.calibrate import finish_step
+from lorry.core.method.base import Method
 from lorry.core.method.start import mix_seed
 
 from .batches import BatchCursor, BatchPlan
+from .groups import ParameterGroups
+from .hooks import Acting, Dynamic, Moment
 from .jobs import Job
-from .joint import Share
+from .joint import Place, Share
 from .optim import clip_gradients, gradients, make_optimizer, set_rate
-from .prepare import Prepared
-from .schedule import rate_factor
+from .row_gradients import RowGradients
+from .schedule import Schedule, rate_factor, warmup_steps
+from .task import Prepared, Setting
 
 #: What a job's status may be; a failed one is ``failed: WHY``.
 RUNNING, DONE, STOPPED, INTERRUPTED = "running", "done", "stopped early", "interrupted"
@@ -30,7 +38,7 @@ class Progress:
 
     status: str = RUNNING
     step: int = 0
-    tokens: int = 0
+    size_seen: int = 0
     seconds: float = 0.0
     first_loss: float | None = None
     last_loss: float | None = None
@@ -45,6 +53,7 @@ class Progress:
     pending: list[list[int]] = field(default_factory=list)
     size: int = 0
     labels: int = 0
+    examples: int = 0
     loss: float = 0.0
     penalty: float = 0.0
 
@@ -52,11 +61,22 @@ class Progress:
 class Run:
     """A job on its base.
 
-    Attributes:
-        job: what was asked for.
-        progress: what was done; see `Progress`.
-        adapter, prepared, cursor, optimizer: None for a job that failed before it began.
-        best: the tensors of the best evaluation, where the job keeps them.
+    Attributes
+    ----------
+    job
+        What was asked for.
+    progress
+        What was done; see `Progress`.
+    adapter, prepared, cursor, groups
+        None for a job that failed before it began.
+    acting
+        What acts on its training.
+    best
+        The tensors of the best evaluation, where the job keeps them.
+    methods
+        The method at each site when training began; sites may get others on the way.
+    total
+        Optimizer steps of the whole run.
     """
 
     def __init__(self, job: Job) -> None:
@@ -65,28 +85,42 @@ class Run:
         self.adapter: Adapter | None = None
         self.prepared: Prepared | None = None
         self.cursor: BatchCursor | None = None
-        self.optimizer: torch.optim.Optimizer | None = None
+        self.groups: ParameterGroups | None = None
+        self.acting = Acting(job.make_dynamics())
+        self.schedule: Schedule = job.make_schedule()
+        self.methods: dict[str, Method] = {}
         self.best: dict[str, Tensor] = {}
         self.total = 0
         self.path: str | None = None
         self._records: dict[tuple[str, str], Tensor] = {}
+        self._rows: RowGradients | None = None
 
-    def begin(self, adapter: Adapter, prepared: Prepared) -> None:
+    def begin(self, adapter: Adapter, prepared: Prepared, setting: Setting) -> None:
         """Take up the adapter and the data."""
-        job = self.job
+        job, self._setting = self.job, setting
         self.adapter, self.prepared = adapter, prepared
         epochs = None if job.steps is not None else job.epochs or 1
         plan = BatchPlan(
-            rows=len(prepared.train),
+            examples=len(prepared.train),
             batch_size=job.batch_size,
             seed=job.seed,
             bucket_window=job.bucketing,
             epochs=epochs,
-            lengths=tuple(prepared.train.lengths) if job.bucketing else None,
+            lengths=tuple(map(prepared.task.cost, prepared.train.examples)) if job.bucketing else None,
         )
         self.cursor = BatchCursor(plan)
-        self.total = job.steps or math.ceil((epochs or 1) * plan.batches_per_epoch / job.accumulation)
-        self.optimizer = make_optimizer(job, adapter)
+        batches = (epochs or 1) * plan.batches_per_epoch
+        self.total = job.steps or math.ceil(batches / job.gradient_accumulation_steps)
+        self.groups = ParameterGroups(make_optimizer(job, adapter), adapter)
+        self.methods = {path: entry.method for path, entry in adapter.entries.items()}
+        if self.acting.row_gradients:
+            self._rows = RowGradients(adapter)
+        duties.attend_all(adapter)
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimizer; None for a job that failed."""
+        return None if self.groups is None else self.groups.optimizer
 
     @property
     def name(self) -> str:
@@ -107,13 +141,15 @@ class Run:
     def rate(self) -> float:
         """The learning rate of the step under way."""
         job = self.job
-        return job.rate * rate_factor(job.schedule, self.progress.step, self.total, job.warmup, job.rate_floor)
+        return job.learning_rate * rate_factor(
+            self.schedule, self.progress.step, self.total, job.warmup, job.rate_floor
+        )
 
     def fail(self, reason: str) -> None:
         """Stop, and forget the gradient of the step under way."""
         self.progress.status = f"failed: {reason}"
         self.release()
-        self.optimizer = None
+        self.groups = None
 
     def release(self) -> None:
         """Give up the gradients; the optimizer stays, since a finished run may be taken up for longer."""
@@ -121,30 +157,46 @@ class Run:
             self.optimizer.zero_grad(set_to_none=True)
         self._records.clear()
 
-    def share(self) -> Share:
-        """The next micro-batch; opens a step where none is under way."""
-        assert self.prepared is not None and self.adapter is not None
-        p = self.progress
-        if not p.pending:
-            self._open_step()
-        rows = self.prepared.train.take(p.pending[0])
-        seed = mix_seed(self.job.seed, "step", p.step, p.micro)
-        weight, auxiliary = 1.0 / p.labels, 1.0 / p.size
-        made, draws = self.prepared, self.adapter.row_draws
-        return Share(self.name, made.objective, rows, made.classes, seed, weight, auxiliary, draws)
+    def open_step(self) -> None:
+        """Begin the next step where none is under way: draw its micro-batches, and let stages begin.
 
-    def _open_step(self) -> None:
-        """Draw the micro-batches of a step; the last step of the last epoch may have fewer."""
+        The last step of the last epoch may have fewer micro-batches.
+        """
         assert self.prepared is not None and self.cursor is not None
-        p = self.progress
-        p.pending = []
-        for _ in range(self.job.accumulation):
+        p, train = self.progress, self.prepared.train
+        if p.pending:
+            return
+        for _ in range(self.job.gradient_accumulation_steps):
             batch = next(self.cursor, None)
             if batch is None:
                 break
             p.pending.append(list(batch))
         p.micro, p.loss, p.penalty, p.size = 0, 0.0, 0.0, len(p.pending)
-        p.labels = sum(self.prepared.train[i].label_count for batch in p.pending for i in batch)
+        p.labels = sum(self.prepared.task.count(train[i]) for batch in p.pending for i in batch)
+        p.examples = sum(map(len, p.pending))
+        if p.step == 0:
+            self._each(lambda dynamic, at: dynamic.begin(at))
+        for stage, begins in (self.job.stages or {}).items():
+            if warmup_steps(begins, self.total) == p.step:
+                self._each(lambda dynamic, at, stage=stage: dynamic.at_stage(at, stage))  # type: ignore[misc]
+
+    def share(self) -> Share:
+        """Return the next micro-batch of the step that is open."""
+        assert self.prepared is not None and self.adapter is not None
+        p, made = self.progress, self.prepared
+        chosen = p.pending[0]
+        generator = torch.Generator().manual_seed(mix_seed(self.job.seed, "draw", p.step, p.micro))
+        return Share(
+            name=self.name,
+            prepared=made,
+            examples=made.task.draw(made.train.take(chosen), generator, self._setting, self.name),
+            task_ids=made.train.ids(chosen),
+            seed=mix_seed(self.job.seed, "step", p.step, p.micro),
+            weight=1.0 / p.labels,
+            auxiliary=1.0 / p.size,
+            draws=self.adapter.row_draws,
+            around=self._around if self.acting.dynamics else None,
+        )
 
     def take(self, share: Share) -> bool:
         """Count a share that went through a pass; returns whether the step's gradient is complete."""
@@ -152,21 +204,65 @@ class Run:
         if share.error is not None:
             self.fail(f"at step {p.step + 1}: {share.error}")
             return False
+        found = {} if self._rows is None else self._rows.found
+        self._each(lambda dynamic, at: dynamic.after_pass(at, found if dynamic.row_gradients else {}))
+        if not self.running:
+            return False
         p.loss += share.loss
         p.penalty += share.penalty / p.size
-        p.tokens += sum(len(row) for row in share.rows)
+        p.size_seen += sum(share.task.cost(e) * share.task.rows_of(e) for e in share.examples)
         p.micro += 1
         p.pending.pop(0)
         for key, value in share.records.items():
             self._records[key] = self._records[key] + value if key in self._records else value
         return not p.pending
 
+    @contextmanager
+    def _around(self, place: Place) -> Iterator[None]:
+        """Let the dynamics be around a pass, and collect the gradients of its rows for those that want them."""
+        with ExitStack() as stack:
+            for dynamic in self.acting.dynamics:
+                stack.enter_context(dynamic.around_pass(self._moment(dynamic)))
+            if self._rows is not None:
+                stack.enter_context(self._rows.watching(place.start, place.stop, place.total))
+            yield
+
+    def _moment(self, dynamic: Dynamic) -> Moment:
+        assert self.adapter is not None and self.groups is not None
+        p, remembered = self.progress, self.acting.remembered(dynamic.name)
+        values = (p.step, self.total, p.micro, self.rate, self.job.seed, dynamic.name, remembered, p.examples)
+        return Moment(self.adapter, self.groups, *values)
+
+    def _each(self, act: Callable[[Dynamic, Moment], None]) -> None:
+        """Let every dynamic act; one that cannot stops the job."""
+        if self.adapter is None:
+            return
+        shapes = self._shapes() if self.acting.dynamics else {}
+        for dynamic in self.acting.dynamics:
+            try:
+                with torch.no_grad():
+                    act(dynamic, self._moment(dynamic))
+            except LorryError as error:
+                self.fail(f"at step {self.progress.step + 1}: {error}")
+                return
+        if shapes != (self._shapes() if self.acting.dynamics else {}):
+            # tensors of another shape cannot come back, so the best is looked for anew
+            self.best = {}
+            self.progress.best_value, self.progress.best_step = None, None
+
+    def _shapes(self) -> dict[str, torch.Size]:
+        assert self.adapter is not None
+        return {name: tensor.shape for name, tensor, _ in self.adapter.named_tensors()}
+
     def finish_step(self) -> dict[str, Any] | None:
         """Clip, and step the optimizer; returns the step's metrics, or None if the job failed."""
         assert self.optimizer is not None and self.adapter is not None
         p, rate = self.progress, self.rate
+        self._each(lambda dynamic, at: dynamic.before_step(at))
+        if self.optimizer is None:
+            return None
         grads = gradients(self.optimizer)
-        norm = clip_gradients(grads, self.job.clip)
+        norm = clip_gradients(grads, self.job.max_grad_norm)
         loss = p.loss / p.labels
         if not math.isfinite(norm):
             self.fail(f"at step {p.step + 1}: the gradient became {norm} (loss {loss:.4g}, rate {rate:.3g})")
@@ -178,6 +274,9 @@ class Run:
             by_site.setdefault(path, {})[name] = value
         self._records.clear()
         finish_step(self.adapter, p.step + 1, self.total, by_site)
+        self._each(lambda dynamic, at: dynamic.after_step(at))
+        if self.optimizer is None:
+            return None
         self.optimizer.zero_grad(set_to_none=True)
         p.step += 1
         p.last_loss = loss
@@ -189,9 +288,14 @@ class Run:
             "loss": loss,
             "rate": rate,
             "grad_norm": norm,
-            "tokens": p.tokens,
+            self.unit: p.size_seen,
         }
         return {**row, "auxiliary": p.penalty} if p.penalty else row
+
+    @property
+    def unit(self) -> str:
+        """What the size of its data is counted in."""
+        return "tokens" if self.prepared is None else self.prepared.task.unit
 
     @property
     def epochs(self) -> float:
@@ -203,7 +307,7 @@ class Run:
         """Take an evaluation; returns whether it is the best so far. Says when patience is at an end."""
         assert self.prepared is not None and self.adapter is not None
         p = self.progress
-        metric, way = self.prepared.objective.best
+        metric, way = self.prepared.task.best
         value = metrics[metric]
         better = p.best_value is None or (value < p.best_value if way == "min" else value > p.best_value)
         p.evaluations.append({"step": p.step, **metrics})

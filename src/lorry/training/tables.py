@@ -26,14 +26,20 @@ _SAMPLE = 1000
 def read_table(path: Path, format: str, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
     """Yield the rows of a CSV or TSV file as dicts of strings.
 
-    Args:
-        path: a UTF-8 file.
-        format: ``csv`` (comma, quotes) or ``tsv`` (tab, no quoting).
-        columns: names of the columns; the file then has no header (a first line equal to the names is
-            skipped). None decides by the first lines.
+    Parameters
+    ----------
+    path
+        A UTF-8 file.
+    format
+        ``csv`` (comma, quotes) or ``tsv`` (tab, no quoting).
+    columns
+        Names of the columns; the file then has no header (a first line equal to the names is
+        skipped). None decides by the first lines.
 
-    Raises:
-        DataError: a line with another number of fields than the first (``file:line``), or repeated names.
+    Raises
+    ------
+    DataError
+        A line with another number of fields than the first (``file:line``), or repeated names.
     """
     with path.open(encoding="utf-8-sig", newline="") as file, _long_fields():
         if format == "csv":

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lorry.core.errors import AdapterError
 from lorry.core.forward.entry import Entry, TensorHome
+from lorry.core.life import duties
 from lorry.core.life.fuse import merge_into_base
 from lorry.core.life.state import ModelState, parameter_prefix
 from lorry.core.life.writers import WRITERS
@@ -124,6 +125,8 @@ class Adapter:
                 home.register(entry.site.owner, prefix + ("shared_" if path == "shared" else own))
             elif not mode:
                 home.unregister()
+        if mode:
+            duties.watch(self)
         self.state.changed()
         return self
 

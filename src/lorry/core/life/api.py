@@ -16,6 +16,7 @@ from lorry.core.forward.active import Active
 from lorry.core.forward.compose import Composition
 from lorry.core.forward.runtime import Runtime, Scope
 from lorry.core.forward.taps import Reader
+from lorry.core.life import duties
 from lorry.core.life.adapter import Adapter
 from lorry.core.life.build import build
 from lorry.core.life.state import ModelState, keep_state, kept_state, open_state, state_of
@@ -295,6 +296,9 @@ def context(model: nn.Module, **facts: Any) -> Iterator[Context]:
         yield fresh
     finally:
         runtime.leave_context(fresh, outer)
+        for name in {owner for owner, _, _ in (*fresh.losses, *fresh.left)}:
+            if name in (loaded := adapters(model)):
+                duties.note_left(loaded[name])
 
 
 @contextmanager
@@ -344,15 +348,16 @@ def auxiliary_loss(model: nn.Module, adapter: str | None = None) -> Tensor | Non
 
     The penalties that methods put on the tensors of adapters in training are part of it.
     """
-    state = state_of(model)
-    context = state.context
-    losses = context.losses
-    chosen = [value for (owner, _, _), value in losses.items() if adapter is None or owner == adapter]
-    for name in state.adapters if adapter is None else [adapter]:
-        if name in state.adapters and any(key[0] == name for key in context.left):
-            chosen += adapters(model)[name].joint_losses(context.left)
-        if name in state.adapters and state.adapters[name].trainable:
-            chosen += adapters(model)[name].penalties()
+    context = state_of(model).context
+    chosen = [value for (owner, _, _), value in context.losses.items() if adapter is None or owner == adapter]
+    for name, owner in adapters(model).items():
+        if adapter is not None and name != adapter:
+            continue
+        duties.attend(owner, duties.LOSSES)
+        if any(key[0] == name for key in context.left):
+            chosen += owner.joint_losses(context.left)
+        if owner.trainable:
+            chosen += owner.penalties()
     return torch.stack([v.float() for v in chosen]).sum() if chosen else None
 
 

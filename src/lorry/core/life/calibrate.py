@@ -4,23 +4,23 @@ gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorry.core.errors import AdapterError, SiteError
+from lorry.core.errors import AdapterError
 from lorry.core.forward.entry import Entry, TensorHome
-from lorry.core.forward.exchange import exchanged
+from lorry.core.life import duties
 from lorry.core.life.adapter import Adapter
+from lorry.core.life.probes import PROBES
 from lorry.core.method.base import Method
 from lorry.core.method.spec import Observed
 from lorry.core.method.start import fresh, mix_seed
 from lorry.core.receipt import Receipt
 from lorry.core.sites.site import Site
-from lorry.core.sites.storage import Dense, storage_of
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -31,49 +31,137 @@ def needs_calibration(adapter: Adapter) -> bool:
     return wants and "calibration" not in adapter.metadata
 
 
-def calibrate(adapter: Adapter, batches: Iterable[Any], loss_fn: LossFn, *, components: int = 256) -> Receipt:
+#: What methods call the probes in `Method.calibration`.
+_PROBE_OF = {"gradients": "gradient", "inputs": "input"}
+
+
+def calibrate(
+    adapter: Adapter, batches: Iterable[Any], loss_fn: LossFn, *, components: int = 256, again: bool = False
+) -> Receipt:
     """Run batches through the frozen base with all adapters off, and let the method set its tensors.
 
-    Args:
-        adapter: a fresh adapter whose method declares `calibration`.
-        batches: a few batches; each counts the same.
-        loss_fn: called with the model and a batch; returns the scalar loss. Where the method wants inputs only it need
-            not return anything, and it may give a padding mask by `lorry.context`, so that padding is left out.
-        components: how many directions of each layer's inputs are kept; exact for layers that are not wider.
+    Parameters
+    ----------
+    adapter
+        A fresh adapter whose method declares `calibration`.
+    batches
+        A few batches; each counts the same.
+    loss_fn
+        Called with the model and a batch; returns the scalar loss. Where the method wants inputs only it need
+        not return anything, and it may give a padding mask by `lorry.context`, so that padding is left out.
+    components
+        How many directions of each layer's inputs are kept; exact for layers that are not wider.
+    again
+        Set the tensors though the adapter is not fresh: what it learned is lost.
 
-    Raises:
-        AdapterError: the method takes no calibration, an adapter is merged into the base, or there are no batches;
-            nothing is changed then.
-        SiteError: a site whose weight or input cannot be observed.
+    Raises
+    ------
+    AdapterError
+        The method takes no calibration, the adapter is not fresh, an adapter is merged into the base, or there are no
+        batches; nothing is changed then.
+    SiteError
+        A site whose weight or input cannot be observed.
     """
     wanted = {path: e for path, e in adapter.entries.items() if e.method.calibration != "none"}
-    state = adapter.state
     if not wanted:
         raise AdapterError(f"Adapter '{adapter.name}' ({adapter.method.info.slug}) takes no calibration.")
+    past = None if again else _past(adapter)
+    if past is not None:
+        raise AdapterError(
+            f"Adapter '{adapter.name}' {past}, and calibration sets its tensors anew: what it learned would be lost. "
+            "Attach a fresh adapter and calibrate that one, or say again=True."
+        )
+    shown = 0
+
+    def counted() -> Iterator[Any]:
+        nonlocal shown
+        for batch in batches:
+            shown += 1
+            yield batch
+
+    by_probe: dict[str, list[Site]] = {}
+    for entry in wanted.values():
+        by_probe.setdefault(_PROBE_OF.get(entry.method.calibration, entry.method.calibration), []).append(entry.site)
+    found = observe(adapter, by_probe, counted(), loss_fn, components=components)
+    seen = {path: observed for sites in found.values() for path, observed in sites.items()}
+    _apply(adapter, {path: entry.method for path, entry in wanted.items()}, seen)
+    adapter.metadata["calibration"] = {"batches": shown, "sites": len(wanted)}
+    adapter.state.changed()
+    return Receipt("calibrate", adapter.name, len(seen), len(wanted), len(wanted), "match")
+
+
+def observe(
+    adapter: Adapter,
+    probes: Mapping[str, Sequence[Site]],
+    batches: Iterable[Any],
+    loss_fn: LossFn,
+    *,
+    components: int = 256,
+) -> dict[str, dict[str, Observed]]:
+    """Run batches through the bare base in evaluation mode, and return what probes see at sites.
+
+    Parameters
+    ----------
+    adapter
+        An adapter on the model; none applies meanwhile.
+    probes
+        Name of a probe (`lorry.core.life.probes.PROBES`) -> the sites that it watches.
+    batches, loss_fn, components
+        As in `calibrate`.
+
+    Returns
+    -------
+    dict
+        Probe -> site path -> what was seen.
+
+    Raises
+    ------
+    AdapterError
+        An adapter is merged into the base, or there are no batches.
+    SiteError
+        A site that a probe cannot watch.
+    """
+    state = adapter.state
     if state.merged:
         raise AdapterError(
             f"Adapter '{state.merged[0]}' is merged into the base; unmerge it before calibrating another one."
         )
-    by_gradient = [e.site for e in wanted.values() if e.method.calibration == "gradients"]
-    by_inputs = [e.site for e in wanted.values() if e.method.calibration == "inputs"]
-    watch_gradients, watch_inputs = _Gradients(by_gradient), _Inputs(by_inputs, components)
+    watching = {name: PROBES.find(name)(sites, components) for name, sites in probes.items()}
+    backward = any(probe.backward for probe in watching.values())
     count = 0
     with _plain(adapter), ExitStack() as stack:
-        stack.enter_context(watch_gradients.watching())
-        stack.enter_context(watch_inputs.watching(adapter))
+        for probe in watching.values():
+            stack.enter_context(probe.watching(adapter))
         for batch in batches:
-            with torch.set_grad_enabled(bool(by_gradient)):
+            with torch.set_grad_enabled(backward):
                 loss = loss_fn(state.root, batch)
-                if by_gradient:
+                if backward:
                     loss.backward()
             count += 1
     if not count:
         raise AdapterError("Calibration was given no batches.")
-    seen = {**watch_gradients.result(count), **watch_inputs.result()}
-    _apply(adapter, {path: entry.method for path, entry in wanted.items()}, seen)
-    adapter.metadata["calibration"] = {"batches": count, "sites": len(wanted)}
-    state.changed()
-    return Receipt("calibrate", adapter.name, len(seen), len(wanted), len(wanted), "match")
+    return {name: probe.result(count) for name, probe in watching.items()}
+
+
+def _past(adapter: Adapter) -> str | None:
+    """Return why an adapter is not fresh, as the rest of a sentence; None if it is."""
+    if "calibration" in adapter.metadata:
+        return "was calibrated already"
+    if adapter.receipt.action != "attach" or "training" in adapter.metadata:
+        return "was trained or loaded"
+    if "start" in adapter.metadata:
+        return None  # its tensors were set on purpose, so they say nothing
+    seed = adapter.metadata.get("seed", 0)
+    for prefix, home in adapter.homes():
+        own = {}
+        for name, tensor in home.tensors().items():
+            own[name] = fresh(home.specs[name], mix_seed(seed, f"{prefix}.{name}"), tensor.dtype).to(tensor.device)
+        entry = adapter.entries.get(prefix)
+        if entry is not None and type(entry.method).setup is not Method.setup:
+            entry.method.setup(own, entry.site, torch.Generator().manual_seed(mix_seed(seed, prefix, "setup")))
+        if any(not torch.equal(own[name], tensor.detach()) for name, tensor in home.tensors().items()):
+            return "is not as it was attached: it was trained or changed"
+    return None
 
 
 def finish_step(
@@ -83,12 +171,18 @@ def finish_step(
 
     It is to be called after the optimizer's step and before the gradients are cleared.
 
-    Args:
-        adapter: the adapter that was trained.
-        step: number of this optimizer step, from 1.
-        total: number of all steps that are planned.
-        records: by site path, what `Call.record` kept in this step.
+    Parameters
+    ----------
+    adapter
+        The adapter that was trained.
+    step
+        Number of this optimizer step, from 1.
+    total
+        Number of all steps that are planned.
+    records
+        By site path, what `Call.record` kept in this step.
     """
+    duties.attend(adapter, duties.RULES)
     with torch.no_grad():
         for path, entry in adapter.entries.items():
             if type(entry.method).after_step is not Method.after_step:
@@ -146,129 +240,37 @@ def _exchange(adapter: Adapter, path: str, method: Method | None, seed: int) -> 
     adapter.entries[path] = Entry(old.name, old.site, method, TensorHome(specs, tensors), old.shared)
 
 
-class _Gradients:
-    """Collects the gradient of each site's weight, one layer at a time: it is taken to the CPU and freed as
-    soon as it is there.
+def replace_entry(adapter: Adapter, path: str, method: Method, tensors: Mapping[str, Tensor]) -> None:
+    """Give an adapter another method (other options) and other tensors at one site, in training too.
 
-    Each site sees its weight as a leaf of its own that shares the memory, so a tied weight gives each of its
-    sites that site's share, and a layer that is called twice gives the sum of both calls.
+    Parameters
+    ----------
+    adapter
+        The adapter; its tensors elsewhere, and their parameters, stay as they are.
+    path
+        The site.
+    method
+        The method there from now on.
+    tensors
+        A value for every tensor of the method at the site, in the shape that it has there.
+
+    Raises
+    ------
+    AdapterError
+        Tensors that the method does not have there, or in another shape; nothing is changed then.
     """
-
-    def __init__(self, sites: list[Site]) -> None:
-        self.sites = sites
-        self.sums: dict[str, Tensor] = {}
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Watch while the context lasts."""
-        pairs, handles = [], []
-        for site in self.sites:
-            if isinstance(storage_of(site), Dense):
-                leaf = site.stored.detach().requires_grad_()
-                leaf.register_post_accumulate_grad_hook(lambda t, s=site: self._harvest(s, t))
-                pairs.append((site.holder, site.parameter, leaf))
-            elif site.kind.additive:
-                handles.append(site.owner.register_forward_hook(lambda m, x, y, s=site: self._probe(s, x[0], y)))
-            else:
-                raise SiteError(f"'{site.path}' is quantised inside a larger module; its gradient cannot be observed.")
-        try:
-            with exchanged(pairs):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _harvest(self, site: Site, leaf: Tensor) -> None:
-        assert leaf.grad is not None
-        self._add(site, site.kind.to_matrix(site, leaf.grad))
-        leaf.grad = None
-
-    def _add(self, site: Site, gradient: Tensor) -> None:
-        gradient = gradient.detach().to("cpu", torch.float32)
-        total = self.sums.get(site.path)
-        self.sums[site.path] = gradient.clone() if total is None else total.add_(gradient)
-
-    def _probe(self, site: Site, x: Tensor, output: Tensor) -> Tensor:
-        """Observe a weight that is not a floating tensor through the layer's input and the gradient of its
-        output.
-        """
-        x = x.detach()
-        if not output.requires_grad:
-            output = output.detach().requires_grad_()
-
-        def receive(gradient: Tensor) -> None:
-            with torch.enable_grad():
-                stand_in = torch.zeros(site.shape, dtype=gradient.dtype, device=gradient.device, requires_grad=True)
-                y = site.kind.dense(site, x.to(gradient.dtype) if x.is_floating_point() else x, stand_in)
-                (found,) = torch.autograd.grad(y, stand_in, gradient)
-            self._add(site, found)
-
-        output.register_hook(receive)
-        return output
-
-    def result(self, batches: int) -> dict[str, Observed]:
-        """Return the mean gradient of each site; zero where the loss does not depend on it."""
-        none = [s.path for s in self.sites if s.path not in self.sums]
-        if len(none) == len(self.sites) and none:
-            raise AdapterError(f"The calibration loss depends on none of the {len(none)} sites.")
-        zeros = {s.path: s for s in self.sites if s.path in none}
-        found = {path: Observed(gradient=total / batches) for path, total in self.sums.items()}
-        return {**found, **{path: Observed(gradient=torch.zeros(site.shape)) for path, site in zeros.items()}}
-
-
-class _Inputs:
-    """Collects the covariance of each site's inputs as a few rows (incremental principal components, Ross et
-    al. 2008).
-    """
-
-    def __init__(self, sites: list[Site], components: int) -> None:
-        self.components = components
-        self.sites = sites
-        self.seen: dict[str, Observed] = {}
-
-    @contextmanager
-    def watching(self, adapter: Adapter) -> Iterator[None]:
-        """Watch while the context lasts."""
-        handles = []
-        for site in self.sites:
-            if site.kind.name != "linear":
-                raise SiteError(f"'{site.path}' is a {site.kind.name} site; inputs are observed at linear sites only.")
-
-            def hook(module: nn.Module, args: Any, kwargs: Any, site: Site = site) -> None:
-                x = args[0] if args else next(iter(kwargs.values()))
-                mask = adapter.state.context.padding_mask
-                kept = x[mask.to(x.device)] if mask is not None and mask.shape == x.shape[:-1] else x
-                self._add(site.path, kept.detach().reshape(-1, kept.shape[-1]).float())
-
-            handles.append(site.owner.register_forward_pre_hook(hook, with_kwargs=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _add(self, path: str, x: Tensor) -> None:
-        if not len(x):
-            return
-        mean = x.mean(0)
-        rows = x - mean
-        variance = float(rows.square().sum())
-        before = self.seen.get(path)
-        count = len(x)
-        if before is not None and before.inputs is not None and before.mean is not None:
-            old, total = before.mean.to(x), before.count + len(x)
-            between = (before.count * len(x) / total) ** 0.5 * (old - mean)
-            rows = torch.cat([before.inputs.to(x), rows, between.unsqueeze(0)])
-            variance += before.variance + float(between.square().sum())
-            mean, count = old + (mean - old) * (len(x) / total), total
-        if len(rows) > self.components:
-            _, s, vt = torch.linalg.svd(rows, full_matrices=False)
-            rows = (s.unsqueeze(-1) * vt)[: self.components]
-        self.seen[path] = Observed(inputs=rows.cpu(), mean=mean.cpu(), count=count, variance=variance)
-
-    def result(self) -> dict[str, Observed]:
-        """Return what was seen of each site."""
-        for site in self.sites:
-            if site.path not in self.seen:
-                raise SiteError(f"'{site.path}' saw no input in calibration.")
-        return self.seen
+    old = adapter.entries[path]
+    specs = method.layout([old.site]).sites[path]
+    here, there = ({n: tuple(v.shape) for n, v in group.items()} for group in (tensors, specs))
+    if old.shared is not None or here != there:
+        raise AdapterError(
+            f"Adapter '{adapter.name}' needs tensors of its own with the shapes {there} at '{path}', found {here}"
+            f"{' and tensors that it shares with other sites' if old.shared is not None else ''}."
+        )
+    was = adapter.trainable
+    values = {n: t.detach().to(old.site.device).clone() for n, t in tensors.items()}
+    old.home.unregister()
+    adapter.entries[path] = Entry(old.name, old.site, method, TensorHome(specs, values), old.shared)
+    if was:
+        adapter.train()
+    adapter.state.changed()

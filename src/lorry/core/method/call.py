@@ -71,8 +71,13 @@ class Call:
     owed: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def dropout(self, p: float) -> Tensor:
-        """Return the input with a fraction `p` of its elements dropped, in training only."""
-        return dropout(self.x, p, self.seed()) if p > 0 and self.training and self.x.is_floating_point() else self.x
+        """Return the input with a fraction `p` of its elements dropped, in training only.
+
+        Rows that are draws of one row (draw after draw; ``draws`` in the context's values) drop the same elements.
+        """
+        if not (p > 0 and self.training and self.x.is_floating_point()):
+            return self.x
+        return dropout(self.x, p, self.seed(), self.context.values.get("draws", {}).get(self.adapter, 1))
 
     def project(self, weight: Tensor, *, detach: bool = False) -> Tensor:
         """Return the layer's input under a projection of its own, a router ``(experts, in)``, as logits

@@ -1,0 +1,1 @@
+"""Dynamics: one file each, registered by name; see `lorry.training.hooks`."""

@@ -1,0 +1,186 @@
+"""Dynamics: what acts on the training itself, around a pass, between backward and step, after a step, at a stage.
+
+A dynamic is a frozen dataclass in a file of its own, which registers itself; a job names those it wants. It keeps no
+state in itself: what it has to remember lies in `Moment.state`, which goes into checkpoints, and what it draws comes
+from `Moment.generator`, so that a resumed run is the same to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Generator, Tensor
+
+from lorry.core.life.adapter import Adapter
+from lorry.core.method.start import mix_seed
+from lorry.core.options import check_options, from_options
+from lorry.core.registry import Registry
+
+from . import dynamics
+from .groups import ParameterGroups
+
+
+@dataclass
+class Moment:
+    """A point of a job's training, as a dynamic sees it.
+
+    Attributes
+    ----------
+    adapter
+        What is trained.
+    groups
+        Its parameters in their optimizer; see `ParameterGroups` for what may be changed.
+    step, total
+        Optimizer steps done, and of the whole run.
+    micro
+        Micro-batches of the step under way that are done.
+    rate
+        Learning rate of the step under way.
+    seed
+        Of the job.
+    name
+        Of the dynamic.
+    state
+        What the dynamic remembers: tensors by name, kept in checkpoints.
+    examples
+        Examples of the step under way, in all of its micro-batches.
+    """
+
+    adapter: Adapter
+    groups: ParameterGroups
+    step: int
+    total: int
+    micro: int
+    rate: float
+    seed: int
+    name: str
+    state: dict[str, Tensor]
+    examples: int = 0
+
+    def generator(self, *parts: object) -> Generator:
+        """Return a source of randomness for this dynamic at this step, and for whatever `parts` name."""
+        return torch.Generator().manual_seed(mix_seed(self.seed, self.name, self.step, *parts))
+
+
+class Dynamic:
+    """What acts on the training of a job. Subclasses are frozen dataclasses; each method does nothing by itself."""
+
+    name: ClassVar[str]
+    #: Whether `after_pass` is to be given the gradient of each row.
+    row_gradients: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check every option against its declared range, then the rules between options."""
+        check_options(self)
+        self.check()
+
+    def check(self) -> None:
+        """Check rules between options; raise `OptionError` with the rule and the values."""
+        return
+
+    def begin(self, at: Moment) -> None:
+        """Act once before the first step of a run."""
+        return
+
+    def at_stage(self, at: Moment, stage: str) -> None:
+        """Act when a stage of the job begins, before the step at which it does (`Job.stages`)."""
+        return
+
+    def around_pass(self, at: Moment) -> AbstractContextManager[Any]:
+        """Return a context for forward and backward of a micro-batch.
+
+        What it changes must be the job's own (its adapter's tensors), since other jobs share the pass.
+        """
+        return nullcontext()
+
+    def after_pass(self, at: Moment, rows: Mapping[str, Tensor]) -> None:
+        """Act after the backward pass of a micro-batch.
+
+        Parameters
+        ----------
+        at
+            The moment.
+        rows
+            With `row_gradients`, the gradient of each row's part of the loss by parameter, ``(rows, *shape)``: their
+            sum over all micro-batches is the gradient of the step, auxiliary losses left out. Else nothing.
+        """
+        return
+
+    def before_step(self, at: Moment) -> None:
+        """Act between the last backward pass of a step and the optimizer, before gradients are clipped."""
+        return
+
+    def after_step(self, at: Moment) -> None:
+        """Act after the optimizer's step, while its gradients are still there."""
+        return
+
+
+D = TypeVar("D", bound=type[Dynamic])
+DYNAMICS: Registry[type[Dynamic]] = Registry("dynamic")
+DYNAMICS.source(dynamics.__name__, dynamics.__path__)
+
+
+def register_dynamic(name: str) -> Callable[[D], D]:
+    """Return a decorator that registers a dynamic under a name."""
+
+    def add(cls: D) -> D:
+        cls.name = name
+        DYNAMICS.add(name, cls)
+        return cls
+
+    return add
+
+
+def by_name(registry: Registry[Any], key: str, value: Any) -> Any:
+    """Return a registered thing from an instance of it, its name, or ``{key: name, **options}``.
+
+    Raises
+    ------
+    OptionError
+        An unknown name or option, with near misses.
+    """
+    if value is None or not isinstance(value, str | Mapping):
+        return value
+    options = {key: value} if isinstance(value, str) else dict(value)
+    name = options.pop(key, None) or options.pop("name", "")
+    return from_options(registry.find(str(name)), options)
+
+
+@dataclass
+class Acting:
+    """The dynamics of a job under way, and what they remember.
+
+    Attributes
+    ----------
+    dynamics
+        In the order in which they act.
+    state
+        Dynamic -> name -> tensor.
+    """
+
+    dynamics: list[Dynamic]
+    state: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def row_gradients(self) -> bool:
+        """Whether one of them wants the gradient of each row."""
+        return any(d.row_gradients for d in self.dynamics)
+
+    def remembered(self, name: str) -> dict[str, Tensor]:
+        """Return what a dynamic remembers, to be changed in place."""
+        return self.state.setdefault(name, {})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all that is remembered as ``DYNAMIC/NAME`` -> tensor."""
+        return {f"{owner}/{key}": t for owner, kept in self.state.items() for key, t in kept.items()}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Remember what `tensors` returned."""
+        self.state.clear()
+        for full, tensor in tensors.items():
+            owner, _, key = full.partition("/")
+            self.remembered(owner)[key] = tensor

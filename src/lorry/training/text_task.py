@@ -1,0 +1,175 @@
+"""What all tasks on text have in common: how rows of tokens are padded, run and checked against the model."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lorry.core.life.state import unwrapped
+
+from .batches import block_mask, collate
+from .data import Record
+from .data_errors import DataError
+from .losses import count_labels
+from .rows import Encoded, EncodedSet
+from .task import Batch, Examples, Setting, Task
+
+Head = Literal["causal-lm", "sequence-classification"]
+
+
+@dataclass(frozen=True)
+class TextPass:
+    """How a model takes rows of tokens.
+
+    Attributes
+    ----------
+    pad_id
+        Token that fills up rows; the mask hides it.
+    extra
+        Further arguments of the forward pass.
+    token_types
+        Whether the model tells the two texts of a pair apart.
+    eager
+        Whether its attention takes masks to be added, in place of boolean ones.
+    """
+
+    pad_id: int
+    extra: dict[str, Any]
+    token_types: bool
+    eager: bool
+
+    @classmethod
+    def of(cls, setting: Setting) -> TextPass:
+        """Return how the model of a setting takes rows."""
+        return setting.once("text", lambda: cls._read(setting))
+
+    @classmethod
+    def _read(cls, setting: Setting) -> TextPass:
+        model = unwrapped(setting.model)
+        accepted = inspect.signature(model.forward).parameters
+        config: Any = getattr(model, "config", None)
+        return cls(
+            pad_id=_pad_id(setting.processor, config),
+            extra={"use_cache": False} if "use_cache" in accepted else {},
+            token_types="token_type_ids" in accepted,
+            eager=getattr(config, "_attn_implementation", "sdpa") != "sdpa",
+        )
+
+
+def _pad_id(tokenizer: Any, config: Any) -> int:
+    """Return the token that fills up rows; any will do where the tokenizer has none."""
+    found = [getattr(config, "pad_token_id", None)]
+    found += [getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id")]
+    return next((int(value) for value in found if isinstance(value, int)), 0)
+
+
+class TextTask(Task):
+    """A task whose examples are rows of tokens (`Encoded`).
+
+    Subclasses give `encode`, and a loss of logits and labels.
+    """
+
+    unit: ClassVar[str] = "tokens"
+    task: ClassVar[Head] = "causal-lm"
+
+    def encode(self, tokenizer: Any, records: Sequence[Record], *, labels: Sequence[str] | None = None) -> EncodedSet:
+        """Return the examples of records, with a report of what was left out."""
+        raise NotImplementedError
+
+    @property
+    def family(self) -> str:
+        """Rows that predict tokens go together, and rows that have a class."""
+        return f"text, {self.task}"
+
+    def examples(
+        self, setting: Setting, records: Sequence[Record], labels: Sequence[str] | None = None
+    ) -> Examples[Encoded]:
+        """Encode records."""
+        if setting.processor is None:
+            raise DataError("text needs a tokenizer; give one, or give rows that are encoded already (EncodedSet)")
+        return self.encode(setting.processor, records, labels=labels)
+
+    def collate(self, setting: Setting, examples: Sequence[Encoded | tuple[Encoded, ...]]) -> Batch:
+        """Pad rows to one length; packed ones get a mask that keeps their documents apart.
+
+        An example of a task that compares texts is a tuple of rows.
+        """
+        how = TextPass.of(setting)
+        flat = [row for e in examples for row in (e if isinstance(e, tuple) else (e,))]
+        batch = {k: v.to(setting.device) for k, v in collate(flat, how.pad_id).items()}
+        labels, mask = batch.pop("labels"), batch["attention_mask"].bool()
+        if "position_ids" in batch:
+            dtype = getattr(setting.model, "dtype", torch.float32) if how.eager else None
+            batch["attention_mask"] = block_mask(batch["position_ids"], batch["attention_mask"], dtype)
+        if not how.token_types:
+            batch.pop("token_type_ids", None)
+        return Batch(batch, labels, {"padding_mask": mask})
+
+    def forward(self, setting: Setting, batch: Batch) -> Tensor:
+        """Return the model's logits."""
+        logits: Tensor = setting.model(**batch.inputs, **TextPass.of(setting).extra).logits
+        return logits
+
+    def losses(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the summed loss of each row, and its number of predictions."""
+        pairs = list(zip(outputs.split(1), targets.split(1), strict=True))
+        counts = [count_labels(labels) for _, labels in pairs]
+        return torch.stack([self.loss(*pair)[0] for pair in pairs]), torch.tensor(counts)
+
+    def count(self, example: Encoded) -> int:
+        """Return the number of labelled tokens, or 1 for a class."""
+        return example.label_count
+
+    def cost(self, example: Encoded) -> int:
+        """Return the number of tokens."""
+        return len(example)
+
+    def fingerprint(self, examples: Sequence[Encoded]) -> str:
+        """Return a hash of tokens and labels."""
+        state = hashlib.blake2b(digest_size=8)
+        for row in examples:
+            state.update(row.input_ids.numpy().tobytes())
+            state.update(b"|" if row.labels is None else row.labels.numpy().tobytes())
+            state.update(str(row.label).encode())
+        return state.hexdigest()
+
+    def check_model(self, setting: Setting) -> None:
+        """Tell a model with a classification head from one that predicts tokens by the name of its class."""
+        kind = type(unwrapped(setting.model)).__name__
+        if self.task == "causal-lm" and kind.endswith("ForSequenceClassification"):
+            raise DataError(
+                f"objective '{self.name}' predicts tokens, but {kind} has a classification head; load the "
+                "base with AutoModelForCausalLM"
+            )
+        if self.task == "sequence-classification" and kind.endswith(("ForCausalLM", "LMHeadModel")):
+            raise DataError(
+                f"objective '{self.name}' needs a classification head, but {kind} predicts tokens; load "
+                "the base with AutoModelForSequenceClassification"
+            )
+
+    def check(self, setting: Setting, examples: Examples[Encoded], name: str) -> None:
+        """Refuse tokens that the model does not know, and rows that are too long for it."""
+        ids = torch.cat([row.input_ids for row in examples.examples])
+        low, high = int(ids.min()), int(ids.max())
+        getter = getattr(setting.model, "get_input_embeddings", None)
+        table: Any = getter() if callable(getter) else None
+        size = getattr(table, "num_embeddings", None)
+        if size is not None and not 0 <= low <= high < size:
+            bad = high if high >= size else low
+            raise DataError(
+                f"{name} has the token {bad}, but the model knows {size} tokens: the tokenizer does not belong "
+                "to this model"
+            )
+        config: Any = getattr(setting.model, "config", None)
+        most = getattr(config, "max_position_embeddings", None)
+        longest = max(len(row) for row in examples.examples)
+        if most is not None and longest > most:
+            raise DataError(
+                f"{name} has rows of {longest} tokens, but the model takes {most}; set max_length to {most} or less"
+            )

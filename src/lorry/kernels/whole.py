@@ -74,7 +74,7 @@ class _WholeLinear(torch.autograd.Function):
             out, gain = gained
             dgain = column_dots(dy, out.view(dy.shape)).to(gain.dtype) if need_gain else None
             dy = dy * gain.to(dy.dtype)
-        db = product(h, dy).t().to(ctx.kinds[1]).mul_(ctx.alpha) if need_b else None
+        db = _upright(product(h, dy), ctx.kinds[1]).mul_(ctx.alpha) if need_b else None
         if not need_x and not need_a:
             return None, None, None, None, None, db, dgain
         dh = product(b.t(), dy.t()).mul_(ctx.alpha)
@@ -92,6 +92,13 @@ class _WholeLinear(torch.autograd.Function):
                 add_product(dx, dy, weight, 1.0)
             da = product(dh, dropped_into(bits, tokens)).to(ctx.kinds[0]) if need_a else None
         return None if dx is None else dx.view(x.shape), None, None, None, da, db, dgain
+
+
+def _upright(wide: Tensor, kind: torch.dtype) -> Tensor:
+    """Return the gradient of B ``(out, rank)`` from its transpose, laid out like B: another layout would be copied
+    once more when it is accumulated.
+    """
+    return wide.t().to(kind, memory_format=torch.contiguous_format).contiguous()
 
 
 def column_dots(left: Tensor, right: Tensor) -> Tensor:

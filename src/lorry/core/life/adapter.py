@@ -57,7 +57,7 @@ class Adapter:
         self.metadata: dict[str, Any] = dict(metadata)
         self.fingerprint: Fingerprint = state.fingerprint(sites.values())
         self.receipt = Receipt("attach", name, 0, 0, len(sites))
-        self._originals: list[tuple[nn.Module, str, nn.Parameter]] = []
+        self._originals: list[tuple[nn.Module, str, nn.Parameter | None]] = []
 
     @property
     def merged(self) -> bool:
@@ -132,14 +132,15 @@ class Adapter:
                     home.replace(name, tensor.to(dtype))
         return self.train(was)
 
-    def merge(self, *, safe: bool = True) -> Receipt:
+    def merge(self, *, safe: bool = True, keep: bool = True) -> Receipt:
         """Add the update to the base weights; `unmerge` restores every byte.
 
-        See `lorry.core.life.fuse.merge_into_base`.
+        With ``keep=False`` the sum is written into the weights where they lie: no memory is taken, and there is no
+        way back. See `lorry.core.life.fuse.merge_into_base`.
         """
         from lorry.core.life.fuse import merge_into_base
 
-        self._originals, receipt = merge_into_base(self, check=safe)
+        self._originals, receipt = merge_into_base(self, check=safe, keep=keep)
         self.state.changed()
         return receipt
 

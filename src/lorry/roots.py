@@ -92,9 +92,7 @@ class Roots(Mapping[str, nn.Module]):
     def __init__(self, models: Mapping[str, nn.Module] | Any) -> None:
         found = getattr(models, "components", models)
         if not isinstance(found, Mapping):
-            raise SiteError(
-                f"Expected models by name, or a pipeline with components, found {type(models).__name__}."
-            )
+            raise SiteError(f"Expected models by name, or a pipeline with components, found {type(models).__name__}.")
         self._models = {str(name): model for name, model in found.items() if isinstance(model, nn.Module)}
         if not self._models:
             raise SiteError(f"There is no torch.nn.Module among {some(map(str, found))}.")
@@ -188,14 +186,14 @@ class Roots(Mapping[str, nn.Module]):
                     stack.enter_context(api.context(model, **facts))
             yield
 
-    def _on(self, root: str, composition: str | Composition | None) -> str | Composition | None:
+    def _on(self, root: str, composition: Any) -> Any:
         """Return what of a composition there is on a root."""
         loaded = api.adapters(self[root])
         if composition is None or isinstance(composition, str):
             return composition if composition in loaded else None
         if all(isinstance(key, int) for key in composition):
-            return {kind: self._on(root, inner) for kind, inner in composition.items()}  # type: ignore[misc, arg-type]
-        return {name: weight for name, weight in composition.items() if name in loaded} or None  # type: ignore[misc]
+            return {kind: self._on(root, inner) for kind, inner in composition.items()}
+        return {name: weight for name, weight in composition.items() if name in loaded} or None
 
     def _check_names(self, compositions: Sequence[str | Composition | None]) -> None:
         loaded = {name for model in self.values() for name in api.adapters(model)}
@@ -212,10 +210,10 @@ class Roots(Mapping[str, nn.Module]):
             raise SiteError(f"There is no root '{wrong[0]}'.{near_misses(wrong[0], self)} There are: {some(self)}.")
 
 
-def _names(composition: str | Composition | None) -> list[str]:
+def _names(composition: Any) -> list[str]:
     if composition is None or isinstance(composition, str):
         return [] if composition is None else [composition]
-    inner = [_names(value) if isinstance(key, int) else [str(key)] for key, value in composition.items()]  # type: ignore[arg-type]
+    inner = [_names(value) if isinstance(key, int) else [str(key)] for key, value in composition.items()]
     return [name for names in inner for name in names]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lorry
-from lorry.bench import BENCHES, fleet, load, merge, merge_adapters, methods, rows, step, switch, switch_merged
+from lorry.bench import BENCHES, decode, fleet, load, merge, merge_adapters, methods, rows, step, switch, switch_merged
 from lorry.bench._cases import options, targets
 from lorry.bench._count import flops, kept, peak, training_memory
 from lorry.bench._measure import integers, interleaved, llama, ratios
@@ -144,6 +144,15 @@ def test_rows_beside_peft():
     assert "decode" in shown(rows, result)
 
 
+def test_decoding_beside_a_floor_written_by_hand():
+    result = decode.run(rounds=1, steps=2, rank=2, **TINY)
+    assert list(result["dtypes"]) == ["float32", "bfloat16"]
+    for found in result["dtypes"].values():
+        assert set(found["base"]) == {"base", "floor", "dora floor", "lora", "dora", "peft lora", "peft dora"}
+        assert set(found["floor"]) == {"lora", "peft lora"} and set(found["dora floor"]) == {"dora", "peft dora"}
+    assert "dora floor" in shown(decode, result)
+
+
 @pytest.mark.parametrize("module", [load, switch], ids=["load", "switch"])
 def test_many_adapters(module):
     result = module.run(rounds=1, rank=2, most=10, peer_most=1, **TINY)
@@ -162,7 +171,7 @@ def test_fleet_over_widths():
 
 def test_merging_into_the_base_and_of_adapters():
     result = merge.run(rounds=1, rank=2, **TINY)
-    assert {"addmm", "lorry merge", "lorry unmerge", "peft merge"} <= set(result["ratios"])
+    assert {"addmm", "lorry keep=False", "lorry merge", "lorry unmerge", "peft merge"} <= set(result["ratios"])
     assert "addmm" in shown(merge, result)
     result = merge_adapters.run(widths="64", rank=2, repeats=1, memory=False)
     assert [c["type"] for c in result["cases"]] == ["svd", "cat", "linear"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lorry.kernels.dropout import dropout, keep_mask, masked
+from lorry.kernels.dropout import drop_, dropout, dropped_into, keep_bits, keep_mask, masked
 
 CPU = torch.device("cpu")
 
@@ -52,6 +52,27 @@ def test_a_row_does_not_depend_on_padding():
 def test_gradients_of_dropout_are_right():
     x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: dropout(x, 0.3, 5), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: dropout(x, 0.3, 5).square(), (x,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(3, 4, 7), (2, (1 << 19) + 1)], ids=["windows of the pool", "drawn"])
+def test_dropping_by_bits_is_the_product_with_the_mask(dtype, shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    mask = keep_mask(shape, 0.4, 9, CPU)
+    wanted = x.float() * mask
+    assert torch.equal(drop_(x.clone(), keep_bits(shape, 0.4, 9, x)).float(), wanted)
+    turned = x.transpose(0, 1).contiguous().transpose(0, 1)
+    dropped = dropped_into(keep_bits(shape, 0.4, 9, x), turned)
+    assert dropped.dtype == dtype and torch.equal(dropped.float(), wanted) and torch.equal(turned.float(), x.float())
+
+
+def test_what_is_dropped_is_gone_whatever_it_was():
+    x = torch.full((4, 64), torch.inf)
+    x[1] = torch.nan
+    y = drop_(x.clone(), keep_bits(x.shape, 0.5, 2, x))
+    dropped = keep_mask(x.shape, 0.5, 2, CPU) == 0
+    assert (y[dropped] == 0).all() and torch.equal(y[~dropped].isnan(), x[~dropped].isnan())
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 4, 7), (0, 7), (2, 0, 7)])

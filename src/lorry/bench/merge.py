@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 import lorry
-from lorry.bench._measure import interleaved, llama, machine, ratio_table, ratios, threads
+from lorry.bench._measure import llama, machine, ratio_table, ratios, threads
 from lorry.bench._registry import register
+from lorry.core.life.adapter import Adapter
+
+_WARM_UP = 2
 
 
 def run(
@@ -24,7 +28,8 @@ def run(
 ) -> dict[str, Any]:
     """Measure merge and unmerge; Lorry's merge keeps the original weights, so that unmerging restores every byte.
 
-    *addmm to new memory* is the least that keeping the originals costs: the same sum, written beside them.
+    *addmm to new memory* is the least that keeping the originals costs: the same sum, written beside them; with
+    *keep=False* they are given up, and there is no unmerging.
     """
     kind = getattr(torch, dtype)
     model = llama(layers, hidden, inner).to(kind)
@@ -32,9 +37,12 @@ def run(
     for parameter in adapter.parameters():
         parameter.data.normal_(0, 0.02)
     weights = [(e.site.stored, *e.tensors().values()) for e in adapter.entries.values()]
-    cases: dict[str, Any] = {"addmm": lambda: _floor(weights)}
-    merges: list[Any] = [(lambda: adapter.merge(safe=False), adapter.unmerge), (adapter.merge, adapter.unmerge)]
-    names = ["lorry", "lorry safe"]
+    merges: list[Any] = [(lambda: _floor(weights), None)]
+    merges += [(lambda: adapter.merge(safe=False), adapter.unmerge), (adapter.merge, adapter.unmerge)]
+    names = ["addmm", "lorry", "lorry safe"]
+    spare = _spare(llama(layers, hidden, inner).to(kind), rank, rounds + _WARM_UP)
+    merges.append((lambda: next(spare).merge(keep=False), None))
+    names.append("lorry keep=False")
     kept: list[torch.Tensor] = []
     merges.append((lambda: kept.extend(torch.addmm(w, b.to(kind), a.to(kind)) for w, a, b in weights), kept.clear))
     names.append("addmm to new memory")
@@ -47,9 +55,20 @@ def run(
         names += ["peft", "peft safe"]
     result: dict[str, Any] = {"machine": machine("cpu"), "dtype": dtype}
     with threads(1), torch.no_grad():
-        seconds = interleaved(cases, rounds) | _in_turn(dict(zip(names, merges, strict=True)), rounds)
+        seconds = _in_turn(dict(zip(names, merges, strict=True)), rounds)
     result["ratios"] = ratios(seconds, "addmm")
     return result
+
+
+def _spare(model: nn.Module, rank: int, count: int) -> Iterator[Adapter]:
+    """Return adapters of one model, each to be merged for good once."""
+    options = {"method": "lora", "rank": rank}
+    adapters = [lorry.attach(model, options, name=f"spare{n}", activate=False) for n in range(count)]
+    for adapter in adapters:
+        for parameter in adapter.parameters():
+            parameter.data.normal_(0, 1e-4)
+        adapter.train(False)
+    return iter(adapters)
 
 
 def _floor(weights: list[tuple[torch.Tensor, ...]]) -> None:
@@ -59,15 +78,16 @@ def _floor(weights: list[tuple[torch.Tensor, ...]]) -> None:
 
 
 def _in_turn(merges: dict[str, tuple[Any, Any]], rounds: int) -> dict[str, list[float]]:
-    """Merge and unmerge each in turn, so that all find the allocator in the same state, and drop two warm-up rounds."""
-    seconds: dict[str, list[float]] = {f"{name} {what}": [] for name in merges for what in ("merge", "unmerge")}
-    for _ in range(rounds + 2):
-        for name, both in merges.items():
-            for what, action in zip(("merge", "unmerge"), both, strict=True):
+    """Merge and unmerge each in turn, so that all find the allocator in the same state, and drop the warm-up rounds."""
+    seconds: dict[str, list[float]] = {}
+    for _ in range(rounds + _WARM_UP):
+        for name, (merge, unmerge) in merges.items():
+            steps = {name: merge} if unmerge is None else {f"{name} merge": merge, f"{name} unmerge": unmerge}
+            for what, action in steps.items():
                 start = time.process_time()
                 action()
-                seconds[f"{name} {what}"].append(time.process_time() - start)
-    return {name: taken[2:] for name, taken in seconds.items()}
+                seconds.setdefault(what, []).append(time.process_time() - start)
+    return {name: taken[_WARM_UP:] for name, taken in seconds.items()}
 
 
 def _peft(model: nn.Module, rank: int) -> Any:

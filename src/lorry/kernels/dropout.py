@@ -20,10 +20,14 @@ _POOL_SIZE = 1 << 20
 _POOL_SEED = 0x10AA
 
 
+#: Integers as wide as the elements of a floating type.
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 @lru_cache(maxsize=32)
-def _pool(p: float, device: torch.device) -> Tensor:
-    """Return the pool of keep flags (0 or 1, one byte each) for drop probability `p`."""
-    return _draw((_POOL_SIZE,), p, _POOL_SEED).to(device)
+def _pool(p: float, device: torch.device, kind: torch.dtype = torch.uint8, kept: int = 1) -> Tensor:
+    """Return the pool of keep flags for drop probability `p` as integers of `kind`: `kept`, and 0 where dropped."""
+    return (_draw((_POOL_SIZE,), p, _POOL_SEED).to(kind) * kept).to(device)
 
 
 def _draw(shape: tuple[int, ...], p: float, seed: int) -> Tensor:
@@ -37,12 +41,40 @@ def keep_mask(shape: torch.Size | tuple[int, ...], p: float, seed: int, device: 
     Offsets are drawn position by position, so a row's mask does not change when the batch is padded to a greater
     length.
     """
+    return _flags(shape, p, seed, device, torch.uint8, 1)
+
+
+def keep_bits(shape: torch.Size | tuple[int, ...], p: float, seed: int, like: Tensor) -> Tensor:
+    """Return the mask that `keep_mask` gives as integers of the width of `like`'s type: all bits set where an element
+    is kept, none where it is dropped.
+
+    Dropping is then one bitwise operation, several times faster than a product with bytes, in half precision above
+    all, where every product is computed in float32 and rounded.
+    """
+    kind = _INTEGERS[like.dtype.itemsize]
+    return _flags(shape, p, seed, like.device, kind, 255 if kind == torch.uint8 else -1)
+
+
+def drop_(x: Tensor, bits: Tensor) -> Tensor:
+    """Drop elements of x in place, for bits of `keep_bits`, without the factor that keeps the expectation."""
+    x.view(bits.dtype).bitwise_and_(bits)
+    return x
+
+
+def dropped_into(bits: Tensor, x: Tensor) -> Tensor:
+    """Return x with elements dropped, without the factor that keeps the expectation, in the memory of the bits."""
+    return bits.bitwise_and_(x.view(bits.dtype)).view(x.dtype)
+
+
+def _flags(
+    shape: torch.Size | tuple[int, ...], p: float, seed: int, device: torch.device, kind: torch.dtype, kept: int
+) -> Tensor:
     *outer, width = shape
     if width > _POOL_SIZE // 2:
-        return _draw(tuple(shape), p, seed).to(device)
+        return _draw(tuple(shape), p, seed).to(kind).mul_(kept).to(device)
     rows, positions = (outer[0], math.prod(outer[1:])) if outer else (1, 1)
-    offsets = _offsets(rows, positions, width, seed)
-    return _pool(p, device).unfold(0, width, 1).index_select(0, offsets.to(device)).view(tuple(shape))
+    offsets = _offsets(rows, positions, width, seed).to(device)
+    return _pool(p, device, kind, kept).unfold(0, width, 1).index_select(0, offsets).view(tuple(shape))
 
 
 def windows(
@@ -75,11 +107,21 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, seed: int, tile: int) -> Tensor:
         ctx.p, ctx.seed, ctx.tile = p, seed, tile
-        return masked(x, p, seed, tile)
+        return _dropped(x, p, seed, tile)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return masked(grads[0], ctx.p, ctx.seed, ctx.tile), None, None, None
+        # through the function again, so that a second derivative finds its way
+        return dropout(grads[0], ctx.p, ctx.seed, ctx.tile), None, None, None
+
+
+def _dropped(x: Tensor, p: float, seed: int, tile: int = 1) -> Tensor:
+    """Return what `masked` does, with no graph."""
+    each = x if tile == 1 else x.unflatten(0, (tile, -1))
+    bits = keep_bits(x.shape if tile == 1 else each.shape[1:], p, seed, x)
+    if tile > 1:
+        bits = bits.expand(each.shape).contiguous()
+    return dropped_into(bits, each).mul_(kept_scale(p)).view_as(x)
 
 
 def masked(x: Tensor, p: float, seed: int, tile: int = 1) -> Tensor:

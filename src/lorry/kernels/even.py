@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lorry.kernels.dropout import keep_mask, kept_scale
+from lorry.kernels.dropout import drop_, dropped_into, keep_bits, kept_scale
 from lorry.kernels.products import emulated
 from lorry.kernels.segments import Factors, Segment
 
@@ -50,36 +50,36 @@ class EvenRows:
         """Return ``(tokens, width)`` as ``(segments, tokens of each, width)``."""
         return tokens.view(len(self.segments), -1, tokens.shape[-1])
 
-    def _mask(self, device: torch.device) -> Tensor | None:
+    def _bits(self, like: Tensor) -> Tensor | None:
         """Return the keep flags of dropout for every segment, in one piece."""
         if not any(s.p for s in self.segments):
             return None
         part = (self.shape[0] // len(self.segments), *self.shape[1:])
-        masks = [keep_mask(part, s.p, s.seed, device).view(-1, part[-1]) for s in self.segments]
-        return torch.stack(masks)
+        return torch.stack([keep_bits(part, s.p, s.seed, like).view(-1, part[-1]) for s in self.segments])
 
     def _scaled(self, h: Tensor) -> Tensor:
         return h * (self.scale if isinstance(self.scale, float) else self.scale.to(h.dtype))
 
     def forward(self, out: Tensor, x: Tensor) -> Tensor:
         """Add every segment's update to ``out (tokens, out)`` in place; return the scaled rank units for `backward`."""
-        part, mask = self._each(x), self._mask(x.device)
-        h = self._scaled(torch.bmm(self.a.to(x.dtype), (part if mask is None else part * mask).mT))
+        part, bits = self._each(x), self._bits(x)
+        part = part if bits is None else dropped_into(bits, part)
+        h = self._scaled(torch.bmm(self.a.to(x.dtype), part.mT))
         self._each(out).baddbmm_(h.mT, self.b.mT.to(h.dtype))
         return h
 
     def backward(self, dx: Tensor | None, dy: Tensor, x: Tensor, h: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Add the update's share to ``dx`` in place, and return the gradients of all A and all B."""
-        rows, part, mask = self._each(dy), self._each(x), self._mask(x.device)
+        rows, part, bits = self._each(dy), self._each(x), self._bits(x)
         db = torch.bmm(h, rows).mT.contiguous()  # this way round runs along contiguous memory
         dh = self._scaled(torch.bmm(self.b.mT.to(dy.dtype), rows.mT))
         a = self.a.to(dy.dtype)
-        da = torch.bmm(dh, part if mask is None else part * mask)
-        if dx is not None and mask is None and dx.dtype == dh.dtype:
+        if dx is not None and bits is None and dx.dtype == dh.dtype:
             self._each(dx).baddbmm_(dh.mT, a)
         elif dx is not None:
             update = torch.bmm(dh.mT, a)
-            self._each(dx).add_(update if mask is None else update.mul_(mask))
+            self._each(dx).add_(update if bits is None else drop_(update, bits))
+        da = torch.bmm(dh, part if bits is None else dropped_into(bits, part))
         return list(da.to(self.a.dtype)), list(db.to(self.b.dtype))
 
 

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorry.kernels.dropout import keep_mask, kept_scale, masked
+from lorry.kernels.dropout import drop_, dropped_into, keep_bits, kept_scale, masked
 from lorry.kernels.products import add_product, product
 from lorry.kernels.segments import Factors, Rows, Segment, take
 from lorry.kernels.together import Together, together
+from lorry.kernels.whole import column_dots, is_whole, whole_linear
 
 
 def reference(
@@ -71,10 +72,12 @@ def low_rank_linear(
     plans
         Where the layout of the batch's tokens may be kept for the next layer, on devices with grouped kernels.
     """
-    make = together(x, segments, factors, {} if plans is None else plans)
     flat = [t for f in factors for t in (f.a, f.b, f.gain)]
-    tracked = (x, y, *flat)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tracked):
+    tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, y, *flat))
+    if tracked and weight is not None and is_whole(x, weight, segments):
+        return whole_linear(x, weight, bias, segments[0], factors[0])
+    make = together(x, segments, factors, {} if plans is None else plans)
+    if tracked:
         result: Tensor = _LowRankLinear.apply(x, weight, bias, y, tuple(segments), make, *flat)  # type: ignore[no-untyped-call]
         return result
     return _forward(x, weight, bias, y, segments, make, flat)[0]
@@ -103,7 +106,7 @@ def _forward(
         assert a is not None and b is not None
         part = take(x, segment.rows).to(out.dtype)
         if segment.p > 0:
-            part = part * keep_mask(part.shape, segment.p, segment.seed, part.device)
+            part = dropped_into(keep_bits(part.shape, segment.p, segment.seed, part), part)
         # rank units lie in rows: every small product then runs along contiguous memory
         h = a.to(out.dtype) @ part.reshape(-1, part.shape[-1]).t()
         kept.append(h)
@@ -186,7 +189,7 @@ def _through_gains(
         if gain is None:
             continue
         dy = take(grad, segment.rows).reshape(-1, grad.shape[-1])
-        results[index] = (dy * take(before, segment.rows).reshape(dy.shape)).sum(0).to(gain.dtype)
+        results[index] = column_dots(dy, take(before, segment.rows).reshape(dy.shape)).to(gain.dtype)
         factor = gain.to(grad.dtype)
         if segment.rows is None:
             scaled = grad * factor
@@ -231,26 +234,26 @@ def _segment_backward(
     scale = _flat_scale(segment, len(dy), dy)
     db = product(h * scale, dy).t().to(b.dtype) if needed[1] else None
     dh = product(b.to(dy.dtype).t(), dy.t()) * scale
-    part = take(x, segment.rows)
-    mask = keep_mask(part.shape, segment.p, segment.seed, x.device) if segment.p > 0 else None
+    part = take(x, segment.rows).to(dy.dtype)
+    bits = keep_bits(part.shape, segment.p, segment.seed, part) if segment.p > 0 else None
+    if dx is not None:
+        _add_input_gradient(dx, segment.rows, dh, a.to(dh.dtype), bits)
     da = None
     if needed[0]:
-        part = part.to(dy.dtype) if mask is None else part.to(dy.dtype) * mask
+        part = part if bits is None else dropped_into(bits, part)
         da = product(dh, part.reshape(-1, x.shape[-1])).to(a.dtype)
-    if dx is not None:
-        _add_input_gradient(dx, segment.rows, dh, a.to(dh.dtype), mask)
     return da, db
 
 
-def _add_input_gradient(dx: Tensor, rows: Rows, dh: Tensor, a: Tensor, mask: Tensor | None) -> None:
+def _add_input_gradient(dx: Tensor, rows: Rows, dh: Tensor, a: Tensor, bits: Tensor | None) -> None:
     whole = rows is None or isinstance(rows, slice)
     target = take(dx, rows) if whole else None
-    if target is not None and mask is None and dx.dtype == dh.dtype:
+    if target is not None and bits is None and dx.dtype == dh.dtype:
         add_product(target.view(-1, dx.shape[-1]), dh.t(), a, 1.0)
         return
     update = product(dh.t(), a).view(-1, *dx.shape[1:])
-    if mask is not None:
-        update.mul_(mask)
+    if bits is not None:
+        drop_(update, bits)
     if target is not None:
         target.add_(update)
     else:

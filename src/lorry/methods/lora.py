@@ -16,7 +16,7 @@ from lorry.core.options import option
 from lorry.core.sites.site import Site
 
 
-@register("lora", paper="arXiv 2106.09685")
+@register("lora", paper="arXiv 2106.09685", default=True)
 @dataclass(frozen=True)
 class LoRA(Bottleneck):
     """``ΔW = scale · B A`` with A ``(rank, in)`` random, B ``(out, rank)`` zero at the start (section 4.1)."""

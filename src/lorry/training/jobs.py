@@ -42,7 +42,7 @@ class Job:
 
     name: str = option(MISSING, "Name of the job and of its adapter.")
     data: Any = option(MISSING, "Training data: a file or folder, a mapping {path, format, split, limit}, or records.")
-    method: Any = option("lora", "Slug of the method, or a mapping {method: slug, **options}.")
+    method: Any = option(None, "Slug of the method, or a mapping {method: slug, **options}.")
     targets: Any = option("all-linear", "Which layers get adapters: a preset, a name, a pattern, or a list of these.")
     exclude: Any = option((), "Layers to leave out, in the same syntax.")
     layers: tuple[int, ...] | None = option(None, "Indices of the transformer blocks to adapt; all if not given.")
@@ -199,6 +199,7 @@ class Job:
     def to_dict(self) -> dict[str, Any]:
         """The job as plain data; records in memory are described, not written out."""
         plain = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        plain["method"] = plain["method"] or self.make_method().info.slug
         plain["data"], plain["eval_data"] = _described(self.data), _described(self.eval_data)
         return plain
 

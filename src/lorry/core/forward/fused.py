@@ -8,15 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from lorry.core.forward.active import Active, Term, Terms
+from lorry.core.forward.entry import Entry
 from lorry.core.forward.layer import Base, Layer, seed_of
+from lorry.core.forward.weights import BySite
 from lorry.core.method.families import Bottleneck, WeightDelta
 from lorry.kernels.gathered import Stacked, add_stacked, stack, worth_stacking
 from lorry.kernels.lowrank import low_rank_linear
+from lorry.kernels.ready import ReadyLinear
 from lorry.kernels.segments import Factors, Segment
 from lorry.kernels.sparse import changed_linear
 
 #: Under which a path keeps what it made for a site while a composition lasts.
-STACKED = "stacked"
+STACKED, READY = "stacked", "ready"
 
 
 def stacked(layer: Layer, base: Base, active: Active, x: Tensor, args: Any, kwargs: Any) -> Tensor | None:
@@ -25,6 +28,56 @@ def stacked(layer: Layer, base: Base, active: Active, x: Tensor, args: Any, kwar
     if found is None or torch.is_grad_enabled() or layer.owner.training or not found.serves(x):
         return None
     return _add_stacked(found, base, x, args, kwargs)
+
+
+def ready(layer: Layer, active: Active, x: Tensor, args: Any, kwargs: Any) -> Tensor | None:
+    """Return the output of a frozen layer with one frozen adapter on all rows, by what was made ready for it; or None
+    where that does not serve.
+    """
+    path = layer.sites[0].path
+    if torch.is_grad_enabled() or layer.owner.training or len(args) + len(kwargs) != 1:
+        return None
+    found: tuple[ReadyLinear, Entry] | None = active.kept.get((READY, path))
+    if found is None:
+        found = active.kept[READY, path] = _made_ready(layer, active, x)
+    if not found:
+        return None
+    made, entry = found
+    owner, tensors = layer.owner._parameters, entry.home.tensors()
+    if not made.serves(x) or torch.is_autocast_enabled(x.device.type) or "weight" in layer.owner.__dict__:
+        return None
+    if not made.fresh(owner["weight"], owner["bias"], *tensors.values()):  # type: ignore[arg-type]
+        del active.kept[READY, path]
+        return None
+    return made(x)
+
+
+def _made_ready(layer: Layer, active: Active, x: Tensor) -> Any:
+    """Return a layer made ready with its adapter, or nothing where another path is needed."""
+    site, owner = layer.sites[0], layer.owner
+    portions = [p for p in active.portions if site.path in p.adapter.entries and not p.adapter.in_base]
+    if len(portions) != 1 or active.layout is not None or active.by_kind or not site.kind.plain_product:
+        return ()
+    (portion,), weight = portions, portions[0].weight
+    while isinstance(weight, BySite):
+        weight = weight.of(site)
+    entry = portion.adapter.entries[site.path]
+    able, alone = entry.method.capabilities, isinstance(weight, float) and weight == 1.0 and active.exclusive
+    direct = "stored" in able and ("plain" in able or ("gained" in able and alone))
+    if not direct or not isinstance(weight, float) or not entry.frozen or entry.shared is not None:
+        return ()
+    if not layer.plain_linear or not _fusable(owner, x):
+        return ()
+    entry.move(x.device)
+    method, tensors = cast(Bottleneck, entry.method), entry.home.tensors()
+    a, b = method.factors(tensors, site)
+    gain = None if "plain" in able else method.gain(a, b, tensors, site)
+    if gain is None and set(tensors) != {"A", "B"}:
+        return ()
+    bias = cast(Tensor | None, owner.bias)
+    sources = [t for name, t in tensors.items() if name not in ("A", "B")]
+    made = ReadyLinear(cast(Tensor, owner.weight), bias, a, b, weight * method.scale(site), gain, sources)
+    return made, entry
 
 
 def fused(layer: Layer, base: Base, active: Active, terms: Terms, x: Tensor, args: Any, kwargs: Any) -> Tensor | None:

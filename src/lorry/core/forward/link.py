@@ -77,7 +77,9 @@ class Link(Layer):
                 x = x.expand(active.layout.entries, *x.shape[1:])  # positions, looked up once for all rows
                 args, kwargs = self.with_input(x, args, kwargs)
         if not tapped:
-            found = fused.stacked(self, base, active, x, args, kwargs)
+            found = fused.ready(self, active, x, args, kwargs)
+            if found is None:
+                found = fused.stacked(self, base, active, x, args, kwargs)
             if found is not None:
                 return found
         terms = active.terms(self.sites[0], x, now.context, now.passing)

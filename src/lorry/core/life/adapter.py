@@ -140,7 +140,7 @@ class Adapter:
                     home.replace(name, tensor.to(dtype))
         return self.train(was)
 
-    def merge(self, *, safe: bool = True) -> Receipt:
+    def merge(self, *, safe: bool = True, keep: bool = True) -> Receipt:
         """Add the update to the base weights; `unmerge` restores every byte.
 
         It then applies to everything the model computes, whatever is active; see `lorry.core.life.fuse`.
@@ -149,6 +149,9 @@ class Adapter:
         ----------
         safe
             Refuse updates that are not finite, and measure the rounding error for the receipt.
+        keep
+            Keep the original weights. Without them the sum is written where the weights lie: no memory is taken, and
+            there is no way back.
 
         Raises
         ------
@@ -157,11 +160,13 @@ class Adapter:
         """
         if self.in_base:
             raise AdapterError(f"Adapter '{self.name}' is merged already.")
-        self.state.hashes.hold(self.sites)
+        if keep:
+            self.state.hashes.hold(self.sites)
         try:
-            edit, receipt = merge_into_base(self.name, list(self.entries.values()), check=safe)
+            edit, receipt = merge_into_base(self.name, list(self.entries.values()), check=safe, keep=keep)
         except BaseException:
-            self.state.hashes.release(self.sites)
+            if keep:
+                self.state.hashes.release(self.sites)
             raise
         self.state.edits.made(edit)
         self.state.changed()
@@ -196,9 +201,9 @@ class Adapter:
         """
         if self.state.adapters.get(self.name) is not self:
             raise AdapterError(f"Adapter '{self.name}' is not attached any more.")
-        if self.in_base and keep:
-            self.state.edits.forget(self.name)
-            self.state.hashes.release(self.sites)
+        if self.in_base and (keep or not self.state.edits.kept(self.name)):
+            if self.state.edits.forget(self.name).undo is not None:
+                self.state.hashes.release(self.sites)
         elif self.in_base:
             self.unmerge()
         self.train(False)

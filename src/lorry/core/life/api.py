@@ -22,6 +22,7 @@ from lorry.core.life.build import build
 from lorry.core.life.state import ModelState, keep_state, kept_state, open_state, state_of
 from lorry.core.method.base import Method, MethodInfo
 from lorry.core.method.context import Context
+from lorry.core.method.declared import whole_module
 from lorry.core.method.layout import BatchLayout
 from lorry.core.method.registry import method_from
 from lorry.core.method.registry import methods as registered
@@ -37,7 +38,7 @@ SiteOptions = Mapping[str, Mapping[str, Any]]
 
 def attach(
     model: nn.Module,
-    method: Method | Mapping[str, Any] | str = "lora",
+    method: Method | Mapping[str, Any] | str | None = None,
     *,
     targets: Targets = "all-linear",
     name: str = "default",
@@ -56,7 +57,7 @@ def attach(
     model
         Any ``nn.Module``; it keeps its type, its paths and its state-dict keys.
     method
-        A method, or its slug, or ``{"method": slug, **options}``.
+        A method, or its slug, or ``{"method": slug, **options}``; LoRA if not given.
     targets, exclude, layers
         Which sites; see `lorry.core.sites.targets.select`.
     name
@@ -159,7 +160,7 @@ def whole_modules(state: ModelState, patterns: Sequence[str]) -> list[tuple[Site
     if isinstance(patterns, str):
         patterns = [patterns]
     for pattern in patterns:
-        full = method_from("full")
+        full = whole_module()
         modules = {p: m for p, m in state.root.named_modules() if p and matches(p, pattern)}
         if not modules:
             raise SiteError(f"train_also: '{pattern}' matches no module of {type(state.root).__name__}.")

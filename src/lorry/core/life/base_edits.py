@@ -39,7 +39,9 @@ class Exchanged:
     @property
     def untouched(self) -> bool:
         """Whether what was put there lies there as it was."""
-        return self.holder._parameters.get(self.name) is self.merged and self.merged._version == self.version
+        if self.holder._parameters.get(self.name) is not self.merged:
+            return False
+        return self.merged.is_inference() or self.merged._version == self.version
 
 
 @dataclass(frozen=True)
@@ -111,16 +113,22 @@ class BaseEdits:
                 )
         if edit.undo is None:
             raise AdapterError(
-                f"Adapter '{name}' was merged with keep=False: the base's own weights were given up, so it cannot be "
-                "taken out. Load the base anew."
+                f"Adapter '{name}' was merged with keep=False, so the original weights are gone; load the base "
+                "again to have them back."
             )
         edit.undo()
         self._edits.remove(edit)
         return edit
 
-    def forget(self, name: str) -> None:
+    def kept(self, name: str) -> bool:
+        """Whether an adapter can be taken out of the base again."""
+        return self._of(name).undo is not None
+
+    def forget(self, name: str) -> Edit:
         """Forget an edit without undoing it: what lies in the base is the base from now on."""
-        self._edits.remove(self._of(name))
+        edit = self._of(name)
+        self._edits.remove(edit)
+        return edit
 
     @contextmanager
     def bare(self) -> Iterator[None]:

@@ -76,7 +76,7 @@ class Plan:
 
 def plan(
     model: nn.Module,
-    method: Method | Mapping[str, Any] | str = "lora",
+    method: Method | Mapping[str, Any] | str | None = None,
     targets: Targets = "all-linear",
     *,
     exclude: Targets = (),

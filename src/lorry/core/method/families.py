@@ -16,6 +16,7 @@ from lorry.core.method.base import Capability, MergeClass, Method
 from lorry.core.method.call import Call
 from lorry.core.method.spec import Tensors
 from lorry.core.sites.site import Site
+from lorry.kernels.products import emulated
 
 
 class Bottleneck(Method):
@@ -273,11 +274,16 @@ def norms_of_sum(site: Site, a: Tensor | None, b: Tensor | None, scale: float) -
     squares = _squares(site, weight)
     if a is None or b is None:
         return squares.sqrt()
+    # what is trained is rounded to the weight's type in the layer's own products too, and a copy of the weight in
+    # float32 for each step would cost more than they do; a frozen adapter gets its norms in full
+    rounded = (a.requires_grad or b.requires_grad) and weight.dtype == torch.bfloat16 and not emulated(weight)
     a, b = a.detach(), b.detach()
+    kind, exact = weight.dtype if rounded else a.dtype, torch.promote_types(a.dtype, squares.dtype)
     # rank units in rows, so that the products run along contiguous memory
-    cross = (a @ weight.to(a.dtype).mT * b.mT).sum(-2)
-    square = ((a @ a.mT) @ b.mT * b.mT).sum(-2)
-    return (squares + 2 * scale * cross + scale**2 * square).clamp_min(0).sqrt()
+    cross = (a.to(kind) @ weight.to(kind).mT).to(exact)
+    a, bt = a.to(exact), b.to(exact).mT
+    terms = cross.mul_(2 * scale).add_(a @ a.mT @ bt, alpha=scale**2).mul_(bt)
+    return (terms.sum(-2) + squares).clamp_min_(0).sqrt_()
 
 
 def check_rank(site: Site, rank: int, name: str = "rank") -> None:

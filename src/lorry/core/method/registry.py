@@ -13,8 +13,7 @@ from lorry.core.sites.kinds import Kind
 
 M = TypeVar("M", bound=type[Method])
 METHODS: Registry[MethodInfo] = Registry("method", "`lorry methods` lists them.")
-#: What `method_from` builds where nobody says which method.
-DEFAULT = "lora"
+_DEFAULT: list[str] = []
 
 
 def register(
@@ -25,6 +24,7 @@ def register(
     identity_at_start: bool = True,
     merge: MergeClass | None = None,
     linear_in_scale: bool = True,
+    default: bool = False,
 ) -> Callable[[M], M]:
     """Register a method under a slug. This is the only thing a new method does besides its mathematics.
 
@@ -43,6 +43,8 @@ def register(
         Overrides the family's way of merging.
     linear_in_scale
         Whether weight k in the active set gives k times the update.
+    default
+        Whether it is the method that is meant where nobody names one.
     """
     names = () if callable(kinds) else tuple(kinds)
     takes = kinds if callable(kinds) else lambda kind: kind.name in names
@@ -52,6 +54,8 @@ def register(
         info = MethodInfo(slug, cls, paper, cls.family, takes, identity_at_start, merges, linear_in_scale)
         cls.info = info
         METHODS.add(slug, info)
+        if default:
+            _DEFAULT[:] = [slug]
         return cls
 
     return decorate
@@ -86,17 +90,18 @@ def methods() -> dict[str, MethodInfo]:
     return dict(METHODS)
 
 
-def method_from(values: Mapping[str, Any] | str) -> Method:
-    """Build a method from its slug, or from plain data with the key ``method`` and its options.
+def method_from(values: Mapping[str, Any] | str | None = None) -> Method:
+    """Build a method from its slug, or from plain data with the key ``method`` and its options; the default one for
+    None, or where the key is missing.
 
     Raises
     ------
     OptionError
         Unknown slug or option (with near misses), or a value out of range.
     """
-    values = {"method": values} if isinstance(values, str) else dict(values)
-    slug = values.pop("method", DEFAULT)
+    values = {"method": values} if isinstance(values, str) else dict(values or {})
     known = presets()
+    slug = values.pop("method", None) or _DEFAULT[0]
     if slug in known:
         values = {**known[slug].options, **values}
         slug = known[slug].of

@@ -23,6 +23,7 @@ from lorry.core.receipt import Receipt
 from lorry.formats.file import AdapterFile
 from lorry.formats.load import load
 from lorry.formats.reader import open_adapter as open
+from lorry.roots import Bundle, Roots
 
 if TYPE_CHECKING:
     from lorry.methods.dora import DoRA
@@ -34,6 +35,7 @@ __all__ = [
     "Adapter",
     "AdapterFile",
     "AdapterError",
+    "Bundle",
     "BySite",
     "ByStep",
     "ByTimestep",
@@ -46,6 +48,7 @@ __all__ = [
     "PiSSA",
     "Plan",
     "Receipt",
+    "Roots",
     "SiteError",
     "activate",
     "adapters",

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lorry.kernels.gathered import add_stacked, stack, worth_stacking
 from lorry.kernels.lowrank import reference
-from lorry.kernels.segments import Factors, Segment
+from lorry.kernels.segments import LowRankPair, Segment
 
 
 @settings(deadline=None, max_examples=60, derandomize=True)
@@ -33,12 +33,12 @@ def test_equals_the_definition(sizes, ranks, dtype, shuffled, weighted, inner, s
         part = order[start : start + size] if shuffled else slice(start, start + size)
         weights = draw(size) if weighted and number % 2 else None
         segments.append(Segment(part, 0.5 + number, weights=weights))
-        factors.append(Factors(draw(rank, 9), draw(11, rank)))
+        factors.append(LowRankPair(draw(rank, 9), draw(11, rank)))
         start += size
     x, weight = draw(rows, *inner, 9), draw(11, 9)
     assert worth_stacking(x, segments, factors)
     wanted = reference(x, weight, None, None, segments, factors)
-    own = [Factors(f.a.to(dtype), f.b.to(dtype)) for f in factors]
+    own = [LowRankPair(f.a.to(dtype), f.b.to(dtype)) for f in factors]
     stacked = stack(x, segments, own, dtype)
     assert stacked.serves(x)
     out = add_stacked(F.linear(x, weight).to(dtype), x.to(dtype), stacked)

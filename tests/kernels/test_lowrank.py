@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lorry.kernels.even import shares_evenly
 from lorry.kernels.lowrank import low_rank_linear, reference
-from lorry.kernels.segments import Factors, Segment
+from lorry.kernels.segments import LowRankPair, Segment
 
 ROWS = 6
 LAYOUTS = {
@@ -55,7 +55,7 @@ def make(layout, *, dtype=torch.float64, inner=(3,), width=6, out=4, p=0.0, bias
         segments.append(Segment(rows, 1.5 if own else scale, p, 17 + number, scale if own else None))
         kind = factor_dtype or dtype
         factors.append(
-            Factors(
+            LowRankPair(
                 draw(rank, width, kind=kind),
                 draw(out, rank, kind=kind),
                 draw(out, kind=kind) if gain else None,
@@ -73,7 +73,7 @@ def leaves_of(factors):
 def with_leaves(factors, leaves):
     """The same factors made of other tensors."""
     left = iter(leaves)
-    return [Factors(next(left), next(left), None if f.gain is None else next(left)) for f in factors]
+    return [LowRankPair(next(left), next(left), None if f.gain is None else next(left)) for f in factors]
 
 
 def both(x, weight, bias, y, segments, factors):

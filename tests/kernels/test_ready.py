@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lorry.kernels.lowrank import reference
 from lorry.kernels.ready import ReadyLinear
-from lorry.kernels.segments import Factors, Segment
+from lorry.kernels.segments import LowRankPair, Segment
 
 
 def draw(generator, *shape):
@@ -17,7 +17,7 @@ def draw(generator, *shape):
 def definition(x, weight, bias, a, b, scale, gain):
     """The layer in float64."""
     x, weight, bias, a, b, gain = (None if t is None else t.double() for t in (x, weight, bias, a, b, gain))
-    rows = reference(x.reshape(-1, x.shape[-1]), weight, bias, None, [Segment(None, scale)], [Factors(a, b, gain)])
+    rows = reference(x.reshape(-1, x.shape[-1]), weight, bias, None, [Segment(None, scale)], [LowRankPair(a, b, gain)])
     return rows.view(*x.shape[:-1], len(weight))
 
 

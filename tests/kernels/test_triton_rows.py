@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 PROGRAM = """
 import json, torch
 from lorry.kernels.lowrank import low_rank_linear, reference
-from lorry.kernels.segments import Factors, Segment
+from lorry.kernels.segments import LowRankPair, Segment
 
 results = {}
 for seed, (rows, tokens, inner, outer) in enumerate([(6, 7, 70, 90), (5, 1, 33, 17), (7, 20, 64, 128), (4, 3, 9, 8)]):
@@ -36,7 +36,7 @@ for seed, (rows, tokens, inner, outer) in enumerate([(6, 7, 70, 90), (5, 1, 33, 
                 As, Bs = ([t.clone().requires_grad_() for t in group] for group in (a, b))
                 y = torch.nn.functional.linear(xs, w, bias) if base else None
                 args = (None, None, y) if base else (w, bias, None)
-                out = form(xs, *args, segments, [Factors(q, r) for q, r in zip(As, Bs)])
+                out = form(xs, *args, segments, [LowRankPair(q, r) for q, r in zip(As, Bs)])
                 out.backward(grad)
                 both.append([out, xs.grad, *(t.grad for t in As + Bs)])
             error = max(float((q - r).norm() / r.norm()) for r, q in zip(*both))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorry.kernels.lowrank import low_rank_linear, reference
-from lorry.kernels.segments import Factors, Segment
+from lorry.kernels.segments import LowRankPair, Segment
 from lorry.kernels.whole import column_dots, is_whole
 
 #: Relative error of a product of a few dozen terms in each type, with room for its inputs' rounding.
@@ -29,7 +29,7 @@ def run(function, dtype, x, weight, bias, segment, leaves, probe):
     kept = torch.promote_types(dtype, torch.float32)
     own = [x.to(dtype).requires_grad_(), *(t.to(kept).requires_grad_() for t in leaves)]
     a, b, *gain = own[1:]
-    factors = Factors(a, b, gain[0] if gain else None)
+    factors = LowRankPair(a, b, gain[0] if gain else None)
     bias = None if bias is None else bias.to(dtype)
     out = function(own[0], weight.to(dtype), bias, None, [segment], [factors])
     return out, torch.autograd.grad(out, own, probe.to(dtype))
@@ -81,7 +81,7 @@ def test_only_what_needs_a_gradient_gets_one(trained, p):
     def gradients(function, wanted):
         own = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
         x, a, b, gain = own
-        function(x, weight, None, None, [Segment(None, 2.0, p, 3)], [Factors(a, b, gain)]).square().sum().backward()
+        function(x, weight, None, None, [Segment(None, 2.0, p, 3)], [LowRankPair(a, b, gain)]).square().sum().backward()
         return [t.grad for t in own]
 
     alone, together = gradients(low_rank_linear, {trained}), gradients(reference, {0, 1, 2, 3})
@@ -94,7 +94,7 @@ def test_gradients_of_the_factors_lie_like_the_factors():
     x, weight = torch.randn(6, 5), torch.randn(4, 5)
     for dtype in (torch.float32, torch.bfloat16):
         a, b = (torch.randn(shape).requires_grad_() for shape in ((2, 5), (4, 2)))
-        out = low_rank_linear(x.to(dtype), weight.to(dtype), None, None, [Segment(None, 1.0)], [Factors(a, b)])
+        out = low_rank_linear(x.to(dtype), weight.to(dtype), None, None, [Segment(None, 1.0)], [LowRankPair(a, b)])
         grads = torch.autograd.grad(out.sum(), (a, b))
         assert all(g.is_contiguous() and g.dtype == torch.float32 for g in grads)
 
@@ -102,7 +102,7 @@ def test_gradients_of_the_factors_lie_like_the_factors():
 def test_without_an_update_the_output_is_that_of_the_layer_bit_for_bit():
     x, weight, bias = torch.randn(3, 7, 32), torch.randn(48, 32), torch.randn(48)
     a, b = torch.randn(4, 32, requires_grad=True), torch.zeros(48, 4, requires_grad=True)
-    out = low_rank_linear(x, weight, bias, None, [Segment(None, 2.0, 0.1, 5)], [Factors(a, b)])
+    out = low_rank_linear(x, weight, bias, None, [Segment(None, 2.0, 0.1, 5)], [LowRankPair(a, b)])
     assert torch.equal(out, F.linear(x, weight, bias))
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from lorry.kernels.dropout import drop_, dropped_into, keep_bits, kept_scale
 from lorry.kernels.products import emulated
-from lorry.kernels.segments import Factors, Segment
+from lorry.kernels.segments import LowRankPair, Segment
 
 
-def shares_evenly(x: Tensor, segments: Sequence[Segment], factors: Sequence[Factors]) -> bool:
+def shares_evenly(x: Tensor, segments: Sequence[Segment], factors: Sequence[LowRankPair]) -> bool:
     """Whether the segments are equal slices that fill the batch in order, with factors of one shape and type and no
     gain.
     """

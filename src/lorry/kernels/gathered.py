@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from lorry.kernels.segments import Factors, Segment
+    from lorry.kernels.segments import LowRankPair, Segment
 
 #: Tokens of an adapter up to which a batched product costs less than a call for each adapter.
 _FEW_TOKENS = 8
@@ -26,7 +26,7 @@ _MANY = 4
 
 @dataclass(frozen=True)
 class Stacked:
-    """Factors of a batch, ready for batched products.
+    """LowRankPair of a batch, ready for batched products.
 
     Attributes
     ----------
@@ -48,7 +48,7 @@ class Stacked:
         return len(x) == self.rows and _few(x, self.adapters)
 
 
-def worth_stacking(x: Tensor, segments: Sequence[Segment], factors: Sequence[Factors]) -> bool:
+def worth_stacking(x: Tensor, segments: Sequence[Segment], factors: Sequence[LowRankPair]) -> bool:
     """Whether the segments are many and short, without dropout and gains."""
     if len(segments) < _MANY or x.ndim < 2 or not _few(x, len(segments)):
         return False
@@ -76,7 +76,7 @@ def add_stacked(out: Tensor, x: Tensor, stacked: Stacked) -> Tensor:
     return out
 
 
-def stack(x: Tensor, segments: Sequence[Segment], factors: Sequence[Factors], dtype: torch.dtype) -> Stacked:
+def stack(x: Tensor, segments: Sequence[Segment], factors: Sequence[LowRankPair], dtype: torch.dtype) -> Stacked:
     """Stack the factors of segments of one rank and one number of rows; rows with weights of their own count singly.
 
     On the CPU they are kept in float32 where `dtype` is narrower: batched products of a token each are several times
@@ -85,7 +85,7 @@ def stack(x: Tensor, segments: Sequence[Segment], factors: Sequence[Factors], dt
     if x.device.type == "cpu" and dtype.itemsize < 4:
         dtype = torch.float32
     every = torch.arange(len(x), device=x.device)
-    grouped: dict[tuple[int, int], list[tuple[Tensor, Factors, float]]] = {}
+    grouped: dict[tuple[int, int], list[tuple[Tensor, LowRankPair, float]]] = {}
     for segment, f in zip(segments, factors, strict=True):
         rows = every if segment.rows is None else every[segment.rows]
         factor = segment.factor(torch.float64)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorry.kernels.dropout import kept_scale, windows
-from lorry.kernels.segments import Factors, Segment
+from lorry.kernels.segments import LowRankPair, Segment
 
 if TYPE_CHECKING:
     from lorry.kernels.triton_rows import GroupedRows, RowPlan
@@ -23,7 +23,7 @@ def _triton() -> bool:
     return find_spec("triton") is not None
 
 
-def groupable(x: Tensor, segments: Sequence[Segment], factors: Sequence[Factors]) -> bool:
+def groupable(x: Tensor, segments: Sequence[Segment], factors: Sequence[LowRankPair]) -> bool:
     """Whether the grouped kernels carry these segments: on a GPU (or in Triton's interpreter), no gains, one type, one
     dropout.
     """

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from lorry.kernels.dropout import drop_, dropped_into, keep_bits, kept_scale, masked
 from lorry.kernels.products import add_product, product
-from lorry.kernels.segments import Factors, Rows, Segment, take
+from lorry.kernels.segments import LowRankPair, Rows, Segment, take
 from lorry.kernels.together import Together, together
 from lorry.kernels.whole import column_dots, is_whole, whole_linear
 
@@ -28,7 +28,7 @@ def reference(
     bias: Tensor | None,
     y: Tensor | None,
     segments: Sequence[Segment],
-    factors: Sequence[Factors],
+    factors: Sequence[LowRankPair],
 ) -> Tensor:
     """Return the same as `low_rank_linear` by plain, differentiable operations; this is the definition."""
     out = y.clone() if y is not None else F.linear(x, weight)  # type: ignore[arg-type]
@@ -51,7 +51,7 @@ def low_rank_linear(
     bias: Tensor | None,
     y: Tensor | None,
     segments: Sequence[Segment],
-    factors: Sequence[Factors],
+    factors: Sequence[LowRankPair],
     plans: dict[Any, Any] | None = None,
 ) -> Tensor:
     """Return the layer's output with the updates of all segments.

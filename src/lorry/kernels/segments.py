@@ -41,7 +41,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Factors:
+class LowRankPair:
     """What a segment multiplies with: A ``(rank, in)``, B ``(out, rank)``, and a gain ``(out,)`` of base and update
     together.
     """

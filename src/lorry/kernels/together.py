@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorry.kernels.even import EvenRows, shares_evenly
 from lorry.kernels.grouped import batch_plan, groupable, grouped_rows
-from lorry.kernels.segments import Factors, Segment
+from lorry.kernels.segments import LowRankPair, Segment
 
 
 class BatchProducts(Protocol):
@@ -28,7 +28,7 @@ Together = Callable[[Tensor, Sequence[Segment], Sequence[Tensor | None]], BatchP
 
 
 def together(
-    x: Tensor, segments: Sequence[Segment], factors: Sequence[Factors], plans: dict[Any, Any]
+    x: Tensor, segments: Sequence[Segment], factors: Sequence[LowRankPair], plans: dict[Any, Any]
 ) -> Together | None:
     """Return how to multiply all segments at once, or None where each goes alone; `plans` keeps what layers share."""
     if len(segments) < 2:

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from lorry.kernels.dropout import drop_, dropped_into, keep_bits, kept_scale
 from lorry.kernels.products import add_product, product
-from lorry.kernels.segments import Factors, Segment
+from lorry.kernels.segments import LowRankPair, Segment
 
 
 def is_whole(x: Tensor, weight: Tensor | None, segments: Sequence[Segment]) -> bool:
@@ -31,7 +31,7 @@ def is_whole(x: Tensor, weight: Tensor | None, segments: Sequence[Segment]) -> b
     return segments[0].rows is None and segments[0].weights is None
 
 
-def whole_linear(x: Tensor, weight: Tensor, bias: Tensor | None, segment: Segment, factors: Factors) -> Tensor:
+def whole_linear(x: Tensor, weight: Tensor, bias: Tensor | None, segment: Segment, factors: LowRankPair) -> Tensor:
     """Return ``g ⊙ (x Wᵀ + scale · drop(x) Aᵀ Bᵀ) + b`` with its gradients; see `lorry.kernels.lowrank.reference`."""
     result: Tensor = _WholeLinear.apply(x, weight, bias, segment, factors.a, factors.b, factors.gain)  # type: ignore[no-untyped-call]
     return result

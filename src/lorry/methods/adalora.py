@@ -103,7 +103,7 @@ class AdaLoRA(Bottleneck):
         left = min(max((total - self.final - step) / max(total - self.final - self.warmup, 1), 0.0), 1.0)
         return int((most - least) * left**3 + least)
 
-    def balance(self, places: Places, step: int, total: int) -> None:
+    def adjust(self, places: Places, step: int, total: int) -> None:
         """Follow the importance of every triplet and keep as many as the budget allows."""
         last = max(total - self.final, 1)
         if step < last:

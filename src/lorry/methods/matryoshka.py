@@ -91,7 +91,7 @@ class Matryoshka(Nested):
         ranks = self.trained_ranks
         return ranks[int(torch.randint(len(ranks), (), generator=generator))]
 
-    def balance(self, places: Places, step: int, total: int) -> None:
+    def adjust(self, places: Places, step: int, total: int) -> None:
         """Draw DyLoRA's rank of the next step."""
         if self.mode == "dylora" and places:
             places[0][1]["drawn"].fill_(self._draw(step))

@@ -15,7 +15,7 @@ from lorry.core.method.families import Bottleneck, WeightDelta
 from lorry.kernels.gathered import Stacked, add_stacked, stack, worth_stacking
 from lorry.kernels.lowrank import low_rank_linear
 from lorry.kernels.ready import ReadyLinear
-from lorry.kernels.segments import Factors, Segment
+from lorry.kernels.segments import LowRankPair, Segment
 from lorry.kernels.sparse import changed_linear
 
 #: Under which a path keeps what it made for a site while a composition lasts.
@@ -115,7 +115,7 @@ def _low_rank(
         gain = None if "plain" in able else method.gain(a, b, tensors, site)
         scale = cast(float, term.weight) * method.scale(site)
         segments.append(Segment(term.rows, scale, p, seed_of(term) if p else 0, term.weights))
-        factors.append(Factors(a, b, gain))
+        factors.append(LowRankPair(a, b, gain))
         frozen = frozen and term.entry.frozen
     # one composition for all rows is asked for with every length; only rows of their own last as they are
     lasting = frozen and active.layout is not None and not terms.tokens and not active.varying

@@ -188,8 +188,8 @@ def finish_step(
             if type(entry.method).after_step is not Method.after_step:
                 entry.method.after_step(entry.tensors(), entry.site, (records or {}).get(path, {}))
         for method, entries in adapter.groups().items():
-            if type(method).balance is not Method.balance:
-                method.balance([(e.site, e.tensors()) for e in entries.values()], step, total)
+            if type(method).adjust is not Method.adjust:
+                method.adjust([(e.site, e.tensors()) for e in entries.values()], step, total)
 
 
 @contextmanager

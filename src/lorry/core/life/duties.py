@@ -113,7 +113,7 @@ def missing(adapter: Trained) -> list[str]:
 
 def _has_rules(method: Method) -> bool:
     kind = type(method)
-    return kind.after_step is not Method.after_step or kind.balance is not Method.balance
+    return kind.after_step is not Method.after_step or kind.adjust is not Method.adjust
 
 
 def _left_losses(adapter: Trained) -> bool:

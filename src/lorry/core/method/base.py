@@ -182,7 +182,7 @@ class Method(ABC):
         """Update state outside the gradient once after an optimizer step, from what `Call.record` kept."""
         return
 
-    def balance(self, places: Places, step: int, total: int) -> None:
+    def adjust(self, places: Places, step: int, total: int) -> None:
         """Update state that spans sites (a rank budget, a drawn rank) once after an optimizer step.
 
         It is called for all sites of an adapter together, after step number `step` (from 1) of `total`, while the

@@ -18,7 +18,7 @@ from lorry.core.method.spec import Tensors, TensorSpec, kaiming, ones
 from lorry.core.sites.site import Site
 from lorry.kernels.dropout import keep_mask
 from lorry.kernels.lowrank import low_rank_linear
-from lorry.kernels.segments import Factors, Segment
+from lorry.kernels.segments import LowRankPair, Segment
 from lorry.methods.parts.feedforward import FeedForward
 
 
@@ -86,7 +86,7 @@ class ExpertUpdates:
         ends = list(accumulate(pairs.sizes))
         rows = [slice(end - size, end) for end, size in zip(ends, pairs.sizes, strict=True)]
         segments = [Segment(part, self.scale) for part in rows[: len(a)]]
-        factors = [Factors(*both) for both in zip(a.unbind(), b.unbind(), strict=True)]
+        factors = [LowRankPair(*both) for both in zip(a.unbind(), b.unbind(), strict=True)]
         return low_rank_linear(inputs, None, None, outputs, segments, factors, self.plans)
 
     def gained(self, name: str, site: Site, pairs: Pairs, outputs: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ Prints a line for each violation and exits 1.
 from __future__ import annotations
 
 import ast
+import builtins
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,8 +24,10 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("src", "tests", "tools")
 LINE = 120
 FEW_WORDS = 3
-#: Python's own wording of these has no full stop, or a program reads it.
-NOT_SENTENCES = frozenset({"AssertionError", "AttributeError", "StopIteration"})
+#: Python's own errors: their wording has no full stop, and they are caught and put into sentences.
+NOT_SENTENCES = frozenset(dir(builtins))
+#: Functions whose text ends a sentence by itself.
+ENDING = frozenset({"suggest", "near_misses"})
 
 _SECTION = re.compile(
     r"^[ \t]*(Args|Arguments|Attributes|Examples?|Fields|Keyword Args|Keyword Arguments|Notes?|Parameters|Raises|"
@@ -172,15 +175,22 @@ def unfinished_messages(tree: ast.Module) -> Iterator[tuple[int, str]]:
             continue
         if not _ends(parts):
             yield node.lineno, f"the message of {called} ends in the middle of a sentence: end it with a full stop"
-        if parts[0] is not None and re.match(r"[a-z]+[ ,]", parts[0]):
+        if parts[0] is not None and re.match(r"[a-z]+[ ,](?!must )", parts[0]):
             yield node.lineno, f"the message of {called} does not begin like a sentence: begin with a capital letter"
 
 
 def _message(node: ast.expr) -> list[str | None]:
     """Return the parts of a literal text, None for each placeholder; nothing if it is no literal text."""
     if isinstance(node, ast.JoinedStr):
-        return [str(v.value) if isinstance(v, ast.Constant) else None for v in node.values]
+        return [str(v.value) if isinstance(v, ast.Constant) else _placed(v) for v in node.values]
     return [node.value] if isinstance(node, ast.Constant) and isinstance(node.value, str) else []
+
+
+def _placed(node: ast.expr) -> str | None:
+    """Return a full stop for a placeholder that ends a sentence, None for any other."""
+    call = node.value if isinstance(node, ast.FormattedValue) else None
+    name = getattr(call.func, "id", "") if isinstance(call, ast.Call) else ""
+    return "." if name in ENDING else None
 
 
 def _ends(parts: Sequence[str | None]) -> bool:

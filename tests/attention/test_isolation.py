@@ -24,7 +24,7 @@ def test_exceptions_interrupts_and_any_order_leave_nothing():
 
         return read
 
-    for error in (RuntimeError("reader"), KeyboardInterrupt()):
+    for error in (RuntimeError("reader."), KeyboardInterrupt()):
         with pytest.raises(type(error)), watch(model, fail(error)):
             call(model)
         same(before, state(model))

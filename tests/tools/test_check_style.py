@@ -116,7 +116,7 @@ def test_what_counts_is_whether_a_line_holds_it(tmp_path: Path, more: int, count
 )
 def test_messages_are_sentences(tmp_path: Path, message: str, count: int) -> None:
     assert len(problems(tmp_path, f"raise lorry.OptionError({message})")) == count
-    assert len(problems(tmp_path, f"def f():\n    return ValueError({message})")) == count
+    assert len(problems(tmp_path, f"def f():\n    return OptionError({message})")) == count
     assert problems(tmp_path, f"raise AttributeError({message})") == []
 
 
@@ -125,9 +125,9 @@ def test_files_folders_and_exit_status(tmp_path: Path, capsys: pytest.CaptureFix
     (tmp_path / "inner" / "good.py").write_text("x = 1\n")
     assert check_style.main([str(tmp_path)]) == 0
     bad = tmp_path / "inner" / "bad.py"
-    bad.write_text("raise ValueError('no')\n")
+    bad.write_text("raise OptionError('no')\n")
     assert check_style.main([str(tmp_path)]) == 1
-    assert f"{bad}:1: the message of ValueError" in capsys.readouterr().out
+    assert f"{bad}:1: the message of OptionError" in capsys.readouterr().out
     assert check_style.main([str(tmp_path / "inner" / "good.py")]) == 0
     bad.write_text("x = (")
     assert check_style.main([str(bad)]) == 1

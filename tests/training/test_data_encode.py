@@ -93,9 +93,9 @@ def test_completion_truncation_policies():
     assert masked.report.dropped == {"with no label left after truncation": 1}
     assert "1 with no label left after truncation" in str(masked.report)
     assert json.loads(json.dumps(masked.report.as_dict()))["kept"] == 1
-    with pytest.raises(DataError, match=r"none of the 1 records .*raise max_length \(now 3\)"):
+    with pytest.raises(DataError, match=r"(?i)none of the 1 records .*raise max_length \(now 3\)"):
         encode_completion(TOKENIZER, pairs[:1], max_length=3)
-    with pytest.raises(DataError, match="at least 2"):
+    with pytest.raises(DataError, match="(?i)at least 2"):
         encode_completion(TOKENIZER, pairs, max_length=1)
 
 
@@ -113,16 +113,16 @@ def test_completion_columns_and_templates():
     assert first(templated, record) == "<s>Q: i (x){{}}\nA:x</s>"
     assert Completion().prompt(record) == "i\n\nx\n"
     with pytest.raises(
-        DataError, match=r"no column for the completion: looked for completion.*found columns \['prompt'"
+        DataError, match=r"(?i)no column for the completion: looked for completion.*found columns \['prompt'"
     ):
         first(Completion(), {"prompt": "p", "reply": "c"})
-    with pytest.raises(DataError, match="no column 'repl' for the completion.*did you mean 'reply'"):
+    with pytest.raises(DataError, match="(?i)no column 'repl' for the completion.*did you mean 'reply'"):
         first(Completion(completion_column="repl"), {"prompt": "p", "reply": "c"})
-    with pytest.raises(DataError, match="names no column"):
+    with pytest.raises(DataError, match="(?i)names no column"):
         first(Completion(template="Q:"), record)
-    with pytest.raises(DataError, match="record 1: column 'completion' holds a NoneType, expected text"):
+    with pytest.raises(DataError, match="(?i)record 1: column 'completion' holds a NoneType, expected text"):
         Completion().encode(TOKENIZER, [{"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": None}])
-    with pytest.raises(DataError, match="record 1 has no column 'completion'"):
+    with pytest.raises(DataError, match="(?i)record 1 has no column 'completion'"):
         Completion().encode(TOKENIZER, [{"prompt": "p", "completion": "c"}, {"prompt": "p"}])
 
 
@@ -175,12 +175,12 @@ def test_chat_forms_of_messages():
         (["a"], "message 0 is a str"),
         ([{"role": "user"}], r"keys \['role'\]"),
     ]:
-        with pytest.raises(DataError, match=f"record 0.*{message}"):
+        with pytest.raises(DataError, match=f"(?i)record 0.*{message}"):
             Chat().encode(tokenizer, [{"messages": bad}])
 
 
 def test_chat_without_a_template_says_what_to_do():
-    with pytest.raises(DataError, match=r"no chat template; give one with template=.*'completion'"):
+    with pytest.raises(DataError, match=r"(?i)no chat template; give one with template=.*'completion'"):
         Chat().encode(TOKENIZER, [{"messages": CONVERSATION}])
     row = Chat(template=CHATML).encode(TOKENIZER, [{"messages": CONVERSATION}]).rows[0]
     assert labelled_text(TOKENIZER, row) == "yes<end>\nno, the lorry<end>\n"
@@ -194,7 +194,7 @@ def test_chat_template_that_rewrites_earlier_turns():
         "{{ m['content'] }}<end>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
     )
     tokenizer = byte_tokenizer(template=rewriting)
-    with pytest.raises(DataError, match="record 0: .*message 2 cannot be told apart; train with turns='last'"):
+    with pytest.raises(DataError, match="(?i)record 0: .*message 2 cannot be told apart; train with turns='last'"):
         Chat().encode(tokenizer, [{"messages": CONVERSATION}])
     row = Chat(turns="last").encode(tokenizer, [{"messages": CONVERSATION}]).rows[0]
     assert labelled_text(tokenizer, row) == "(thought)no, the lorry<end>\n"
@@ -202,7 +202,7 @@ def test_chat_template_that_rewrites_earlier_turns():
 
 def test_chat_template_that_refuses():
     tokenizer = byte_tokenizer(template="{{ raise_exception('no system turns') }}")
-    with pytest.raises(DataError, match="record 0: the chat template refuses the conversation: no system turns"):
+    with pytest.raises(DataError, match="(?i)record 0: the chat template refuses the conversation: no system turns"):
         Chat().encode(tokenizer, [{"messages": CONVERSATION}])
 
 
@@ -222,7 +222,7 @@ def test_classification_texts_pairs_and_labels():
     dropped = Classification(max_length=8, truncation="drop").encode(PAIRS, records)
     assert dropped.report.dropped == {"longer than max_length": 1, "without text": 1}
     assert [r.label for r in objective.encode(PAIRS, records, labels=["yes", "no"]).rows] == [1, 0]
-    with pytest.raises(DataError, match="record 0: unknown label 'no'; did you mean 'nope'"):
+    with pytest.raises(DataError, match="(?i)record 0: unknown label 'no'; did you mean 'nope'"):
         objective.encode(PAIRS, records, labels=["nope", "yes"])
 
 
@@ -246,9 +246,9 @@ def test_label_names_are_stable(values, names):
 
 def test_bad_labels():
     for value, message in [(None, "None"), (0.5, "0.5"), ("", "''")]:
-        with pytest.raises(DataError, match=f"record 1: column 'label' holds {message}, expected a class"):
+        with pytest.raises(DataError, match=f"(?i)record 1: column 'label' holds {message}, expected a class"):
             Classification().label_names([{"text": "a", "label": 1}, {"text": "a", "label": value}])
-    with pytest.raises(DataError, match="one class 'a'"):
+    with pytest.raises(DataError, match="(?i)one class 'a'"):
         Classification().label_names([{"text": "a", "label": "a"}])
 
 

@@ -59,7 +59,7 @@ def test_bad_options_are_refused_with_what_to_do(options, words):
 
 
 def test_an_unknown_objective_has_near_misses():
-    with pytest.raises(DataError, match="completion"):
+    with pytest.raises(DataError, match="(?i)completion"):
         Job("job", "x.jsonl", objective="completions")
 
 

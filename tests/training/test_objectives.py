@@ -171,9 +171,9 @@ def test_registry_and_options():
         objective = make_objective(name, {"max_length": 99})
         assert isinstance(objective, Task) and objective.name == name and objective.max_length == 99
         assert hash(objective) == hash(make_objective(name, {"max_length": 99}))
-    with pytest.raises(DataError, match="unknown objective 'completions'; did you mean 'completion'"):
+    with pytest.raises(DataError, match="(?i)unknown objective 'completions'; did you mean 'completion'"):
         make_objective("completions")
-    with pytest.raises(DataError, match="'causal' has no option 'packin'; did you mean 'packing'"):
+    with pytest.raises(DataError, match="(?i)'causal' has no option 'packin'; did you mean 'packing'"):
         make_objective("causal", {"packin": True})
 
 

@@ -52,7 +52,7 @@ def heat_map(
             raise AttentionError(f"{what} has {len(names)} names, but the probabilities have {size} {what}.")
     chosen = list(range(len(maps))) if heads is None else list(heads)
     if not chosen or not all(0 <= head < len(maps) for head in chosen):
-        raise AttentionError(f"heads must be some of 0 to {len(maps) - 1}, found {chosen}.")
+        raise AttentionError(f"Heads must be some of 0 to {len(maps) - 1}, found {chosen}.")
     figure = _drawn(maps[chosen], chosen, queries, keys)
     if title:
         figure.suptitle(title, fontsize=10)

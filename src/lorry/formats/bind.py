@@ -137,9 +137,8 @@ def _check_convolution(file: AdapterFile, site: Site) -> None:
     module = site.owner
     if module.groups != 1:
         raise CheckpointError(
-            f"'{file.where}': '{site.path}' is a convolution in {module.groups} groups. The factors that "
-            "other tools train there see all channels, which no update of its weight does; Lorry cannot "
-            "carry them."
+            f"'{file.where}': '{site.path}' is a convolution in {module.groups} groups. The factors that other tools "
+            "train there see all channels, which no update of its weight does; Lorry cannot carry them."
         )
 
 
@@ -185,9 +184,8 @@ def _base_copies(file: AdapterFile, resolver: Resolver, bound: Bound) -> None:
         own = site.owner._parameters.get(name) if site is not None else None
         if site is None or own is None or not _is_embedding(site.owner, resolver.state.root):
             raise CheckpointError(
-                f"'{file.where}' holds the tensor '{key}', which is neither a factor nor one of "
-                f"modules_to_save nor an embedding of {type(resolver.state.root).__name__}; nothing was "
-                "loaded."
+                f"'{file.where}' holds the tensor '{key}', which is neither a factor nor one of modules_to_save nor an "
+                f"embedding of {type(resolver.state.root).__name__}; nothing was loaded."
             )
         value = file.read(key)
         if value.shape != own.shape:

@@ -190,9 +190,8 @@ class _Values:
             )
         if value.shape != spec.shape:
             raise CheckpointError(
-                f"'{self.where}': the tensor '{full}' must be of shape {tuple(spec.shape)} in this model, "
-                f"found {tuple(value.shape)}; nothing was loaded. The model has another width, or rank and "
-                "file disagree."
+                f"'{self.where}': the tensor '{full}' must be of shape {tuple(spec.shape)} in this model, found "
+                f"{tuple(value.shape)}; nothing was loaded. The model has another width, or rank and file disagree."
             )
         if spec.dtype is not None:
             if value.dtype != spec.dtype:

@@ -57,9 +57,8 @@ READERS.add("lorry", LorryFolder())
 def _check_together(manifest: Manifest, file: TensorFile, where: str) -> None:
     if manifest.digest != file.metadata.get("lorry_digest", ""):
         raise CheckpointError(
-            f"'{where}' was not written with the tensors beside it: a save was interrupted, or "
-            f"another tool replaced the tensors. Save the adapter again, or remove {MANIFEST} to read the "
-            "folder as PEFT's."
+            f"'{where}' was not written with the tensors beside it: a save was interrupted, or another tool replaced "
+            f"the tensors. Save the adapter again, or remove {MANIFEST} to read the folder as PEFT's."
         )
     if manifest.tensors != len(file.places):
         raise CheckpointError(f"'{file.path}' holds {len(file.places)} tensors, its manifest names {manifest.tensors}.")

@@ -112,10 +112,9 @@ class Resolver:
         """Return the error for a path that the model does not have."""
         names = self._flat if self._flat is not None else self.sites
         return CheckpointError(
-            f"'{where}' holds tensors for '{path}' ({keys}), but {type(self.state.root).__name__} has no "
-            "such site."
-            f"{near_misses(path, names)} It is an adapter for another architecture, or for a part of this "
-            "model; nothing was loaded."
+            f"'{where}' holds tensors for '{path}' ({keys}), but {type(self.state.root).__name__} has no such site."
+            f"{near_misses(path, names)} It is an adapter for another architecture, or for a part of this model; "
+            "nothing was loaded."
         )
 
 

@@ -23,15 +23,13 @@ from lorry.formats.tensors import opened, parsed
 _MOST_JSON = 200_000_000
 #: Options that do not change what a saved adapter computes.
 _NEUTRAL = frozenset(
-    "peft_type peft_version base_model_name_or_path revision task_type inference_mode auto_mapping "
-    "fan_in_fan_out runtime_config megatron_config megatron_core loftq_config eva_config corda_config "
-    "lora_ga_config qalora_group_size ensure_weight_tying "
-    "velora_config exclude_modules".split()
+    "peft_type peft_version base_model_name_or_path revision task_type inference_mode auto_mapping fan_in_fan_out "
+    "runtime_config megatron_config megatron_core loftq_config eva_config corda_config lora_ga_config "
+    "qalora_group_size ensure_weight_tying velora_config exclude_modules".split()
 )
 _UNDERSTOOD = frozenset(
-    "r lora_alpha lora_dropout use_rslora use_dora rank_pattern alpha_pattern target_modules "
-    "target_parameters modules_to_save "
-    "layers_to_transform layers_pattern init_lora_weights bias".split()
+    "r lora_alpha lora_dropout use_rslora use_dora rank_pattern alpha_pattern target_modules target_parameters "
+    "modules_to_save layers_to_transform layers_pattern init_lora_weights bias".split()
 )
 #: Options that change the arithmetic and are refused, with what they are.
 _REFUSED = {
@@ -279,9 +277,8 @@ def understood(values: Mapping[str, Any], where: str) -> PeftConfig:
     start = str(values.get("init_lora_weights", True)).lower()
     if start.startswith(_CHANGED_BASE):
         raise CheckpointError(
-            f"'{where}' was trained with init_lora_weights='{start}', which changed the base weight, and "
-            "was saved unconverted. Save it in PEFT with path_initial_model_for_weight_conversion, which "
-            "makes it a plain LoRA."
+            f"'{where}' was trained with init_lora_weights='{start}', which changed the base weight, and was saved "
+            "unconverted. Save it in PEFT with path_initial_model_for_weight_conversion, which makes it a plain LoRA."
         )
     config = PeftConfig(dict(values), tuple(notes))
     if not config.start and not start.startswith(_HARMLESS_STARTS):

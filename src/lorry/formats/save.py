@@ -279,9 +279,8 @@ def check_tensors(tensors: Mapping[str, Tensor], name: str) -> None:
     empty = [n for n, t in tensors.items() if not t.numel()]
     if empty or not tensors:
         raise CheckpointError(
-            f"Adapter '{name}' has {len(empty)} empty tensors of {len(tensors)}, e.g. {empty[:1]}; nothing "
-            "was written. Under sharded training every process must call save, so that the tensors can be "
-            "gathered."
+            f"Adapter '{name}' has {len(empty)} empty tensors of {len(tensors)}, e.g. {empty[:1]}; nothing was "
+            "written. Under sharded training every process must call save, so that the tensors can be gathered."
         )
     try:
         check_finite(tensors, name)

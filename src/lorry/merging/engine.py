@@ -163,10 +163,9 @@ def _same_base(sources: Mapping[str, Source], check: bool) -> str:
                 wrong = [p for p in a.sites if p in b.sites and a.sites[p] != b.sites[p]]
                 raise FingerprintError(
                     f"Adapters of different bases cannot be merged: '{first}' was made for '{a.base or 'unnamed'}' "
-                    f"({a.digest}), '{second}' "
-                    f"for '{b.base or 'unnamed'}' ({b.digest}); {len(wrong)} sites differ, e.g. {some(wrong, 2)}. "
-                    "Pass check_base=False if "
-                    "you know better."
+                    f"({a.digest}), '{second}' for '{b.base or 'unnamed'}' ({b.digest}); {len(wrong)} sites differ, "
+                    f"e.g. {some(wrong, 2)}. "
+                    "Pass check_base=False if you know better."
                 )
     return "match" if len(known) == len(marks) else "unknown"
 

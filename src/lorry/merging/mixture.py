@@ -133,9 +133,8 @@ def _factors(entry: Entry) -> tuple[Tensor, Tensor, float]:
     method = entry.method
     if not isinstance(method, Bottleneck) or not method.plain or entry.site.lead:
         raise AdapterError(
-            f"Adapter '{entry.name}' ({type(method).__name__}) cannot be an expert: its update at "
-            f"'{entry.site.path}' is "
-            "not a product of two factors."
+            f"Adapter '{entry.name}' ({type(method).__name__}) cannot be an expert: its update at '{entry.site.path}' "
+            "is not a product of two factors."
         )
     a, b = method.factors(entry.tensors(), entry.site)
     return a.detach(), b.detach(), method.scale(entry.site)

@@ -47,21 +47,21 @@ class BatchPlan:
 
     def __post_init__(self) -> None:
         if self.examples < 1:
-            raise DataError("no rows to make batches of")
+            raise DataError("No rows to make batches of.")
         if self.batch_size < 1:
-            raise DataError(f"the batch size must be at least 1, found {self.batch_size}")
+            raise DataError(f"The batch size must be at least 1, found {self.batch_size}.")
         if self.drop_last and self.examples < self.batch_size:
             raise DataError(
                 f"drop_last with batches of {self.batch_size} leaves nothing of {self.examples} rows; "
-                "use a smaller batch size or drop_last=False"
+                "use a smaller batch size or drop_last=False."
             )
         if self.epochs is not None and self.epochs < 1:
-            raise DataError(f"the number of epochs must be at least 1, found {self.epochs}")
+            raise DataError(f"The number of epochs must be at least 1, found {self.epochs}.")
         if self.bucket_window < 0:
-            raise DataError(f"bucket_window must be at least 0, found {self.bucket_window}")
+            raise DataError(f"bucket_window must be at least 0, found {self.bucket_window}.")
         if self.bucket_window and (self.lengths is None or len(self.lengths) != self.examples):
             found = "none" if self.lengths is None else str(len(self.lengths))
-            raise DataError(f"length bucketing needs the lengths of all {self.examples} rows, found {found}")
+            raise DataError(f"Length bucketing needs the lengths of all {self.examples} rows, found {found}.")
 
     @property
     def batches_per_epoch(self) -> int:
@@ -152,17 +152,17 @@ class BatchCursor(Iterator[tuple[int, ...]]):
         """
         missing = {"epoch", "position", "plan"} - set(state)
         if missing:
-            raise DataError(f"not a saved batch position: it lacks {', '.join(sorted(missing))}")
+            raise DataError(f"Not a saved batch position: it lacks {', '.join(sorted(missing))}.")
         mine, saved = self.plan.fingerprint(), dict(state["plan"])
         differing = sorted(k for k in mine.keys() | saved.keys() if mine.get(k) != saved.get(k))
         if differing:
             found = ", ".join(f"{k} was {saved.get(k)}, now {mine.get(k)}" for k in differing)
             raise DataError(
-                f"cannot resume: the data order has changed ({found}); resume with the same data and options"
+                f"Cannot resume: the data order has changed ({found}); resume with the same data and options."
             )
         epoch, position = int(state["epoch"]), int(state["position"])
         if epoch < 0 or not 0 <= position <= self.plan.batches_per_epoch:
-            raise DataError(f"not a position of this plan: epoch {epoch}, batch {position}")
+            raise DataError(f"Not a position of this plan: epoch {epoch}, batch {position}.")
         self.epoch, self.position = epoch, position
 
 
@@ -198,12 +198,12 @@ def collate(
         No rows, no ``pad_id``, or rows of both kinds.
     """
     if not rows:
-        raise DataError("no rows to make a batch of")
+        raise DataError("No rows to make a batch of.")
     if pad_id is None:
-        raise DataError("no padding token: give pad_id (the end-of-text token will do, the mask hides it)")
+        raise DataError("No padding token: give pad_id (the end-of-text token will do, the mask hides it).")
     classes = [row.label for row in rows if row.labels is None]
     if classes and (len(classes) != len(rows) or None in classes):
-        raise DataError("a batch holds either rows with token labels or classification examples, not both")
+        raise DataError("A batch holds either rows with token labels or classification examples, not both.")
     length = max(len(row) for row in rows)
     if pad_to_multiple:
         length = -(-length // pad_to_multiple) * pad_to_multiple

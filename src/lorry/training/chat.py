@@ -34,18 +34,18 @@ def as_messages(value: Any, where: str) -> list[dict[str, Any]]:
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise DataError(f"{where}: the conversation is text but not JSON ({error.msg})") from error
+            raise DataError(f"{where}: the conversation is text but not JSON ({error.msg}).") from error
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        raise DataError(f"{where}: expected a list of messages, found a {type(value).__name__}")
+        raise DataError(f"{where}: expected a list of messages, found a {type(value).__name__}.")
     messages = []
     for i, message in enumerate(value):
         if not isinstance(message, Mapping):
-            raise DataError(f"{where}: message {i} is a {type(message).__name__}, expected role and content")
+            raise DataError(f"{where}: message {i} is a {type(message).__name__}, expected role and content.")
         if "from" in message and "role" not in message:
             role = str(message["from"])
             message = {"role": _ROLES.get(role, role), "content": message.get("value")}
         if "role" not in message or ("content" not in message and "tool_calls" not in message):
-            raise DataError(f"{where}: message {i} has the keys {sorted(message)}, expected role and content")
+            raise DataError(f"{where}: message {i} has the keys {sorted(message)}, expected role and content.")
         messages.append({k: v for k, v in message.items() if v is not None or k == "content"})
     return messages
 
@@ -63,8 +63,8 @@ def chat_template(tokenizer: Any, template: str | None = None, tools: Any = None
     if not getattr(tokenizer, "chat_template", None):
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
         raise DataError(
-            f"the tokenizer {name!r} has no chat template; give one with template= (Jinja text), set "
-            "tokenizer.chat_template, or train with objective 'completion'"
+            f"The tokenizer {name!r} has no chat template; give one with template= (Jinja text), set "
+            "tokenizer.chat_template, or train with objective 'completion'."
         )
     return str(tokenizer.get_chat_template(None, tools))
 
@@ -109,7 +109,7 @@ def encode_chat(
         nothing left to train on.
     """
     if turns not in ("all", "last"):
-        raise DataError(f"turns must be 'all' or 'last', found {turns!r}")
+        raise DataError(f"Turns must be 'all' or 'last', found {turns!r}.")
     builder = Builder(max_length, truncation, len(special_prefix(tokenizer)))
     for i, messages in enumerate(conversations):
         spoken = [m for m, message in enumerate(messages) if message["role"] == "assistant"]
@@ -164,7 +164,7 @@ class _Renderer:
                 raise DataError(
                     f"{self.where}: this chat template changes earlier turns when later ones follow, so "
                     f"the words of message {turn} cannot be told apart; train with turns='last', or give a "
-                    "template with {% generation %} marks"
+                    "template with {% generation %} marks."
                 )
             spans.append((len(before), len(after)))
         return whole, spans

@@ -85,9 +85,9 @@ class DataSpec:
         known = [f.name for f in fields(cls)]
         for key in mapping:
             if key not in known:
-                raise DataError(f"unknown data option {key!r}; {suggest(str(key), known)}")
+                raise DataError(f"Unknown data option {key!r}; {suggest(str(key), known)}")
         if "path" not in mapping:
-            raise DataError(f"a data entry needs 'path'; found {sorted(mapping)}")
+            raise DataError(f"A data entry needs 'path'; found {sorted(mapping)}.")
         values = dict(mapping)
         values["path"] = str(values["path"])
         if values.get("columns") is not None:
@@ -136,9 +136,9 @@ def load_records(
         format, columns = format or source.format, columns or source.columns
         source = source.path
     if limit is not None and limit < 1:
-        raise DataError(f"limit must be at least 1, found {limit}")
+        raise DataError(f"limit must be at least 1, found {limit}.")
     if format is not None and format not in FORMATS:
-        raise DataError(f"unknown data format {format!r}; {suggest(format, FORMATS)}")
+        raise DataError(f"Unknown data format {format!r}; {suggest(format, FORMATS)}")
     name, bounds = _parse_split(split)
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
@@ -146,14 +146,14 @@ def load_records(
         where = str(path)
     else:
         if name:
-            raise DataError(f"records in memory have no split {name!r}; take a slice such as '[:90%]'")
+            raise DataError(f"Records in memory have no split {name!r}; take a slice such as '[:90%]'.")
         records, where = (
             cut([_as_record(r, i) for i, r in enumerate(source)], bounds, limit),
             "the given records",
         )
     if not records:
         detail = f" with split {split!r}" if split else ""
-        raise DataError(f"no records in {where}{detail}; at least one is needed")
+        raise DataError(f"No records in {where}{detail}; at least one is needed.")
     return records
 
 
@@ -186,9 +186,9 @@ def held_out_indices(count: int, fraction: float, seed: int | None) -> list[int]
     import torch
 
     if not 0.0 < fraction < 1.0:
-        raise DataError(f"the held-out fraction must be between 0 and 1, found {fraction}")
+        raise DataError(f"The held-out fraction must be between 0 and 1, found {fraction}.")
     if count < 2:
-        raise DataError(f"holding out a part needs at least 2 examples, found {count}")
+        raise DataError(f"Holding out a part needs at least 2 examples, found {count}.")
     held = min(max(round(count * fraction), 1), count - 1)
     if seed is None:
         return list(range(count - held, count))
@@ -206,7 +206,7 @@ def require_column(records: Sequence[Record], name: str, what: str) -> str:
     """
     found = list(records[0])
     if name not in found:
-        raise DataError(f"no column {name!r} for the {what}; found columns {found}; {suggest(name, found)}")
+        raise DataError(f"No column {name!r} for the {what}; found columns {found}; {suggest(name, found)}")
     return name
 
 
@@ -239,8 +239,8 @@ def guess_column(records: Sequence[Record], candidates: Sequence[str], what: str
             return str(lowered[name])
     hint = " (a file without a header? name its columns with columns=[...])" if "column_1" in found else ""
     raise DataError(
-        f"no column for the {what}: looked for {', '.join(candidates)}; found columns {found}{hint}; "
-        f"name the right one with {option}"
+        f"No column for the {what}: looked for {', '.join(candidates)}; found columns {found}{hint}; "
+        f"name the right one with {option}."
     )
 
 
@@ -251,13 +251,13 @@ def _parse_split(split: str | None) -> tuple[str | None, Bounds]:
     if match:
         return match["name"].strip() or None, (match["start"], match["stop"])
     if "[" in split or "]" in split or not split.strip():
-        raise DataError(f"cannot read split {split!r}; write 'train', '[:90%]', '[100:200]' or 'train[:90%]'")
+        raise DataError(f"Cannot read split {split!r}; write 'train', '[:90%]', '[100:200]' or 'train[:90%]'.")
     return split.strip(), None
 
 
 def _as_record(record: Mapping[str, Any], index: int) -> Record:
     if not isinstance(record, Mapping):
-        raise DataError(f"record {index} is a {type(record).__name__}; a record is a mapping from column to value")
+        raise DataError(f"Record {index} is a {type(record).__name__}; a record is a mapping from column to value.")
     return dict(record)
 
 
@@ -275,17 +275,17 @@ def _read_path(
         if format in (None, "dataset") and is_dataset_folder(path):
             return read_dataset(path, name, bounds, limit)
         if format == "dataset":
-            raise DataError(f"{path} is not a folder written by datasets.save_to_disk: it has no dataset_info.json")
+            raise DataError(f"{path} is not a folder written by datasets.save_to_disk: it has no dataset_info.json.")
         paths = _folder_files(path, format, name)
     else:
         if format == "dataset":
-            raise DataError(f"{path} is a file; format 'dataset' is a folder written by datasets.save_to_disk")
+            raise DataError(f"{path} is a file; format 'dataset' is a folder written by datasets.save_to_disk.")
         paths = [path]
     # A single file may still hold named splits: a JSON object of lists. Everything else has none.
     inner = name if not path.is_dir() else None
     plain = [p for p in paths if (format or _format_of(p)) != "json"]
     if inner and plain:
-        raise DataError(f"{path} is one file and has no split {inner!r}; take a slice such as '[:90%]'")
+        raise DataError(f"{path} is one file and has no split {inner!r}; take a slice such as '[:90%]'.")
     records: list[Record] = []
     if (format or _format_of(paths[0])) == "text":
         for p in paths:  # slices and limits of text count the lines of each file
@@ -310,11 +310,11 @@ def _missing(path: Path) -> str:
 def _format_of(path: Path) -> str:
     extension = path.suffix.lower()
     if extension in _PICKLES:
-        raise DataError(f"{path} may hold a pickle, which can run code when opened; convert it to JSONL or Parquet")
+        raise DataError(f"{path} may hold a pickle, which can run code when opened; convert it to JSONL or Parquet.")
     if extension not in EXTENSIONS:
         raise DataError(
-            f"cannot tell the format of {path} by its extension {extension!r}; known are "
-            f"{', '.join(EXTENSIONS)}; name it with format= (one of {', '.join(FORMATS)})"
+            f"Cannot tell the format of {path} by its extension {extension!r}; known are "
+            f"{', '.join(EXTENSIONS)}; name it with format= (one of {', '.join(FORMATS)})."
         )
     return EXTENSIONS[extension]
 
@@ -330,8 +330,8 @@ def _folder_files(folder: Path, format: str | None, split: str | None) -> list[P
         found = [p for p in found if EXTENSIONS[p.suffix.lower()] == format]
     if not found:
         raise DataError(
-            f"no data files{f' of format {format}' if format else ''} in {folder}; "
-            f"expected files ending in {', '.join(EXTENSIONS)}"
+            f"No data files{f' of format {format}' if format else ''} in {folder}; "
+            f"expected files ending in {', '.join(EXTENSIONS)}."
         )
     by_split: dict[str | None, list[Path]] = {}
     for p in found:
@@ -339,17 +339,17 @@ def _folder_files(folder: Path, format: str | None, split: str | None) -> list[P
     names = sorted(s for s in by_split if s)
     if split is None:
         if len(names) > 1:
-            raise DataError(f"{folder} holds the splits {', '.join(names)}; choose one with split=")
+            raise DataError(f"{folder} holds the splits {', '.join(names)}; choose one with split=.")
         chosen = found
     else:
         wanted = _SPLIT_NAMES.get(split.lower(), split)
         exact = [p for p in found if p.stem == split]
         if not exact and wanted not in by_split:
-            raise DataError(f"no split {split!r} in {folder}; {suggest(split, names or [p.stem for p in found])}")
+            raise DataError(f"No split {split!r} in {folder}; {suggest(split, names or [p.stem for p in found])}")
         chosen = exact or by_split[wanted]
     kinds = sorted({EXTENSIONS[p.suffix.lower()] for p in chosen})
     if len(kinds) > 1:
-        raise DataError(f"{folder} mixes the formats {', '.join(kinds)}; choose one with format=, or name one file")
+        raise DataError(f"{folder} mixes the formats {', '.join(kinds)}; choose one with format=, or name one file.")
     return chosen
 
 

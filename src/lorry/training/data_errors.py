@@ -15,10 +15,10 @@ class DataError(LorryError):
 
 
 def suggest(name: str, known: Iterable[object]) -> str:
-    """Text for an error about a wrong name: its near misses, or else all the names that exist."""
+    """Return the end of a sentence about a wrong name: its near misses, or else all the names that exist."""
     names = [str(k) for k in known]
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     if near:
         return "did you mean " + " or ".join(repr(n) for n in near) + "?"
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-    return f"there is: {shown}" if names else "there is none"
+    return f"there is: {shown}." if names else "there is none."

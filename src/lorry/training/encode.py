@@ -189,7 +189,7 @@ def encode_classification(
         ``truncation='left'``, ``max_length`` below 2, or nothing left.
     """
     if truncation == "left":
-        raise DataError("classification cuts at the right or drops; found truncation='left'")
+        raise DataError("Classification cuts at the right or drops; found truncation='left'.")
     builder = Builder(max_length, truncation)
     options: dict[str, Any] = {"return_attention_mask": False, "verbose": False}
     second = (list(pairs),) if pairs is not None else ()

@@ -79,7 +79,7 @@ def next_tokens(logits: Tensor, labels: Tensor) -> Tensor:
     """
     if logits.dim() != 3 or labels.shape != logits.shape[:2]:
         raise ValueError(
-            f"expected logits (n, L, V) and labels (n, L), found {tuple(logits.shape)} and {tuple(labels.shape)}"
+            f"Expected logits (n, L, V) and labels (n, L), found {tuple(logits.shape)} and {tuple(labels.shape)}."
         )
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE).reshape(-1)
 
@@ -161,7 +161,7 @@ def classification_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
 def _check_classes(logits: Tensor, labels: Tensor) -> None:
     if logits.dim() != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(
-            f"expected logits (n, C) and labels (n,), found {tuple(logits.shape)} and {tuple(labels.shape)}"
+            f"Expected logits (n, C) and labels (n,), found {tuple(logits.shape)} and {tuple(labels.shape)}."
         )
     hint = "give the model as many labels as the data has classes"
     _check_targets(labels[labels != IGNORE], logits.shape[-1], "number of classes", hint)
@@ -220,8 +220,8 @@ class ClassTally:
             return ClassTally(self.loss + other.loss, self.confusion or other.confusion)
         if len(self.confusion) != len(other.confusion):
             raise ValueError(
-                f"cannot add tallies of {len(self.confusion)} and {len(other.confusion)} classes; "
-                "both must come from one model"
+                f"Cannot add tallies of {len(self.confusion)} and {len(other.confusion)} classes; "
+                "both must come from one model."
             )
         pairs = zip(self.confusion, other.confusion, strict=True)
         summed = tuple(tuple(a + b for a, b in zip(x, y, strict=True)) for x, y in pairs)

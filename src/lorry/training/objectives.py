@@ -209,7 +209,7 @@ class Classification(TextTask):
         column = _column(records, self.label_column, LABEL_COLUMNS, "label", "label_column")
         names = {_label(_value(r, column, i), i, column) for i, r in enumerate(records)}
         if len(names) < 2:
-            raise DataError(f"column {column!r} has the one class {names.pop()!r}; a classifier needs two or more")
+            raise DataError(f"Column {column!r} has the one class {names.pop()!r}; a classifier needs two or more.")
         numeric = all(re.fullmatch(r"-?\d+", n) for n in names)
         return tuple(sorted(names, key=int) if numeric else sorted(names))
 
@@ -241,7 +241,7 @@ class Classification(TextTask):
         for i, record in enumerate(records):
             label = _label(_value(record, column, i), i, column)
             if label not in index:
-                raise DataError(f"record {i}: unknown label {label!r}; {suggest(label, names)}")
+                raise DataError(f"Record {i}: unknown label {label!r}; {suggest(label, names)}")
             classes.append(index[label])
         return encode_classification(
             tokenizer,
@@ -269,7 +269,7 @@ class Classification(TextTask):
         count = len(labels) if labels else max(row.label or 0 for row in train.examples) + 1
         if head is not None and count > head:
             raise DataError(
-                f"the job has {count} classes, but the model's head has {head}; load the base with num_labels={count}"
+                f"The job has {count} classes, but the model's head has {head}; load the base with num_labels={count}."
             )
         return count if head is not None and count < head else None
 
@@ -295,19 +295,19 @@ def make_objective(name: str, options: Mapping[str, Any] | None = None) -> Task:
         An unknown name or option, with near misses.
     """
     if name not in OBJECTIVES:
-        raise DataError(f"unknown objective {name!r}; {suggest(name, OBJECTIVES)}")
+        raise DataError(f"Unknown objective {name!r}; {suggest(name, OBJECTIVES)}")
     cls = OBJECTIVES[name]
     known = [f.name for f in fields(cls)]
     for option in options or {}:
         if option not in known:
-            raise DataError(f"objective {name!r} has no option {option!r}; {suggest(option, known)}")
+            raise DataError(f"Objective {name!r} has no option {option!r}; {suggest(option, known)}")
     made: Task = cls(**dict(options or {}))
     return made
 
 
 def _column(records: Sequence[Record], named: str | None, candidates: Sequence[str], what: str, option: str) -> str:
     if not records:
-        raise DataError("no records to encode")
+        raise DataError("No records to encode.")
     if named is not None:
         return require_column(records, named, what)
     return guess_column(records, candidates, what, option)
@@ -315,7 +315,7 @@ def _column(records: Sequence[Record], named: str | None, candidates: Sequence[s
 
 def _value(record: Record, column: str, index: int) -> Any:
     if column not in record:
-        raise DataError(f"record {index} has no column {column!r}; it has {list(record)}, unlike the records before")
+        raise DataError(f"Record {index} has no column {column!r}; it has {list(record)}, unlike the records before.")
     return record[column]
 
 
@@ -329,7 +329,7 @@ def _texts(records: Sequence[Record], column: str, empty: bool = False) -> list[
         if isinstance(value, int | float) and not isinstance(value, bool):
             value = str(value)
         if not isinstance(value, str):
-            raise DataError(f"record {i}: column {column!r} holds a {type(value).__name__}, expected text")
+            raise DataError(f"Record {i}: column {column!r} holds a {type(value).__name__}, expected text.")
         texts.append(value)
     return texts
 
@@ -338,7 +338,7 @@ def _fill(template: str, records: Sequence[Record]) -> list[str]:
     """A template's text for each record. Braces name columns and do nothing else."""
     names = _FIELD.findall(template)
     if not names:
-        raise DataError(f"the template {template!r} names no column; write one in braces, such as {{question}}")
+        raise DataError(f"The template {template!r} names no column; write one in braces, such as {{question}}.")
     columns = {n: _texts(records, require_column(records, n, "template"), empty=True) for n in names}
 
     def one(index: int) -> str:
@@ -356,4 +356,4 @@ def _label(value: Any, index: int, column: str) -> str:
     if isinstance(value, int | str) and str(value).strip():
         return str(value).strip()
     expected = "expected a class (a name or a whole number)"
-    raise DataError(f"record {index}: column {column!r} holds {value!r}, {expected}")
+    raise DataError(f"Record {index}: column {column!r} holds {value!r}, {expected}.")

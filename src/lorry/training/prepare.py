@@ -42,7 +42,7 @@ def _examples(
         if isinstance(task_ids, int):
             data = type(data)(data.examples, data.report, (task_ids,) * len(data))
         elif task_ids is not None:
-            raise DataError("examples in memory have no columns: give task_ids as a number, or Examples with task_ids")
+            raise DataError("Examples in memory have no columns: give task_ids as a number, or Examples with task_ids.")
         return data, labels
     records = load_records(data)
     if labels is None:
@@ -83,7 +83,7 @@ def record_tasks(records: Sequence[Record], task_ids: Any) -> list[int]:
         if names is not None:
             if value not in names:
                 raise DataError(
-                    f"record {index}: unknown task {value!r} in column {column!r}; {suggest(str(value), names)}"
+                    f"Record {index}: unknown task {value!r} in column {column!r}; {suggest(str(value), names)}"
                 )
             found.append(list(names).index(value))
             continue

@@ -49,21 +49,21 @@ def read_dataset(path: Path, name: str | None, bounds: Bounds, limit: int | None
         import datasets
     except ImportError as error:
         raise DataError(
-            f"reading the dataset folder {path} needs the datasets package: pip install datasets"
+            f"Reading the dataset folder {path} needs the datasets package: pip install datasets."
         ) from error
     try:
         data = datasets.load_from_disk(str(path))
     except Exception as error:
-        raise DataError(f"cannot read the dataset folder {path}: {error}") from error
+        raise DataError(f"Cannot read the dataset folder {path}: {error}") from error
     if isinstance(data, datasets.DatasetDict):
         names = [str(n) for n in data]
         if name is None and len(names) != 1:
-            raise DataError(f"{path} holds the splits {', '.join(names)}; choose one with split=")
+            raise DataError(f"{path} holds the splits {', '.join(names)}; choose one with split=.")
         if name is not None and name not in names:
-            raise DataError(f"no split {name!r} in {path}; {suggest(name, names)}")
+            raise DataError(f"No split {name!r} in {path}; {suggest(name, names)}")
         data = data[name or names[0]]
     elif name:
-        raise DataError(f"{path} is one dataset and has no split {name!r}; take a slice such as '[:90%]'")
+        raise DataError(f"{path} is one dataset and has no split {name!r}; take a slice such as '[:90%]'.")
     chosen = cut(list(range(len(data))), bounds, limit)
     return [dict(row) for row in data.select(chosen)]
 
@@ -96,7 +96,7 @@ def read_file(
         rows = _read_jsonl(path) if format == "jsonl" else read_table(path, format, columns)
         return list(islice(rows, limit))
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it, or name its format") from error
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it, or name its format.") from error
 
 
 def _read_text(path: Path, bounds: Bounds, limit: int | None) -> list[Record]:
@@ -115,10 +115,10 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise DataError(
-                    f"{path}:{number}: not JSON ({error.msg}, column {error.colno}); JSONL has one object a line"
+                    f"{path}:{number}: not JSON ({error.msg}, column {error.colno}); JSONL has one object a line."
                 ) from error
             if not isinstance(record, dict):
-                raise DataError(f"{path}:{number}: expected an object, found a {type(record).__name__}")
+                raise DataError(f"{path}:{number}: expected an object, found a {type(record).__name__}.")
             yield record
 
 
@@ -128,11 +128,11 @@ def _read_json(path: Path, split: str | None) -> list[Record]:
             content = json.load(file)
         except json.JSONDecodeError as error:
             hint = "; one object a line is JSONL: format='jsonl'" if error.msg == "Extra data" else ""
-            raise DataError(f"{path}:{error.lineno}: not JSON ({error.msg}, column {error.colno}){hint}") from error
+            raise DataError(f"{path}:{error.lineno}: not JSON ({error.msg}, column {error.colno}){hint}.") from error
     if isinstance(content, dict):
         lists = {key: value for key, value in content.items() if isinstance(value, list)}
         if split is not None and split not in lists:
-            raise DataError(f"no split {split!r} in {path}; {suggest(split, lists)}")
+            raise DataError(f"No split {split!r} in {path}; {suggest(split, lists)}")
         if split is None and len(lists) != 1:
             raise DataError(
                 f"{path} is an object with the lists {sorted(lists)}; expected a list of objects"
@@ -140,12 +140,12 @@ def _read_json(path: Path, split: str | None) -> list[Record]:
             )
         content = lists[split] if split is not None else next(iter(lists.values()))
     elif split is not None:
-        raise DataError(f"{path} is one list and has no split {split!r}; take a slice such as '[:90%]'")
+        raise DataError(f"{path} is one list and has no split {split!r}; take a slice such as '[:90%]'.")
     if not isinstance(content, list):
-        raise DataError(f"{path}: expected a list of objects, found a {type(content).__name__}")
+        raise DataError(f"{path}: expected a list of objects, found a {type(content).__name__}.")
     for index, record in enumerate(content):
         if not isinstance(record, dict):
-            raise DataError(f"{path}: item {index} is a {type(record).__name__}, expected an object")
+            raise DataError(f"{path}: item {index} is a {type(record).__name__}, expected an object.")
     return content
 
 
@@ -154,7 +154,7 @@ def _read_parquet(path: Path, limit: int | None) -> list[Record]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise DataError(f"reading {path} needs the pyarrow package: pip install pyarrow") from error
+        raise DataError(f"Reading {path} needs the pyarrow package: pip install pyarrow.") from error
     try:
         with pyarrow.parquet.ParquetFile(str(path)) as file:
             records: list[Record] = []
@@ -163,5 +163,5 @@ def _read_parquet(path: Path, limit: int | None) -> list[Record]:
                 if limit is not None and len(records) >= limit:
                     break
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"cannot read {path} as Parquet: {error}") from error
+        raise DataError(f"Cannot read {path} as Parquet: {error}") from error
     return records if limit is None else records[:limit]

@@ -140,9 +140,9 @@ class Builder:
 
     def __init__(self, max_length: int, truncation: Truncation = "right", prefix_length: int = 0) -> None:
         if max_length < 2:
-            raise DataError(f"max_length must be at least 2 (one token predicts the next), found {max_length}")
+            raise DataError(f"max_length must be at least 2 (one token predicts the next), found {max_length}.")
         if truncation not in ("right", "left", "drop"):
-            raise DataError(f"truncation must be 'right', 'left' or 'drop', found {truncation!r}")
+            raise DataError(f"Truncation must be 'right', 'left' or 'drop', found {truncation!r}.")
         self.max_length = max_length
         self.truncation = truncation
         self.prefix_length = min(prefix_length, max_length - 1)
@@ -196,8 +196,8 @@ class Builder:
         if not rows:
             reasons = ", ".join(f"{n} {reason}" for reason, n in {**self.dropped, **self.notes}.items())
             raise DataError(
-                f"none of the {self.records} records can be trained on ({reasons}); "
-                f"check the columns, or raise max_length (now {self.max_length})"
+                f"None of the {self.records} records can be trained on ({reasons}); "
+                f"check the columns, or raise max_length (now {self.max_length})."
             )
         report = EncodeReport(
             records=self.records,
@@ -295,7 +295,7 @@ def pack_fit(rows: Sequence[Encoded], max_length: int) -> list[Encoded]:
 
 def _labels(row: Encoded) -> Tensor:
     if row.labels is None:
-        raise DataError("classification examples cannot be packed: each needs a row of its own")
+        raise DataError("Classification examples cannot be packed: each needs a row of its own.")
     return row.labels
 
 

@@ -55,13 +55,13 @@ def read_table(path: Path, format: str, columns: Sequence[str] | None) -> Iterat
         if len(names) != len(first):
             raise DataError(
                 f"{path}:{first_line}: {len(first)} fields, but {len(names)} column names were given "
-                f"({', '.join(names)})"
+                f"({', '.join(names)})."
             )
         if len(set(names)) != len(names):
-            raise DataError(f"{path}:{first_line}: repeated column names in {names}")
+            raise DataError(f"{path}:{first_line}: repeated column names in {names}.")
         for line, row in chain(sample[skip:], rows):
             if len(row) != len(names):
-                raise DataError(f"{path}:{line}: expected {len(names)} fields ({', '.join(names)}), found {len(row)}")
+                raise DataError(f"{path}:{line}: expected {len(names)} fields ({', '.join(names)}), found {len(row)}.")
             yield dict(zip(names, row, strict=True))
 
 

@@ -123,7 +123,7 @@ class Examples(Generic[E]):
     def __post_init__(self) -> None:
         """Refuse task ids of another number."""
         if self.task_ids is not None and len(self.task_ids) != len(self.examples):
-            raise DataError(f"{len(self.examples)} examples have {len(self.task_ids)} task ids; give one for each")
+            raise DataError(f"{len(self.examples)} examples have {len(self.task_ids)} task ids; give one for each.")
 
     def __len__(self) -> int:
         """Return the number of examples."""

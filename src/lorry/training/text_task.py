@@ -92,7 +92,7 @@ class TextTask(Task):
     ) -> Examples[Encoded]:
         """Encode records."""
         if setting.processor is None:
-            raise DataError("text needs a tokenizer; give one, or give rows that are encoded already (EncodedSet)")
+            raise DataError("Text needs a tokenizer; give one, or give rows that are encoded already (EncodedSet).")
         return self.encode(setting.processor, records, labels=labels)
 
     def collate(self, setting: Setting, examples: Sequence[Encoded | tuple[Encoded, ...]]) -> Batch:
@@ -144,13 +144,13 @@ class TextTask(Task):
         kind = type(unwrapped(setting.model)).__name__
         if self.task == "causal-lm" and kind.endswith("ForSequenceClassification"):
             raise DataError(
-                f"objective '{self.name}' predicts tokens, but {kind} has a classification head; load the "
-                "base with AutoModelForCausalLM"
+                f"Objective '{self.name}' predicts tokens, but {kind} has a classification head; load the "
+                "base with AutoModelForCausalLM."
             )
         if self.task == "sequence-classification" and kind.endswith(("ForCausalLM", "LMHeadModel")):
             raise DataError(
-                f"objective '{self.name}' needs a classification head, but {kind} predicts tokens; load "
-                "the base with AutoModelForSequenceClassification"
+                f"Objective '{self.name}' needs a classification head, but {kind} predicts tokens; load "
+                "the base with AutoModelForSequenceClassification."
             )
 
     def check(self, setting: Setting, examples: Examples[Encoded], name: str) -> None:
@@ -164,12 +164,12 @@ class TextTask(Task):
             bad = high if high >= size else low
             raise DataError(
                 f"{name} has the token {bad}, but the model knows {size} tokens: the tokenizer does not belong "
-                "to this model"
+                "to this model."
             )
         config: Any = getattr(setting.model, "config", None)
         most = getattr(config, "max_position_embeddings", None)
         longest = max(len(row) for row in examples.examples)
         if most is not None and longest > most:
             raise DataError(
-                f"{name} has rows of {longest} tokens, but the model takes {most}; set max_length to {most} or less"
+                f"{name} has rows of {longest} tokens, but the model takes {most}; set max_length to {most} or less."
             )

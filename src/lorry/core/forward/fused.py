@@ -31,8 +31,8 @@ def stacked(layer: Layer, base: Base, active: Active, x: Tensor, args: Any, kwar
 
 
 def ready(layer: Layer, active: Active, x: Tensor, args: Any, kwargs: Any) -> Tensor | None:
-    """Return the output of a frozen layer with one frozen adapter on all rows, by what was made ready for it; or None
-    where that does not serve.
+    """Return the output of a frozen layer with one adapter on all rows, by what was made ready for it; or None where
+    that does not serve.
     """
     path = layer.sites[0].path
     if torch.is_grad_enabled() or layer.owner.training or len(args) + len(kwargs) != 1:
@@ -64,7 +64,7 @@ def _made_ready(layer: Layer, active: Active, x: Tensor) -> Any:
     entry = portion.adapter.entries[site.path]
     able, alone = entry.method.capabilities, isinstance(weight, float) and weight == 1.0 and active.exclusive
     direct = "stored" in able and ("plain" in able or ("gained" in able and alone))
-    if not direct or not isinstance(weight, float) or not entry.frozen or entry.shared is not None:
+    if not direct or not isinstance(weight, float) or entry.shared is not None:
         return ()
     if not layer.plain_linear or not _fusable(owner, x):
         return ()

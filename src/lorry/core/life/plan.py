@@ -69,8 +69,7 @@ class Plan:
         share = self.trained / self.base if self.base else 0.0
         return (
             f"{self.method['method']}: {len(self.sites)} sites, {self.trained:,} trained parameters ({share:.2%} of "
-            "the base's "
-            f"{self.base:,}), {len(self.left_out)} sites left out"
+            f"the base's {self.base:,}), {len(self.left_out)} sites left out"
         )
 
 

@@ -132,8 +132,7 @@ class Bottleneck(Method):
         if not self.constant:
             raise AdapterError(
                 f"{type(self).__name__} has no weight update at '{site.path}': its gates depend on the token, so it "
-                "can "
-                "neither be merged nor exported as a plain LoRA with these options. Serve it unmerged."
+                "can neither be merged nor exported as a plain LoRA with these options. Serve it unmerged."
             )
 
 

@@ -223,3 +223,48 @@ def test_what_a_context_tells_of_rows_follows_their_copies(name):
     with torch.no_grad(), lorry.rows(model, ["a", "b"], repeat=2, tile=2), lorry.tap(model, reader, "q_proj"):
         model(ids[[0, 0, 1, 1, 0, 0, 1, 1]])
     assert found and all(torch.equal(f, values[[0, 0, 1, 1, 0, 0, 1, 1]]) for f in found)
+
+
+def vision_language_model():
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=4, patch_size=2,
+        projection_dim=16,
+    )  # fmt: skip
+    text = LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=40,
+    )  # fmt: skip
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=39)
+    config.image_token_id = 39
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def test_pictures_are_counted_where_rows_have_several():
+    """Two rows of text, one with three pictures: four entries in the vision tower, which need not be two each."""
+    model = vision_language_model()
+    for number, name in enumerate("ab"):
+        off_zero(lorry.attach(model, lorry.LoRA(rank=2), name=name, seed=number, activate=False), number + 1, 0.3)
+    pictures = torch.randn(4, 3, 4, 4)
+    ids = torch.randint(0, 38, (2, 16))
+    ids[0, :4], ids[1, :12] = 39, 39
+    mask = torch.ones_like(ids)
+
+    def run(rows, of_pictures):
+        return model(input_ids=ids[rows], attention_mask=mask[rows], pixel_values=pictures[of_pictures]).logits
+
+    with torch.no_grad():
+        with lorry.rows(model, ["a", "b"]), pytest.raises(lorry.AdapterError, match="counts="):
+            run([0, 1], [0, 1, 2, 3])
+        tower = next(p for p, _ in model.named_modules() if p.endswith("vision_tower"))
+        projector = next(p for p, _ in model.named_modules() if p.endswith("multi_modal_projector"))
+        with lorry.rows(model, ["a", "b"], counts={tower: [1, 3], projector: [1, 3]}):
+            mixed = run([0, 1], [0, 1, 2, 3])
+        for row, (name, own) in enumerate([("a", [0]), ("b", [1, 2, 3])]):
+            with lorry.activate(model, name):
+                torch.testing.assert_close(mixed[row : row + 1], run([row], own), atol=1e-5, rtol=1e-4)
+        with lorry.rows(model, ["a", "b"], counts={tower: [1, 2], projector: [1, 3]}):
+            with pytest.raises(lorry.AdapterError, match="add up"):
+                run([0, 1], [0, 1, 2, 3])

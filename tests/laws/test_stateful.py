@@ -30,9 +30,9 @@ import lorry
 from lorry.core.life.switch import Switch, make_switch
 
 #: Rules of promises that the core does not keep yet; each becomes True with the change that keeps it.
-THREADS = False  # what applies belongs to a thread (tests/core/test_runtime.py)
-SWITCHED_IS_MERGED = False  # `Switch.on` is seen by rows, activate, merge and detach
-NORMS_ARE_TAKEN_AWAY = False  # norms of a block's projections (MixDoRA) are left on these by the last detach
+THREADS = True
+SWITCHED_IS_MERGED = True
+NORMS_ARE_TAKEN_AWAY = True
 
 NAMES = ("a", "b", "c", "d")
 TARGETS = ("attention", "mlp", "all-linear", ["q_proj", "down_proj"], ["embed_tokens", "v_proj"], ["layers.1.*"])

@@ -61,7 +61,7 @@ class ReadyLinear:
             self._shift = None if bias is None else bias.detach().to(exact)
             self._a = self._a.to(exact)
         # without a gain nothing is copied, so a change in place is no matter
-        self._kept = tuple((t, None if gain is None else _version(t)) for t in own)
+        self._kept = tuple((t, None if gain is None else _version(t), None if t is None else t.dtype) for t in own)
 
     def fresh(self, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, *sources: Tensor) -> bool:
         """Tell whether this still is the layer with these tensors: the same ones and, where something was worked out
@@ -71,8 +71,10 @@ class ReadyLinear:
         now, kept = (weight, bias, a, b, *sources), self._kept
         if len(now) != len(kept):
             return False
-        for tensor, (before, version) in zip(now, kept, strict=True):  # asked at every call, so no generator
+        for tensor, (before, version, kind) in zip(now, kept, strict=True):  # asked at every call, so no generator
             if tensor is not before or (version is not None and (version < 0 or _version(tensor) != version)):
+                return False
+            if tensor is not None and tensor.dtype is not kind:  # a parameter that is cast stays the same tensor
                 return False
         return True
 

@@ -56,7 +56,7 @@ def adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
                 self._parameters.update(own)
 
         def __reduce_ex__(self, protocol: Any) -> Any:
-            return _rebuild, (cls,), {k: v for k, v in self.__dict__.items() if k != "_lorry_norms"}
+            return _rebuild, (cls,), dict(self.__dict__)
 
     for name in ("__name__", "__qualname__", "__module__", "__doc__"):
         setattr(AdaptedLayer, name, getattr(cls, name))

@@ -38,18 +38,19 @@ def ready(layer: Layer, active: Active, x: Tensor, args: Any, kwargs: Any) -> Te
     if torch.is_grad_enabled() or layer.owner.training or len(args) + len(kwargs) != 1:
         return None
     found: tuple[ReadyLinear, Entry] | None = active.kept.get((READY, path))
-    if found is None:
+    if found is None or (found and not _fresh(layer, *found)):
         found = active.kept[READY, path] = _made_ready(layer, active, x)
-    if not found:
+    if not found or not found[0].serves(x):
         return None
-    made, entry = found
-    owner, tensors = layer.owner._parameters, entry.home.tensors()
-    if not made.serves(x) or torch.is_autocast_enabled(x.device.type) or "weight" in layer.owner.__dict__:
+    if torch.is_autocast_enabled(x.device.type) or "weight" in layer.owner.__dict__:
         return None
-    if not made.fresh(owner["weight"], owner["bias"], *tensors.values()):  # type: ignore[arg-type]
-        del active.kept[READY, path]
-        return None
-    return made(x)
+    return found[0](x)
+
+
+def _fresh(layer: Layer, made: ReadyLinear, entry: Entry) -> bool:
+    """Whether layer and adapter are what they were when they were made ready."""
+    own = layer.owner._parameters
+    return made.fresh(cast(Tensor, own["weight"]), own["bias"], *entry.home.tensors().values())
 
 
 def _made_ready(layer: Layer, active: Active, x: Tensor) -> Any:
@@ -89,7 +90,7 @@ def fused(layer: Layer, base: Base, active: Active, terms: Terms, x: Tensor, arg
     if terms.tokens and (args[1:] or kwargs):
         return None
     dense = layer.plain_linear and len(args) + len(kwargs) == 1 and _fusable(layer.owner, x)
-    if all("gated" not in t.entry.method.capabilities and isinstance(t.entry.method, Bottleneck) for t in terms.each):
+    if all({"plain", "gained"} & t.entry.method.capabilities for t in terms.each):
         return _low_rank(layer, base, active, terms, x, args, kwargs, dense)
     if dense and _whole(terms.each):
         return _summed(terms.each[0], x)

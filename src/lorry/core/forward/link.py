@@ -30,7 +30,6 @@ class Link(Layer):
         """Give the module its own class and forward back."""
         owner = self.owner
         del owner.__dict__["_lorry_link"]
-        owner.__dict__.pop("_lorry_norms", None)
         owner.__class__ = self.original
         if self.own_forward is not None:
             owner.__dict__["forward"] = self.own_forward

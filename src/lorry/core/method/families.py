@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -10,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lorry.core.errors import AdapterError, SiteError
 from lorry.core.method.base import Capability, MergeClass, Method
@@ -17,6 +17,9 @@ from lorry.core.method.call import Call
 from lorry.core.method.spec import Tensors
 from lorry.core.sites.site import Site
 from lorry.kernels.products import emulated
+
+#: Weight -> site path -> by what one sees that it is the same, and the squared norms of its channels.
+_NORMS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 class Bottleneck(Method):
@@ -250,17 +253,17 @@ class Combiner(Method):
 def _squares(site: Site, weight: Tensor) -> Tensor:
     """Return the squared norms of the channels of the base weight, kept for as long as the weight is the same."""
     exact = torch.promote_types(weight.dtype, torch.float32)
-    if torch.compiler.is_compiling():
-        return torch.linalg.vector_norm(weight, dim=-1, dtype=exact).square()
     stored = site.stored
-    kept = site.owner.__dict__.setdefault("_lorry_norms", {})
-    # a weak reference: an address may be that of another weight by now, e.g. after a merge was taken back
+    if torch.compiler.is_compiling() or stored.is_inference():  # whose changes are not counted
+        return torch.linalg.vector_norm(weight, dim=-1, dtype=exact).square()
+    kept = _NORMS.setdefault(stored, {})
     found = kept.get(site.path)
-    if found is None or found[0]() is not stored or found[1] != stored._version:
+    # a parameter that was cast or moved keeps its identity and counts no write
+    now = (stored._version, stored.dtype, weight.data_ptr())
+    if found is None or found[0] != now:
         squares = torch.linalg.vector_norm(weight, dim=-1, dtype=exact).square()
-        found = kept[site.path] = (weakref.ref(stored), stored._version, squares)
-    squares = found[2]
-    return squares
+        found = kept[site.path] = (now, squares)
+    return found[1]
 
 
 def norms_of_sum(site: Site, a: Tensor | None, b: Tensor | None, scale: float) -> Tensor:

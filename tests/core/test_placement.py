@@ -627,6 +627,38 @@ def test_threads_that_activate_while_another_evicts(tmp_path):
     pool.check()
 
 
+def test_threads_that_load_and_detach_beside_others(tmp_path):
+    model, ids = crowd(*"abc"), tokens(2, 3)
+    wanted = {n: output(model, ids, n) for n in "abc"}
+    placement = lorry.placement(model, folder=tmp_path)
+    size = placement.nbytes("a")
+    lorry.placement(model, device_bytes=2 * size, host_bytes=size)
+    stop = threading.Event()
+
+    def loading():
+        try:
+            for number in range(25):
+                adapter = lorry.attach(model, lorry.LoRA(rank=3), name=f"new{number}", activate=False)
+                adapter.train(False)
+                placement.prefetch(["a", "b", "c"])
+                output(model, ids, adapter.name)
+                adapter.detach()
+        finally:
+            stop.set()
+
+    def passing():
+        order = random.Random(2)
+        while not stop.is_set():
+            name = order.choice("abc")
+            assert torch.equal(output(model, ids, name), wanted[name])
+
+    together(loading, passing, passing)
+    assert set(lorry.adapters(model)) == set("abc")
+    for adapter in lorry.adapters(model).values():
+        adapter.detach()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("place", ["device", "pool"])
 def test_a_pass_under_way_ends_with_the_tensors_it_began_with(place, pool):
     model, ids = crowd("a", "b", layers=2), tokens()

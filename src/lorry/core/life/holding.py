@@ -157,8 +157,9 @@ class Holding:
 
     def exchanged(self) -> None:
         """Take note that a tensor of a home is another one now."""
-        self._plan = self._size = None
-        self._pages.clear()
+        with self.owner.lock:
+            self._plan = self._size = None
+            self._pages.clear()
 
     # -- sizes
 

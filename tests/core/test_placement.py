@@ -204,14 +204,20 @@ def test_gradients_pass_through_an_adapter_that_is_away(tmp_path, pool):
         assert all(torch.equal(found[n], wanted[n]) for n in wanted), place
 
 
-def test_tensors_fetched_in_inference_mode_can_be_trained(tmp_path):
-    model = crowd("a")
-    lorry.placement(model, folder=tmp_path).place("a", "host")
+def test_tensors_fetched_in_inference_mode_serve_training(tmp_path):
+    model, ids = crowd("a", "b"), tokens()
+    placement = lorry.placement(model, folder=tmp_path)
+    placement.place("a", "disk")
     with torch.inference_mode(), lorry.activate(model, "a"):
-        model(tokens())
+        model(ids)
+    assert placement.where("a") == "device"
+    other = lorry.adapters(model)["b"].train()
+    with lorry.activate(model, {"a": 1.0, "b": 1.0}):
+        model(ids).logits.sum().backward()  # through the tensors that were fetched
+    assert gradients(other)
     adapter = lorry.adapters(model)["a"].train()
-    lorry.activate(model, "a")
-    model(tokens()).logits.sum().backward()
+    with lorry.activate(model, "a"):
+        model(ids).logits.sum().backward()
     assert gradients(adapter)
 
 
@@ -729,7 +735,9 @@ def test_prefetch_waits_and_raises_at_the_first_use(tmp_path):
     content = file.read_bytes()
     file.write_bytes(content[:-1])
     placement.prefetch(["a", "b"])
+    misses = placement.statistics.misses
     assert torch.equal(output(model, ids, "b"), wanted)
+    assert placement.statistics.misses == misses, "the pass waited for what was on its way"
     with pytest.raises(lorry.CheckpointError, match="Detach the adapter"):
         output(model, ids, "a")
     file.write_bytes(content)

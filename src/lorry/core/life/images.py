@@ -172,7 +172,7 @@ def copied(flat: Tensor, device: torch.device, stream: object = None) -> Tensor:
     stream
         The CUDA stream that is going to use them, if the copy is to be made beside what runs there.
     """
-    if device.type != "cuda" or not isinstance(stream, torch.cuda.Stream):
+    if not isinstance(stream, torch.cuda.Stream) or stream.device != device:
         return flat.to(device, copy=True)
     with torch.cuda.stream(stream):  # the memory belongs to the stream that uses it, so its reuse is in order
         fresh = torch.empty_like(flat, device=device)

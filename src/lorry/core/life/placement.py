@@ -14,6 +14,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import cast
@@ -333,13 +334,13 @@ class Placement:
 
     # -- the side thread
 
-    def _prefetched(self, holding: Holding, ticket: object, stream: object) -> None:
+    def _prefetched(self, holding: Holding, ticket: object, stream: torch.cuda.Stream | None) -> None:
         with self.lock:
             if holding.ticket is not ticket:
                 return
             file = holding.file if holding.place == "disk" else None
         image = None if file is None else file.read()  # passes go on meanwhile
-        with self.lock:
+        with self.lock, nullcontext() if stream is None else torch.cuda.stream(stream):
             if holding.ticket is not ticket:
                 return
             self.statistics.from_disk += 0 if image is None else holding.size

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from core.placed import crowd, output
+from core.placed import bits, crowd, output
 from core.tiny import tokens
 
 import lorry
@@ -93,6 +93,24 @@ def test_a_pool_is_read_by_page_number():
     lease.write(0, values.view(torch.uint8))
     assert torch.equal(pool.rows(torch.float32)[list(lease.pages)].flatten(), values)
     pool.check()
+
+
+def test_pages_of_an_adapter_hold_its_tensors():
+    model, pool = crowd("a"), PagePool(400, 128)
+    gaps = [pool.take(1) for _ in range(pool.pages)]
+    for lease in gaps[::2]:
+        lease.give_back()
+    placement = lorry.placement(model)
+    with pytest.raises(lorry.AdapterError, match="no page pool"):
+        placement.pages("a")
+    placement.place("a", pool)
+    found = placement.pages("a")
+    for name, tensor, _ in lorry.adapters(model)["a"].named_tensors():
+        pages, offset = found.pop(name)
+        lying = pool.memory[list(pages)].flatten()[offset : offset + tensor.nbytes]
+        assert bytes(lying.tolist()) == bits(tensor), name
+        assert offset == 0 or len(pages) == 1
+    assert not found
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (4, 0), (4, 100)])

@@ -247,6 +247,13 @@ class PagedImage:
         """Return the tensors of a home: views, and copies of what does not lie on consecutive pages."""
         return {n: self.lease.gathered(s) if t is None else t for n, (s, t) in self._found[home].items()}
 
+    def pages(self, home: TensorHome) -> dict[str, tuple[tuple[int, ...], int]]:
+        """Return for each tensor of a home the pages on which it lies, and its first byte in the first of them."""
+        page, pages = self.lease.pool.page_bytes, self.lease.pages
+        return {
+            s.name: (pages[s.start // page : rounded(s.stop, page) // page], s.start % page) for s in self.plan[home]
+        }
+
     def give_back(self) -> None:
         """Give the pages back; they are free as soon as no tensor reads them."""
         self._found, self.ready = {}, {}

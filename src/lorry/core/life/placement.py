@@ -130,6 +130,29 @@ class Placement:
         with self.lock:
             return self.room.used(where)
 
+    def pages(self, name: str) -> dict[str, tuple[tuple[int, ...], int]]:
+        """Return where the tensors of an adapter lie in its pool, for kernels that read by page number.
+
+        Pin the adapter while such a kernel may run.
+
+        Returns
+        -------
+        dict
+            ``PATH.TENSOR`` -> the pages in order, and the tensor's first byte in the first of them; a tensor that is
+            larger than a page begins with one. Memory order is that of the tensor.
+
+        Raises
+        ------
+        AdapterError
+            An unknown name, or the adapter lies in no pool.
+        """
+        with self.lock:
+            holding = self._of(name)
+            if holding.paged is None:
+                raise AdapterError(f"Adapter '{name}' lies in no page pool; place it in one first.")
+            homes = holding.adapter.homes()
+            return {f"{at}.{n}": where for at, home in homes for n, where in holding.paged.pages(home).items()}
+
     def pin(self, name: str) -> Pin:
         """Bring an adapter to where it is used, and keep it there until it was unpinned as often as pinned.
 

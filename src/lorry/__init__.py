@@ -16,6 +16,8 @@ from lorry.core.errors import (
 from lorry.core.forward.weights import BySite, ByStep, ByTimestep
 from lorry.core.life.adapter import Adapter
 from lorry.core.life.api import activate, adapters, attach, auxiliary_loss, context, methods, rows, tap
+from lorry.core.life.page_pool import PagePool
+from lorry.core.life.placement import placement
 from lorry.core.life.plan import Plan, plan
 from lorry.core.method.registry import method_from
 from lorry.core.method.registry import methods as registered
@@ -45,6 +47,7 @@ __all__ = [
     "LoRA",
     "LorryError",
     "OptionError",
+    "PagePool",
     "PiSSA",
     "Plan",
     "Receipt",
@@ -59,6 +62,7 @@ __all__ = [
     "method_from",
     "methods",
     "open",
+    "placement",
     "plan",
     "rows",
     "tap",

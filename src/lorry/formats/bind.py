@@ -110,13 +110,12 @@ def _of_one_type(values: dict[str, Tensor], method: Method, site: Site) -> dict[
     """Return the tensors of a site in the smallest floating type that holds them all; those of a type of their own
     stay.
     """
-    types = {t.dtype for t in values.values()}
-    if len(types) < 2 or method.whole:
-        return values
-    types = {t for t in types if t.is_floating_point}
-    if len(types) < 2:
+    if method.whole or len({t.dtype for t in values.values()}) < 2:
         return values
     own = {n for n, spec in method.layout([site]).sites[site.path].items() if spec.dtype is not None}
+    types = {t.dtype for n, t in values.items() if n not in own and t.is_floating_point()}
+    if len(types) < 2:
+        return values
     common = reduce(torch.promote_types, (torch.bfloat16 if t.itemsize == 1 else t for t in types))
     return {n: t if n in own or not t.is_floating_point() else t.to(common) for n, t in values.items()}
 

@@ -17,7 +17,7 @@ from lorry.core.forward.active import Active
 from lorry.core.forward.adapted import PREFIX, link_of
 from lorry.core.forward.compiled import uniform_form
 from lorry.core.forward.compose import Composition, compose, for_all, for_rows
-from lorry.core.forward.entry import Member
+from lorry.core.forward.entry import Custodian, Member
 from lorry.core.forward.fusion import without_fusion
 from lorry.core.forward.link import Link
 from lorry.core.forward.root import RootHooks
@@ -47,6 +47,8 @@ class ModelState:
         What applies, for each thread or task.
     edits
         What is in the base weights now.
+    custodian
+        Who decides where the adapters' tensors lie, if the user asked for a placement.
     sites
         All sites of the model by path.
     compiled
@@ -58,6 +60,7 @@ class ModelState:
         self.adapters: dict[str, Member] = {}
         self.runtimes = Runtimes()
         self.edits = BaseEdits()
+        self.custodian: Custodian | None = None
         self.compiled = False
         self.sites: dict[str, Site] = catalogue(root)
         self._links: dict[str, Link] = {}
@@ -70,7 +73,7 @@ class ModelState:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy of the model takes along: no caches."""
-        return {**self.__dict__, "_composed": OrderedDict(), "_lock": None}
+        return {**self.__dict__, "_composed": OrderedDict(), "_lock": None, "custodian": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take up what a copy brought along."""
@@ -187,6 +190,8 @@ class ModelState:
     def add(self, adapter: Member) -> None:
         """Take an adapter in: link its sites and freeze the base at the first one."""
         with self._lock:
+            if self.custodian is not None:
+                self.custodian.took(adapter)
             if not self.adapters:
                 self._freeze()
                 self._hooks.install(self.root)
@@ -251,6 +256,8 @@ class ModelState:
             for runtime in self.runtimes.every():
                 runtime.drop(adapter, runtime is own)
             self.changed()
+            if self.custodian is not None:
+                self.custodian.lost(adapter)
             if not self.adapters:
                 self._release()
 
@@ -266,7 +273,8 @@ class ModelState:
         for name, parameter in self.root.named_parameters():
             if name in self._thawed:
                 parameter.requires_grad_(True)
-        self.root.__dict__.pop(_KEY, None)
+        if self.custodian is None:  # what was said of places holds for the adapters that come next
+            self.root.__dict__.pop(_KEY, None)
 
     def _freeze(self) -> None:
         # parameters of adapters on a part of this model are left as they are

@@ -50,7 +50,7 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
     "flylora": [{"select": "magnitude"}, {"alpha": 5.0}],
     "lora-mixer": [{"inference_mode": "soft"}, {"renormalize_topk": True}],
     "mixlora": [{"routing": "top_p"}, {"activation": "relu"}, {"top_k": 1}],
-    "remix": [{"rank_stabilized": True}, {"granularity": "sequence"}],
+    "remix": [{"rank_stabilized": True}],
     "vera": [{"dropout": 0.0}],
     "hira": [{"alpha": 0.5}],
 }

@@ -35,7 +35,7 @@ def drawn(steps=10, **method):
 def company(steps=10):
     return [
         Job("wide", token_rows(30, (15, 30), 2), {"method": "dora", "rank": 4, "dropout": 0.1}, steps=steps, seed=2),
-        replace(drawn(), name="twice", method={**REMIX, "draws": 2, "granularity": "sequence"}, accumulation=1, seed=3),
+        replace(drawn(), name="twice", method={**REMIX, "draws": 2}, accumulation=1, seed=3),
         Job("routed", token_rows(30, (5, 9), 4), {"method": "lora-mixer", "experts": 3, "rank": 2}, steps=steps),
     ]
 
@@ -66,7 +66,7 @@ def test_a_router_is_trained_beside_others_as_alone(alone, ratio, tmp_path):
         assert routers and all(float(t.abs().max()) > 1e-4 for t in routers)
     for job in (first, *others):
         single = train(tiny_llama(), None, job, tmp_path / job.name)
-        assert difference(tensors(fleet, job.name), tensors(single, job.name)) < 1e-5
+        assert difference(tensors(fleet, job.name), tensors(single, job.name)) < 5e-5  # rounding, over ten steps
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -182,7 +182,7 @@ def learned(folder, data, score):
     job = Job(
         "toy",
         data,
-        {**method, "granularity": "sequence"},
+        method,
         targets=[SITE],
         rate=0.1,
         steps=60,

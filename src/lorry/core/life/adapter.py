@@ -227,11 +227,14 @@ class Adapter:
             An unknown option or a value out of range.
         AdapterError
             The options ask for other tensors than the adapter has. Nothing is changed then.
+        SiteError
+            They do not fit the model.
         """
         changed: dict[str, Method] = {}
         for path, entry in self.entries.items():
             if type(entry.method) is type(self.method):
                 changed[path] = entry.method.with_options(**options)
+                changed[path].check_model(self.state.root, entry.site)
         method = self.method.with_options(**options)
         layout = joint_layout([(e.site, changed.get(p, e.method)) for p, e in self.entries.items()])
         for prefix, home in self.homes():

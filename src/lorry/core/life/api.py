@@ -143,6 +143,7 @@ def choose(
         if here is None:
             continue
         here.check_site(site)
+        here.check_model(state.root, site)
         chosen.append((site, here))
     if unused:
         raise SiteError(f"site_options {sorted(unused)} match none of the {len(chosen)} chosen sites.")

@@ -12,6 +12,9 @@ from lorry.core.method.base import Method
 from lorry.core.method.spec import TensorSpec
 from lorry.core.sites.site import Site
 
+#: Mark of parameters that keep their type when their module is cast.
+KEEPS_TYPE = "_lorry_keeps_type"
+
 
 class TensorHome:
     """A named set of tensors that may be registered as parameters of a module.
@@ -54,6 +57,7 @@ class TensorHome:
             value = self._values[name]
             parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach())
             parameter.requires_grad_(True)
+            parameter.__dict__[KEEPS_TYPE] = spec.dtype is not None
             module._parameters[key] = parameter
             self._values[name] = parameter
             self._keys[name] = key

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from lorry.core.errors import AdapterError, some
 from lorry.core.forward.active import Active
 from lorry.core.forward.link import Link
+from lorry.core.forward.reentrant import Openings
 from lorry.core.forward.runtime import Runtime, Runtimes
 from lorry.core.method.call import recomputing
 from lorry.core.method.context import Context
@@ -40,6 +41,7 @@ class RootHooks:
         self.links = links
         self._names: list[str] = []
         self._root: nn.Module | None = None
+        self._openings: Openings | None = None
         self._handles: list[RemovableHandle] = []
         self._suspects: dict[str, RemovableHandle] = {}
         self._parents_ran: set[str] = set()
@@ -49,6 +51,7 @@ class RootHooks:
     def install(self, root: nn.Module) -> None:
         """Watch the root from now on."""
         self._root = root
+        self._openings = Openings(root)
         self._names = list(inspect.signature(type(root).forward).parameters)[1:]
         self._handles = [
             root.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -57,9 +60,11 @@ class RootHooks:
 
     def remove(self) -> None:
         """Leave the root as it was."""
+        if self._openings is not None:
+            self._openings.remove()
         for handle in (*self._handles, *self._suspects.values()):
             handle.remove()
-        self._handles, self._suspects, self._root = [], {}, None
+        self._handles, self._suspects, self._root, self._openings = [], {}, None, None
         self._judged.clear()
         self._ran.clear()
 
@@ -67,6 +72,8 @@ class RootHooks:
         if torch.compiler.is_compiling() or recomputing():
             return
         runtime = self.runtimes.own()
+        if self._openings is not None and root.training and torch.is_grad_enabled() and _trains(runtime.active):
+            self._openings.follow()
         if runtime.active is not None or runtime.taps or runtime.passing is not None:
             values = {**dict(zip(self._names, args, strict=False)), **kwargs}
             dim = 1 if getattr(root, "batch_first", True) is False else 0  # torch's attention may have the length first
@@ -144,6 +151,10 @@ class RootHooks:
                 "merge it into the base, or put the original processor back.",
                 stacklevel=4,
             )
+
+
+def _trains(active: Active | None) -> bool:
+    return active is not None and any(p.adapter.trainable for p in active.portions)
 
 
 def _pass(values: Mapping[str, Any], context: Context, dim: int) -> Pass:

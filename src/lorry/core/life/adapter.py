@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorry.core.errors import AdapterError
+from lorry.core.errors import AdapterError, some
 from lorry.core.forward.entry import Entry, TensorHome
 from lorry.core.life.fuse import merge_into_base
 from lorry.core.life.state import ModelState, parameter_prefix
@@ -154,6 +155,13 @@ class Adapter:
         edit, receipt = merge_into_base(self.name, list(self.entries.values()), check=safe)
         self.state.edits.made(edit)
         self.state.changed()
+        past = self.state.passed_by(self.sites)
+        if past:
+            note = (
+                f"{some(past)}: something reads the weight past the layer, so the adapter had no effect there before; "
+                "merged it has one"
+            )
+            receipt = replace(receipt, notes=(*receipt.notes, note))
         return receipt
 
     def unmerge(self) -> Receipt:

@@ -102,6 +102,10 @@ class ModelState:
         """Names of the adapters that are in the base weights, in the order in which they got there."""
         return self.edits.names
 
+    def passed_by(self, sites: Iterable[Site]) -> list[str]:
+        """Return the paths of those sites whose weights something reads past the layer, as far as passes have shown."""
+        return [site.path for site in sites if site.path in self._hooks.passed_by]
+
     def choose(self, active: Active | None) -> None:
         """Let an active set apply from now on: here, and wherever nothing was chosen."""
         self.runtimes.choose(active)

@@ -5,9 +5,10 @@ import io
 
 import pytest
 import torch
-from core.tiny import llama, off_zero, tokens
+from core.tiny import llama, off_zero, snapshot, tokens, unchanged
 
 import lorry
+from lorry.core.life.switch import make_switch
 
 TARGETS = {"mixlora": "mlp", "full": ["model.norm"]}
 ALL = sorted(lorry.methods())
@@ -90,3 +91,145 @@ def test_a_copied_adapter_says_that_it_cannot_start_anew():
     spec = next(s for _, _, s in lorry.adapters(copy.deepcopy(model))["default"].named_tensors())
     with pytest.raises(lorry.AdapterError, match=r"attach a fresh one"):
         spec.init(torch.zeros(spec.shape), torch.Generator())
+
+
+# -- the base is changed while something is merged into it
+
+
+def merged_dora(slug="dora", **more):
+    model, adapter = trained(slug, **more)
+    adapter.merge()
+    return model, adapter
+
+
+LINEAR = ["lora", "dora", "hira", "shira"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("slug", LINEAR)
+def test_a_model_that_is_cast_while_merged_gets_its_own_weights_back_as_cast(slug, dtype):
+    model, adapter = merged_dora(slug)
+    model.to(dtype)
+    adapter.unmerge()
+    assert unchanged(model, snapshot(llama().to(dtype)))
+    adapter.merge()
+    model.to(torch.float32)
+    adapter.detach()
+    assert unchanged(model, snapshot(llama().to(dtype).float()))
+
+
+def test_two_adapters_merged_into_a_model_that_is_cast():
+    model, first = trained("lora")
+    second = off_zero(lorry.attach(model, "dora", targets="attention", name="second"), 7)
+    first.merge()
+    second.merge()
+    model.to(torch.float64)
+    deltas = {site.path: delta for site, delta in second.deltas()}
+    assert deltas
+    second.unmerge()
+    first.unmerge()
+    assert unchanged(model, snapshot(llama().double()))
+
+
+CHANGES = {
+    "load_state_dict": lambda model: model.load_state_dict(llama(seed=3).state_dict()),
+    "assign": lambda model: model.load_state_dict(llama(seed=3).state_dict(), assign=True),
+    "in place": lambda model: scale(model),
+    "there and back": lambda model: model.bfloat16().float(),
+}
+
+
+def scale(model):
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.mul_(2)
+
+
+@pytest.mark.parametrize("slug", ["lora", "dora"])
+@pytest.mark.parametrize("change", sorted(CHANGES))
+def test_a_base_that_was_changed_while_merged_is_left_as_it_is(change, slug):
+    """Old tensors do not come back: taking the adapter out is refused, taking it off with what is there is not."""
+    model, adapter = merged_dora(slug)
+    CHANGES[change](model)
+    now = snapshot(model)
+    for action in (adapter.unmerge, adapter.detach, lambda: list(adapter.deltas())):
+        with pytest.raises(lorry.AdapterError, match=r"was changed after adapter 'default'.*detach\(keep=True\)"):
+            action()
+        assert unchanged(model, now) and adapter.merged
+    adapter.detach(keep=True)
+    assert unchanged(model, now) and not lorry.adapters(model)
+    assert type(model.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    if change in ("load_state_dict", "assign"):
+        assert torch.equal(model(tokens()).logits, llama(seed=3)(tokens()).logits)
+    again = off_zero(lorry.attach(model, slug, targets="attention"))
+    again.merge()
+    again.detach()
+    assert unchanged(model, now)
+
+
+@pytest.mark.parametrize("change", ["load_state_dict", "assign", "in place"])
+def test_a_base_that_was_changed_while_switched_is_left_as_it_is(change):
+    model, adapter = trained("shira")
+    lorry.activate(model, None)
+    switch = make_switch(adapter)
+    switch.on()
+    CHANGES[change](model)
+    now = snapshot(model)
+    for action in (switch.off, adapter.detach):
+        with pytest.raises(lorry.AdapterError, match=r"was changed after adapter 'default'.*detach\(keep=True\)"):
+            action()
+        assert unchanged(model, now)
+    adapter.detach(keep=True)
+    assert unchanged(model, now)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_that_is_cast_while_switched_gets_its_own_values_back_as_cast(dtype):
+    model, adapter = trained("shira")
+    lorry.activate(model, None)
+    switch = make_switch(adapter)
+    switch.on()
+    model.to(dtype)
+    switch.off()
+    assert unchanged(model, snapshot(llama().to(dtype)))
+
+
+def test_a_copy_of_a_switched_model_is_switched_off_by_itself():
+    model, adapter = trained("shira")
+    lorry.activate(model, None)
+    make_switch(adapter).on()
+    switched = snapshot(model)
+    twin = copy.deepcopy(model)
+    lorry.adapters(twin)["default"].unmerge()
+    assert unchanged(twin, snapshot(llama())) and unchanged(model, switched)
+    adapter.unmerge()
+    assert unchanged(model, snapshot(llama()))
+
+
+@pytest.mark.parametrize("slug", ["dora", "hira", "lora"])
+def test_updates_are_those_of_the_bare_base_while_merged(slug):
+    model, adapter = trained(slug)
+    before = {site.path: delta for site, delta in adapter.deltas()}
+    off_zero(lorry.attach(model, "lora", targets="attention", name="other"), 9, 0.3).merge()
+    adapter.merge()
+    for site, delta in adapter.deltas():
+        assert torch.equal(delta, before[site.path])
+    lorry.adapters(model)["other"].deltas()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: read_again(model)])
+def test_a_copy_of_a_merged_model_is_unmerged_by_itself(copied):
+    model, adapter = merged_dora("dora")
+    merged = snapshot(model)
+    twin = copied(model)
+    assert unchanged(twin, merged)
+    lorry.adapters(twin)["default"].unmerge()
+    assert unchanged(twin, snapshot(llama())) and unchanged(model, merged)
+    adapter.unmerge()
+    assert unchanged(model, snapshot(llama()))
+
+
+def read_again(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)

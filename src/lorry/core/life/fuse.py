@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lorry.core.errors import AdapterError
 from lorry.core.forward.entry import Entry
-from lorry.core.life.base_edits import Edit, Exchanged
+from lorry.core.life.base_edits import Edit, Exchanged, changed_since
 from lorry.core.memory import LargePages
 from lorry.core.method.families import Bottleneck
 from lorry.core.receipt import Receipt
@@ -59,9 +60,9 @@ def merge_into_base(name: str, entries: Sequence[Entry], *, check: bool = True) 
         holder, parameter = entry.site.holder, entry.site.parameter
         original = holder._parameters[parameter]
         holder._parameters[parameter] = merged
-        exchanged.append(Exchanged(holder, parameter, original, merged, merged._version))
+        exchanged.append(Exchanged(holder, parameter, original, merged))
     places = tuple((e.holder, e.name) for e in exchanged)
-    edit = Edit(name, 1.0, lambda: _put_back(name, exchanged), places, tuple(exchanged))
+    edit = Edit(name, 1.0, partial(_put_back, name, exchanged), places, tuple(exchanged))
     homes = {id(home): home for e in entries for home in (e.home, e.shared) if home is not None}
     count = sum(len(home.specs) for home in homes.values())
     relative = (error / size) ** 0.5 if size else 0.0
@@ -70,15 +71,11 @@ def merge_into_base(name: str, entries: Sequence[Entry], *, check: bool = True) 
 
 def _put_back(name: str, exchanged: Sequence[Exchanged]) -> None:
     """Put the original parameters back, if the base is still what the merge made of it."""
-    touched = [f"'{e.name}' of {type(e.holder).__name__}" for e in exchanged if not e.untouched]
-    if touched:
-        raise AdapterError(
-            f"The base was changed after adapter '{name}' was merged into it ({len(touched)} weights, e.g. "
-            f"{touched[0]}: loaded anew, cast or overwritten), so the kept originals no longer belong to it. Unmerge "
-            "before changing the base; or detach the adapter with detach(keep=True), which leaves the base as it is."
-        )
+    error = changed_since(name, exchanged)
+    if error is not None:
+        raise error
     for item in exchanged:
-        item.holder._parameters[item.name] = item.original
+        item.put_back()
 
 
 def _merged(

@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from core.choices import adapted, alone
 from core.tiny import llama, off_zero, snapshot, tokens, unchanged
 
 import lorry
@@ -233,3 +234,114 @@ def read_again(model):
     torch.save(model, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
+
+
+# -- compositions as contexts
+
+
+def run(model):
+    with torch.no_grad():
+        return model(tokens(2)).logits
+
+
+@pytest.fixture
+def several():
+    """A model with adapters a, b and c, none active, and what it gives with each of them, and bare."""
+    model = adapted(*"abc")
+    return model, {choice: alone(model, choice, tokens(2)) for choice in ("a", "b", "c", None)}
+
+
+def test_a_block_entered_late_does_not_undo_what_was_chosen_since(several):
+    model, wanted = several
+    lorry.activate(model, "b")
+    late = lorry.activate(model, "a")
+    lorry.activate(model, "c")
+    with late:
+        assert torch.equal(run(model), wanted["a"])
+    assert torch.equal(run(model), wanted["c"])
+
+
+def test_a_detached_adapter_does_not_come_back_with_a_block(several):
+    model, wanted = several
+    lorry.activate(model, "b")
+    late = lorry.activate(model, "a")
+    lorry.adapters(model)["b"].detach()
+    with late:
+        assert torch.equal(run(model), wanted["a"])
+    assert torch.equal(run(model), wanted[None])
+    lorry.activate(model, "c")
+    with lorry.activate(model, "a"):
+        lorry.adapters(model)["c"].detach()
+        assert torch.equal(run(model), wanted["a"])
+        lorry.adapters(model)["a"].detach()
+    assert model(tokens(2)).logits is not None and not lorry.adapters(model)
+    assert torch.equal(run(model), wanted[None])
+
+
+def test_a_block_of_a_detached_adapter_is_not_entered(several):
+    model, wanted = several
+    late = lorry.activate(model, "a")
+    lorry.adapters(model)["a"].detach()
+    with pytest.raises(lorry.AdapterError, match="was detached before the block"), late:
+        pass
+    assert torch.equal(run(model), wanted[None])
+
+
+def test_blocks_left_out_of_order(several):
+    model, wanted = several
+    first, rows = lorry.activate(model, "a"), lorry.rows(model, ["b", None])
+    first.__enter__()
+    rows.__enter__()
+    first.__exit__(None, None, None)
+    torch.testing.assert_close(run(model)[0], wanted["b"][0])
+    rows.__exit__(None, None, None)
+    assert torch.equal(run(model), wanted[None])
+
+
+def test_what_is_loaded_inside_a_block_applies_after_it(several, tmp_path):
+    model, wanted = several
+    lorry.adapters(model)["b"].save(tmp_path / "b")
+    with lorry.activate(model, "a"):
+        lorry.load(model, tmp_path / "b", name="again")
+        assert torch.equal(run(model), wanted["a"])
+    assert torch.equal(run(model), wanted["b"])
+
+
+def test_nothing_is_merged_while_rows_are_in_force(several):
+    """It would apply to every row."""
+    model, wanted = several
+    with lorry.rows(model, ["a", None]):
+        for name in "ab":
+            with pytest.raises(lorry.AdapterError, match=r"lorry\.rows is in force"):
+                lorry.adapters(model)[name].merge()
+        found = run(model)
+    torch.testing.assert_close(found[0], wanted["a"][0])
+    torch.testing.assert_close(found[1], wanted[None][1])
+
+
+def test_an_adapter_is_not_merged_with_another_weight_than_it_is_active_with(several):
+    model, wanted = several
+    lorry.activate(model, {"a": 0.5, "b": 1.0})
+    half = run(model)
+    with pytest.raises(lorry.AdapterError, match="active with another weight than the 1 "):
+        lorry.adapters(model)["a"].merge()
+    assert torch.equal(run(model), half)
+    lorry.adapters(model)["b"].merge()
+    torch.testing.assert_close(run(model), half, atol=1e-5, rtol=1e-4)
+
+
+def test_nothing_beside_the_base_is_what_is_in_the_base(several):
+    """`activate(None)` says what applies beside the base weights, in every form of it; `rows` is refused."""
+    model, wanted = several
+    lorry.adapters(model)["a"].merge()
+    lorry.activate(model, None)
+    torch.testing.assert_close(run(model), wanted["a"], atol=1e-5, rtol=1e-4)
+    with lorry.activate(model, None):
+        torch.testing.assert_close(run(model), wanted["a"], atol=1e-5, rtol=1e-4)
+    lorry.activate(model, "a")
+    torch.testing.assert_close(run(model), wanted["a"], atol=1e-5, rtol=1e-4)
+    with pytest.raises(lorry.AdapterError, match="merged into the base"), lorry.rows(model, [None, None]):
+        pass
+    lorry.adapters(model)["a"].unmerge()
+    lorry.activate(model, None)
+    assert torch.equal(run(model), wanted[None])

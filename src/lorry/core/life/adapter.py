@@ -148,10 +148,12 @@ class Adapter:
         Raises
         ------
         AdapterError
-            It is in the base already, its method never merges, or an update is not finite. Nothing is changed then.
+            It is in the base already, its method never merges, an update is not finite, rows have adapters of their own
+            now, or it is active with another weight than 1. Nothing is changed then.
         """
         if self.in_base:
             raise AdapterError(f"Adapter '{self.name}' is merged already.")
+        self.state.check_merge(self.name, 1.0)
         edit, receipt = merge_into_base(self.name, list(self.entries.values()), check=safe)
         self.state.edits.made(edit)
         self.state.changed()

@@ -176,11 +176,22 @@ class Activation:
         self._scope: tuple[Runtime, Scope] | None = None
 
     def __enter__(self) -> None:
-        """Let what was active before be active again once the block ends."""
-        if self._state is not None:
-            if self._before is not self._active:
-                self._state.choose(self._before)
-            self._scope = self._state.enter(self._active)
+        """Let what was active before be active again once the block ends.
+
+        Raises
+        ------
+        AdapterError
+            An adapter of the composition was detached meanwhile.
+        """
+        if self._state is None:
+            return
+        if self._state.lasting(self._active) is not self._active:
+            raise AdapterError("An adapter of this composition was detached before the block was entered.")
+        base = self._state.runtimes.own().base
+        # what was chosen since `activate` was called stays chosen
+        if (None if base is None else base.portions) is (None if self._active is None else self._active.portions):
+            self._state.choose(self._state.lasting(self._before))
+        self._scope = self._state.enter(self._active)
 
     def __exit__(self, *error: object) -> None:
         """End the block."""

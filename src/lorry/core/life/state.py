@@ -97,6 +97,13 @@ class ModelState:
     def context(self, context: Context) -> None:
         self.runtimes.own().set_context(context)
 
+    def lasting(self, active: Active | None) -> Active | None:
+        """Return a composition without the adapters that were detached since it was made."""
+        for portion in () if active is None else active.portions:
+            if active is not None and self.adapters.get(portion.adapter.name) is not portion.adapter:
+                active = active.without(portion.adapter)
+        return active
+
     @property
     def merged(self) -> list[str]:
         """Names of the adapters that are in the base weights, in the order in which they got there."""
@@ -165,6 +172,22 @@ class ModelState:
             )
         self._notice_compiling()
         return self._with_form(for_rows(compositions, self.adapters, seeds, layout))
+
+    def check_merge(self, name: str, weight: float) -> None:
+        """Raise `AdapterError` if an adapter in the base with `weight` would change what is in force somewhere."""
+        for active in (active for runtime in self.runtimes.every() for active in runtime.actives()):
+            if active.layout is not None:
+                raise AdapterError(
+                    f"lorry.rows is in force, and adapter '{name}' would apply to every row once it is in the base. "
+                    "Leave the block first."
+                )
+            for portion in active.portions:
+                same = portion.kind is None and isinstance(portion.weight, float) and portion.weight == weight
+                if portion.adapter.name == name and not same:
+                    raise AdapterError(
+                        f"Adapter '{name}' is active with another weight than the {weight:g} with which it would be in "
+                        "the base. Activate it with that weight, or lorry.activate(model, None), before."
+                    )
 
     def changed(self) -> None:
         """Forget what was worked out before an adapter was removed, put into the base, or registered anew."""

@@ -82,6 +82,7 @@ class Switch:
         """
         state = self.adapter.state
         _check_bare(self.adapter)
+        state.check_merge(self.adapter.name, self.weight)
         if state.active is not None and self.adapter.name in state.active.members:
             raise AdapterError(
                 f"Adapter '{self.adapter.name}' is active and would count twice; call lorry.activate(model, None) "

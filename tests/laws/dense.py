@@ -30,7 +30,7 @@ class Twin:
         self.targets = targets
         self.method = adapter.method
         self.methods = {path: entry.method for path, entry in adapter.entries.items()}
-        self.sharing = {path for path, entry in adapter.entries.items() if entry.sharing}
+        self.sharing = {path for path, entry in adapter.entries.items() if entry.shared is not None}
         self.trained = {name for name, _, spec in adapter.named_tensors() if spec.trained}
         self.tensors = {name: tensor.detach().clone() for name, tensor, _ in adapter.named_tensors()}
 

@@ -220,7 +220,8 @@ class Life(RuleBasedStateMachine):
     def merge(self, data: Any) -> None:
         name = self.drawn(data)
         twin = self.twins[name]
-        if name in self.inside or not twin.merges or self.switch is not None:
+        elsewise = self.active.get(name, 1.0) != 1.0  # it is active with another weight than it would be merged with
+        if name in self.inside or not twin.merges or self.switch is not None or elsewise:
             with pytest.raises(lorry.AdapterError):
                 self.adapter(name).merge()
             return

@@ -20,6 +20,7 @@ from lorry.core.forward.compose import Composition, compose, for_all, for_rows
 from lorry.core.forward.entry import Member
 from lorry.core.forward.fusion import without_fusion
 from lorry.core.forward.link import Link
+from lorry.core.forward.orientation import length_first
 from lorry.core.forward.root import RootHooks
 from lorry.core.forward.runtime import UNIFORM_FORM, Runtime, Runtimes, Scope
 from lorry.core.life.base_edits import BaseEdits
@@ -233,7 +234,8 @@ class ModelState:
             elif site.path not in {s.path for s in link.sites}:
                 link.sites.append(site)
         for found in owners.values():
-            self._links[found[0].path] = Link(found[0].owner, found, self.adapters, self.runtimes)
+            link = self._links[found[0].path] = Link(found[0].owner, found, self.adapters, self.runtimes)
+            link.length_first = length_first(self.root, found[0].path)
         if owners:
             self._fused += without_fusion(self.root)
 

@@ -49,7 +49,7 @@ def by_rows(layer: Layer, active: Active, now: Now, run: Run, args: tuple[Any, .
 def _check_tokens(site: Site, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse a bank of experts that is not given its tokens in their order, with the experts of each."""
     beside = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v is not x]
-    if not any(v.ndim > 1 and v.shape[0] == x.shape[0] for v in beside):
+    if x.ndim == 2 and not any(v.ndim > 1 and v.shape[0] == x.shape[0] for v in beside):
         raise AdapterError(
             f"'{site.path}' is given its tokens sorted by expert, or once for each, and not in the order of the rows, "
             "so rows cannot have adapters of their own there. Use one composition for the whole batch, or leave the "

@@ -27,7 +27,7 @@ from lorry.core.method.registry import methods as registered
 from lorry.core.receipt import Receipt
 from lorry.core.sites.kinds import BLOCK, KIND_NAMES
 from lorry.core.sites.site import Site
-from lorry.core.sites.targets import Targets, matches, select
+from lorry.core.sites.targets import Selection, Targets, matches, select
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}")
 SiteOptions = Mapping[str, Mapping[str, Any]]
@@ -89,6 +89,11 @@ def attach(
         for site, _ in chosen
         if site.tied
     )
+    if state.unfit:
+        left = selected(state, method, targets, exclude=exclude, layers=layers).left_out
+        notes += tuple(
+            f"'{path}' was left out: {left[path]}" for path in state.unfit if left[path] == state.unfit[path]
+        )
     adapter.receipt = Receipt("attach", name, count, count, len(chosen), "match", notes=notes)
     return install(adapter, trainable=True, activate=activate)
 
@@ -118,6 +123,30 @@ def check_name(name: str, state: ModelState) -> None:
         raise AdapterError(f"An adapter '{name}' is attached already. Detach it first, or choose another name.")
 
 
+def selected(
+    state: ModelState, method: Method, targets: Targets, *, exclude: Targets = (), layers: Sequence[int] | None = None
+) -> Selection:
+    """Return the sites that targets mean for a method, and why others are left out.
+
+    Raises
+    ------
+    SiteError
+        Nothing matches, or all that matches is left out.
+    """
+    kinds = (*method.info.kinds, *method.gathers)
+    found = select(state.root, state.catalogue, targets, kinds=kinds, exclude=exclude, layers=layers)
+    unfit = {site.path: state.unfit[site.path] for site in found.sites if site.path in state.unfit}
+    if not unfit:
+        return found
+    left = tuple(site for site in found.sites if site.path not in unfit)
+    if not left:
+        path, reason = next(iter(unfit.items()))
+        raise SiteError(
+            f"No adapter can sit on '{path}': {reason}. Train the module whole (train_also), or choose other targets."
+        )
+    return Selection(left, {**found.left_out, **unfit})
+
+
 def choose(
     state: ModelState,
     method: Method,
@@ -128,9 +157,7 @@ def choose(
     site_options: SiteOptions | None = None,
 ) -> list[tuple[Site, Method]]:
     """Return the sites that targets mean, each with the method to use there, checked against each other."""
-    selection = select(
-        state.root, state.sites, targets, kinds=(*method.info.kinds, *method.gathers), exclude=exclude, layers=layers
-    )
+    selection = selected(state, method, targets, exclude=exclude, layers=layers)
     chosen: list[tuple[Site, Method]] = []
     unused = set(site_options or ())
     for site, placed in method.place(selection.sites, state.root):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lorry.core.life.api import SiteOptions, choose, whole_modules
+from lorry.core.life.api import SiteOptions, choose, selected, whole_modules
 from lorry.core.life.state import open_state
 from lorry.core.method.base import Method
 from lorry.core.method.registry import method_from
@@ -91,11 +91,7 @@ def plan(
     chosen += whole_modules(state, train_also)
     layout = joint_layout(chosen)
     trained, everything = layout.count(), layout.count(trained=False)
-    from lorry.core.sites.targets import select
-
-    selection = select(
-        state.root, state.sites, targets, kinds=(*method.info.kinds, *method.gathers), exclude=exclude, layers=layers
-    )
+    selection = selected(state, method, targets, exclude=exclude, layers=layers)
     left_out = dict(selection.left_out)
     used = {site.path for site, _ in chosen}
     for site in selection.sites:

@@ -24,6 +24,7 @@ from lorry.core.forward.orientation import length_first
 from lorry.core.forward.root import RootHooks
 from lorry.core.forward.runtime import UNIFORM_FORM, Runtime, Runtimes, Scope
 from lorry.core.life.base_edits import BaseEdits
+from lorry.core.life.fit import misfit
 from lorry.core.method.context import Context
 from lorry.core.method.layout import BatchLayout
 from lorry.core.sites.fingerprint import Fingerprint, fingerprint
@@ -48,6 +49,10 @@ class ModelState:
         What applies, for each thread or task.
     edits
         What is in the base weights now.
+    catalogue
+        All layers of known kinds by path.
+    unfit
+        Why some of them are no sites: they do not compute what their kind says.
     sites
         All sites of the model by path.
     compiled
@@ -60,7 +65,10 @@ class ModelState:
         self.runtimes = Runtimes()
         self.edits = BaseEdits()
         self.compiled = False
-        self.sites: dict[str, Site] = catalogue(root)
+        self.catalogue: dict[str, Site] = catalogue(root)
+        reasons = {path: misfit(site) for path, site in self.catalogue.items()}
+        self.unfit: dict[str, str] = {path: reason for path, reason in reasons.items() if reason}
+        self.sites: dict[str, Site] = {p: s for p, s in self.catalogue.items() if p not in self.unfit}
         self._links: dict[str, Link] = {}
         self._hashes: dict[str, str] = {}
         self._composed: OrderedDict[tuple[Any, ...], Active] = OrderedDict()

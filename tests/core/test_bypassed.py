@@ -60,6 +60,50 @@ def test_a_processor_that_reads_the_weights_itself_is_noticed():
         model(*INPUTS)
 
 
+def hybrids():
+    """Models whose own code reads the weight of a layer, and never calls it."""
+    import transformers
+
+    mamba = {"vocab_size": 50, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2}
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    jamba = {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 4, "mamba_dt_rank": 4, "num_experts": 2}
+    relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_relative_positions": 8}
+    return {
+        "mamba": (
+            transformers.MambaForCausalLM,
+            transformers.MambaConfig(time_step_rank=4, **mamba),
+            ["conv1d", "dt_proj"],
+        ),
+        "jamba": (
+            transformers.JambaForCausalLM,
+            transformers.JambaConfig(num_key_value_heads=2, intermediate_size=48, **jamba, **sizes),
+            ["conv1d", "dt_proj"],
+        ),
+        "deberta": (
+            transformers.DebertaV2ForMaskedLM,
+            transformers.DebertaV2Config(intermediate_size=48, **relative, **sizes),
+            ["rel_embeddings"],
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["mamba", "jamba", "deberta"])
+def test_weights_that_a_model_reads_itself_are_noticed_in_the_first_pass_and_in_merging(name):
+    make, config, targets = hybrids()[name]
+    torch.manual_seed(0)
+    model = make(config).eval()
+    adapter = off_zero(lorry.attach(model, lorry.LoRA(rank=2), targets=targets), std=0.3)
+    with torch.no_grad(), pytest.warns(UserWarning, match="did not run although") as found:
+        model(tokens(2, 5))
+    named = [str(w.message) for w in found if "did not run although" in str(w.message)]
+    assert len(named) == 1 and all(target in named[0] for target in targets)
+    notes = adapter.merge().notes
+    assert any("past the layer" in note and targets[0] in note for note in notes)
+    adapter.unmerge()
+    plain = lorry.attach(model, lorry.LoRA(rank=2), targets=["dense" if name == "deberta" else "in_proj"], name="other")
+    assert not any("past the layer" in note for note in plain.merge().notes)
+
+
 def test_parts_that_a_pass_does_not_need_are_no_reason_to_warn(recwarn):
     from transformers import T5Config, T5ForConditionalGeneration
 

@@ -35,7 +35,9 @@ def test_rows_kept_open_by_a_generator_that_is_dropped_late():
     def stream():
         with lorry.rows(model, ["a", "b"]):
             while True:
-                yield model(ids).logits
+                with torch.no_grad():  # around no yield: it would be left in the caller's mode
+                    logits = model(ids).logits
+                yield logits
 
     answer = stream()
     next(answer)

@@ -131,6 +131,24 @@ def test_dylora_evaluates_and_merges_all_units():
     assert torch.allclose(model(x), output, atol=1e-5)
 
 
+@pytest.mark.parametrize("rule", ["P", "rank"])
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_a_cut_of_dylora_is_what_was_trained_at_that_rank(scaling, rule):
+    x, (model, adapter) = batch(), adapted(mode="dylora", scaling=scaling, cut_scale=rule)
+    scatter_trained(adapter)
+    for rank in adapter.method.trained_ranks:
+        adapter.shared.tensors()["drawn"].fill_(rank)
+        model.train()
+        trained = model(x)  # with a graph, as in a training step
+        model.eval()
+        with at_rank(adapter, rank):
+            assert torch.allclose(model(x), trained, atol=1e-5)
+            expected = {site.path: delta for site, delta in adapter.deltas()}
+        for path, entry in adapter.entries.items():
+            a, b = entry.tensors()["A"][:rank], entry.tensors()["B"][:, :rank]
+            assert torch.allclose(expected[path], adapter.method.scale_of(rank) * b @ a, atol=1e-5)
+
+
 def test_mean_loss_serves_every_rank():
     x, (model, adapter) = batch(), adapted()
     scatter_trained(adapter)

@@ -281,6 +281,32 @@ def test_tokens_beyond_the_capacity_get_the_frozen_block():
     assert not torch.allclose(alone, x[:, :2])
 
 
+@pytest.mark.parametrize("name", ["phi", "gpt2", "gpt_neox"])
+def test_beyond_the_capacity_biases_count_once(name):
+    """Switch routing by its definition in float64, with biases that are not zero, as real checkpoints have them."""
+    model = model_of(name)
+    with torch.no_grad():
+        for number, (key, parameter) in enumerate(model.named_parameters()):
+            if key.endswith("bias"):
+                parameter.normal_(0, 1, generator=torch.Generator().manual_seed(number))
+    adapter = off_zero(attached(model, routing="switch", capacity=2, experts=3, top_k=1, router_std=1.0), std=0.2)
+    path, entry = next(iter(adapter.entries.items()))
+    module, tensors = model.get_submodule(path), entry.tensors()
+    x = torch.randn(2, 12, module_width(entry), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with torch.no_grad():
+        output = module(x)
+        lorry.activate(model, None)
+        frozen = module(x)
+        p = (x @ tensors["router"].T).softmax(-1)
+        best = p.max(-1)
+        chosen = F.one_hot(best.indices, 3)
+        beyond = ((chosen.cumsum(-2) > 2) & chosen.bool()).any(-1)
+        expected = best.values[..., None] * naive(module, entry.method, tensors, x)
+    assert beyond.sum() >= 2 * (12 - 3 * 2) and not beyond.all()
+    torch.testing.assert_close(output[beyond], frozen[beyond], atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(output[~beyond], expected[~beyond], atol=1e-10, rtol=1e-10)
+
+
 def test_z_loss():
     model = model_of("llama")
     adapter = attached(model, load_balance=0.0, z_loss=0.5)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from methods.small import batch, copies, scatter_trained, set_tensors, stack, train
+from torch import nn
 
 import lorry
 
@@ -68,6 +69,33 @@ def test_pure_sharing_gives_one_update_to_all():
     assert "index_B" not in entry.tensors()
     entry.tensors()["index_A"].copy_(entry.tensors()["index_A"].flip(0))
     assert torch.allclose(entry.delta(), deltas["layers.0.up"], atol=1e-6)
+
+
+class Square(nn.Module):
+    """Blocks whose projections have equal shapes and names that differ in digits."""
+
+    def __init__(self, names: tuple[str, ...], layers: int = 3) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({n: nn.Linear(8, 8) for n in names}) for _ in range(layers))
+
+
+@pytest.mark.parametrize("names", [("w1", "w3"), ("fc1", "fc2"), ("wi_0", "wi_1"), ("0", "2")])
+def test_only_numbers_of_layers_make_a_type(names):
+    """Between projections nothing is shared, whatever digits their names have."""
+    adapter = lorry.attach(Square(names), lorry.MoS(budget=2))
+    pools = adapter.shared.tensors()
+    assert len(pools) == 2 * len(names)
+    assert all(len(p) == 2 * 3 * 4 for p in pools.values())
+    scatter_trained(adapter)
+    site = adapter.entries[f"layers.1.{names[0]}"]
+    site.delta().sum().backward()
+    used = {key for key, pool in pools.items() if pool.grad is not None and pool.grad.any()}
+    assert len(used) == 2 and all(f".{names[0]}[" in key for key in used)
+
+
+def test_layers_that_are_projections_themselves_share():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    assert set(lorry.attach(model, lorry.MoS(budget=2)).shared.tensors()) == {"*[8x8].A", "*[8x8].B"}
 
 
 def test_rank_exceeds_the_budget():

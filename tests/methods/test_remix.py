@@ -159,9 +159,22 @@ def test_the_router_alone_finds_the_right_pair():
     assert [tuple(b) for b in best] == pairs
 
 
-def test_sequences_are_routed_as_wholes():
-    model = llama()
-    adapter = off_zero(lorry.attach(model, ReMix(granularity="sequence", top_k=2, rank=2), targets="q_proj"), std=0.3)
+def classifier(kind):
+    """Models that read a sequence whole: an encoder, and a decoder under a classifier's head."""
+    import transformers
+
+    torch.manual_seed(0)
+    if kind == "bert":
+        sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+        return transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=50, **sizes)).eval()
+    return transformers.LlamaForSequenceClassification(llama().config).eval()
+
+
+@pytest.mark.parametrize(("kind", "target"), [("bert", "query"), ("llama", "q_proj")])
+def test_sequences_are_routed_as_wholes(kind, target):
+    model = classifier(kind)
+    method = ReMix(granularity="sequence", top_k=2, rank=2)
+    adapter = off_zero(lorry.attach(model, method, targets=target), std=0.3)
     ids = tokens()
     with lorry.context(model, recording=True) as context:
         model.train()(ids)
@@ -169,9 +182,50 @@ def test_sequences_are_routed_as_wholes():
     assert chosen.shape == (3,)
     with lorry.context(model, recording=True) as context:
         model(ids[:1])
-    load = context.records["default", "model.layers.0.self_attn.q_proj", "load"]
+    load = context.records["default", next(iter(adapter.entries)), "load"]
     assert sorted(load.tolist()) == [0.0] * 6 + [1.0] * 2
     assert adapter.method.draws == 2
+
+
+def test_later_tokens_change_no_earlier_logits():
+    model = llama().double()
+    adapter = lorry.attach(model, ReMix(top_k=2, rank=2), targets="q_proj", dtype=torch.float64)
+    off_zero(adapter, std=0.3)
+    ids, other = tokens(), tokens(seed=2)
+    other[:, :4] = ids[:, :4]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits[:, :4], model(other).logits[:, :4], atol=1e-10, rtol=1e-10)
+        first = model(ids[:, :4], use_cache=True)
+        rest = model(ids[:, 4:], past_key_values=first.past_key_values).logits
+        torch.testing.assert_close(model(ids).logits[:, 4:], rest, atol=1e-10, rtol=1e-10)
+
+
+def test_whole_sequences_are_refused_where_a_model_generates(tmp_path):
+    method = ReMix(granularity="sequence", top_k=2, rank=2)
+    model = llama()
+    for attach in (lorry.attach, lorry.plan):
+        with pytest.raises(lorry.SiteError, match=r"later tokens would change .* granularity='token'"):
+            attach(model, method, targets="q_proj")
+    adapter = lorry.attach(model, ReMix(top_k=2, rank=2), targets="q_proj")
+    with pytest.raises(lorry.SiteError, match="later tokens"):
+        adapter.configure(granularity="sequence")
+    assert adapter.method.granularity == "token"
+    headed = classifier("llama")
+    lorry.attach(headed, method, targets="q_proj").save(tmp_path / "a")
+    with pytest.raises(lorry.SiteError, match="later tokens"):
+        lorry.load(llama(), tmp_path / "a", check_base=False)
+
+
+def test_the_encoder_beside_a_decoder_reads_sequences_whole():
+    import transformers
+
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 50}
+    torch.manual_seed(0)
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).eval()
+    method = ReMix(granularity="sequence", top_k=2, rank=2)
+    lorry.attach(model, method, targets="encoder.*.q").detach()
+    with pytest.raises(lorry.SiteError, match="decoder.block.0.*later tokens"):
+        lorry.attach(model, method, targets="decoder.*.q")
 
 
 @pytest.mark.parametrize(

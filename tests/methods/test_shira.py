@@ -236,3 +236,75 @@ def test_too_many_positions():
         lorry.SHiRA(mask="struct", part=1)
     with pytest.raises(lorry.OptionError, match="random"):
         lorry.SHiRA(mask="random")
+
+
+@pytest.mark.parametrize("axis", ["row", "column"])
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_a_structured_mask_has_as_many_positions_as_the_rank_allows(axis, rank):
+    """The densest grid with no more positions than a LoRA of the rank has."""
+    adapter = lorry.attach(stack(), lorry.SHiRA(mask="struct", rank=rank, axis=axis))
+    assert adapter.count() <= lorry.plan(stack(), lorry.LoRA(rank=rank)).trained
+    for entry in adapter.entries.values():
+        site = entry.site
+        shape = (site.out_features, site.in_features)
+        mask = torch.zeros(shape[0] * shape[1], dtype=torch.bool)
+        mask[entry.tensors()["index"].long()] = True
+        mask = mask.view(shape)
+        most = rank * sum(shape)
+
+        def grid(step, shape=shape):
+            chosen = torch.zeros(shape, dtype=torch.bool)
+            chosen.fill_diagonal_(True)
+            (chosen if axis == "row" else chosen.T)[::step] = True
+            return chosen
+
+        fitting = [n for n in range(1, max(shape) + 1) if grid(n).sum() <= most]
+        assert torch.equal(mask, grid(fitting[0]))
+    with pytest.raises(lorry.OptionError, match="give one of them"):
+        lorry.SHiRA(mask="struct", rank=rank, every=2)
+
+
+def corners(site):
+    """Scores that prefer the ends of each row."""
+    return (torch.arange(site.in_features) - site.in_features / 2).abs().expand(site.shape)
+
+
+def test_a_function_chooses_the_positions(tmp_path):
+    model = stack()
+    method = lorry.SHiRA(mask=corners, rank=1)
+    adapter = scatter_trained(lorry.attach(model, method, site_options={"up": {"rank": 2}}))
+    for path, entry in adapter.entries.items():
+        count = (2 if path.endswith("up") else 1) * sum(entry.site.shape)
+        assert len(entry.tensors()["index"]) == count
+        columns = entry.tensors()["index"].long() % entry.site.in_features
+        scores = corners(entry.site)
+        assert scores[0, columns].min() >= scores.flatten().sort(descending=True).values[count - 1]
+    adapter.save(tmp_path / "a")
+    other = stack()
+    loaded = lorry.load(other, tmp_path / "a")
+    assert loaded.method.mask == "given" and torch.equal(model(batch()), other(batch()))
+    with pytest.raises(lorry.OptionError, match="read from a checkpoint"):
+        lorry.attach(stack(), lorry.SHiRA(mask="given", rank=1))
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        (lambda site: torch.ones(3), "must give a tensor"),
+        (lambda site: torch.ones(site.shape, dtype=torch.bool), "times True"),
+        (lambda site: None, "found NoneType"),
+    ],
+)
+def test_what_a_function_gives_is_checked(mask, words):
+    with pytest.raises(lorry.OptionError, match=words):
+        lorry.attach(stack(), lorry.SHiRA(mask=mask, rank=1))
+
+
+def test_a_function_may_give_the_positions_themselves():
+    def first(site):
+        mask = torch.zeros(site.shape, dtype=torch.bool)
+        mask.view(-1)[: sum(site.shape)] = True
+        return mask
+
+    adapter = lorry.attach(stack(), lorry.SHiRA(mask=first, rank=1))
+    assert all(e.tensors()["index"].tolist() == list(range(40)) for e in adapter.entries.values())

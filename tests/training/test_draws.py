@@ -225,7 +225,7 @@ def learned(folder, data, score):
     job = Job(
         "toy",
         data,
-        {**method, "granularity": "sequence"},
+        method,
         targets=[SITE],
         learning_rate=0.1,
         steps=60,

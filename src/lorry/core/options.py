@@ -55,7 +55,8 @@ def check_options(instance: Any) -> None:
                 raise OptionError(f"{owner}: option '{field.name}' must not be None.")
             continue
         _check_type(owner, field, value)
-        if "choices" in rules and value not in rules["choices"]:
+        given = callable(value) and "Callable" in str(field.type)  # a function of the user's, in the place of a choice
+        if "choices" in rules and not given and value not in rules["choices"]:
             hint = near_misses(str(value), map(str, rules["choices"]))
             raise OptionError(
                 f"{owner}: option '{field.name}' must be one of {list(rules['choices'])}, found {value!r}.{hint}"

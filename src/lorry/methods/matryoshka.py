@@ -27,7 +27,8 @@ class Matryoshka(Nested):
     ``mode="dylora"`` (arXiv 2210.07558) draws one r for the whole model at each step instead, ``P_i = s_r [i < r]``;
     ``mode="lora"`` trains the full rank only. After training `lorry.methods.parts.nested.cut` fixes a rank; what is
     used, merged and exported then is ``B_r A_r`` with the official scale s_r (``cut_scale="rank"``), which
-    differs from the function trained even at the full rank, or with the first r of P.
+    differs from the function trained even at the full rank, or with the first r of P (for DyLoRA, whose P is another
+    one for each drawn rank, the two are the same).
     """
 
     rank: int = option(16, "Rank R that is stored.", at_least=1)
@@ -100,7 +101,9 @@ class Matryoshka(Nested):
         """Return A and ``B diag(P)``, or their first units with the scale of the cut."""
         a, b = tensors["A"], tensors["B"]
         if self.at is not None:
-            kept = self.weights()[: self.at] if self.cut_scale == "P" else [self.scale_of(self.at)] * self.at
+            # DyLoRA trained the first r units with the scale of r, and not with that of all
+            trained = self.cut_scale == "P" and self.mode != "dylora"
+            kept = self.weights()[: self.at] if trained else [self.scale_of(self.at)] * self.at
             return a[..., : self.at, :], b[..., : self.at] * b.new_tensor(kept)
         # drawn ranks are for training; merging (no graph) and evaluation use all units
         if self.mode == "dylora" and site.owner.training and torch.is_grad_enabled():

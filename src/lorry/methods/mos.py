@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,7 +22,7 @@ class MoS(Bottleneck):
     """A and B of rank `rank` whose vectors are concatenations of `shards` rows of pools that sites of one
     type share (section 3).
 
-    Sites are of one type if their paths differ in numbers only and their shapes are equal. The pools of a
+    Sites are of one type if their paths differ in numbers of layers only and their shapes are equal. The pools of a
     type with L sites have as many values as L LoRAs of rank `budget`, whatever `rank` is. Which rows a site
     uses is drawn once; the last ``private`` ranks of each site are rows that no other site uses. Nothing
     depends on the input.
@@ -129,8 +128,16 @@ class MoS(Bottleneck):
 
 
 def type_of(site: Site) -> str:
-    """Return the name of the pool that a site uses: its path without numbers, and its shape."""
-    return f"{re.sub(r'[0-9]+', '*', site.path)}[{site.out_features}x{site.in_features}]"
+    """Return the name of the pool that a site uses: its path without numbers of layers, and its shape.
+
+    A number is that of a layer where it is a whole component of the path; digits of a name (``fc1``, ``w3``,
+    ``wi_0``) tell projections apart. So does a number at the end below a layer (the parts of an ``nn.Sequential``).
+    """
+    *parents, last = site.path.split(".")
+    numbered = any(part.isdecimal() for part in parents)
+    found = ["*" if part.isdecimal() else part for part in parents]
+    found.append(last if numbered or not last.isdecimal() else "*")
+    return f"{'.'.join(found)}[{site.out_features}x{site.in_features}]"
 
 
 def _uniform(fan_in: int) -> Init:

@@ -6,14 +6,16 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
+from lorry.core.errors import SiteError
 from lorry.core.method.call import Call
 from lorry.core.method.families import Bottleneck
 from lorry.core.method.registry import preset, register
 from lorry.core.method.spec import Tensors, TensorSpec, kaiming, normal
 from lorry.core.options import option
 from lorry.core.sites.site import Site
+from lorry.methods.parts.causal import generates
 from lorry.methods.parts.routing import check_top_k, draw_order, entropy, log_probability, ranked, report
 
 
@@ -26,7 +28,8 @@ class ReMix(Bottleneck):
     Selection has no gradient, so P learns from the log-probability of what was drawn, by comparing the losses of
     several draws of the same row. The training engine does so by itself (`row_draws`); in a loop of one's own,
     `lorry.training.routing.repeated` and `policy_loss` do. The router sees x without a gradient.
-    Sources leave open whether tokens or sequences are routed; both are here. All experts active (``top_k =
+    Sources leave open whether tokens or sequences are routed; both are here, sequences only where a model reads them
+    whole: in a language model later tokens would change what was said of earlier ones. All experts active (``top_k =
     experts``) is one LoRA of rank experts · rank and merges exactly.
     """
 
@@ -37,7 +40,9 @@ class ReMix(Bottleneck):
     rank_stabilized: bool = option(False, "Use alpha/sqrt(top_k rank) as the weight.")
     draws: int = option(2, "Draws of each row in a training step.", at_least=2)
     granularity: str = option(
-        "token", "What is routed; a sequence by the mean of its tokens.", choices=("token", "sequence")
+        "token",
+        "What is routed; a sequence by the mean of its tokens (not in models that generate).",
+        choices=("token", "sequence"),
     )
     entropy_bonus: float = option(
         0.0, "Weight of the router's entropy, which is rewarded; none in the paper.", at_least=0
@@ -48,6 +53,16 @@ class ReMix(Bottleneck):
     def check(self) -> None:
         """Refuse more active experts than there are."""
         check_top_k(self, self.top_k, self.experts)
+
+    def check_model(self, root: nn.Module, site: Site) -> None:
+        """Refuse to route a sequence by tokens that are not there yet."""
+        if self.granularity == "sequence" and not self.constant and generates(root, site.path):
+            raise SiteError(
+                f"ReMix routes a sequence by the mean of all its tokens, but '{site.path}' lies in a model that "
+                f"generates ({type(root).__name__}): later tokens would change the logits of earlier ones, and "
+                "decoding with a cache would route by the newest token alone. Use granularity='token' there; "
+                "sequences are for encoders and classifiers."
+            )
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         """Return A ``(experts · rank, in)`` and B ``(out, experts · rank)`` of all experts, and the router

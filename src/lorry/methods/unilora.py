@@ -16,6 +16,9 @@ from lorry.core.method.registry import register
 from lorry.core.method.spec import Init, Layout, Tensors, TensorSpec, ones
 from lorry.core.options import option
 from lorry.core.sites.site import Site
+from lorry.methods.parts.projections import fastfood, fastfood_specs, gaussian, gaussian_specs
+
+DENSE = {"gaussian": gaussian_specs, "fastfood": fastfood_specs}
 
 
 @register("uni-lora", paper="arXiv 2506.00799", identity_at_start=False)
@@ -24,7 +27,8 @@ class UniLoRA(Bottleneck):
     """``θ_D = P θ_d``: every entry of every A and B is one entry of the vector θ_d, divided by the root of
     how often it is used.
 
-    P has one nonzero in each row and ``Pᵀ P = I``, so distances are kept (section 3). The order of θ_D is
+    P has one nonzero in each row and ``Pᵀ P = I``, so distances are kept (section 3); two dense projections of the
+    paper's comparison keep them in expectation. The order of θ_D is
     that of the sites' paths, A before B, row by row, whatever order the model lists them in. The update does
     not start at zero: with θ_d = 0 neither factor would get a gradient.
     """
@@ -38,8 +42,9 @@ class UniLoRA(Bottleneck):
     projection: str = option(
         "balanced",
         "How matrix entries choose theirs of the vector: balanced (each is used equally often, to one), "
-        "independent (drawn singly), local (each site has a stretch of its own), identity (LoRA: all there are).",
-        choices=("balanced", "independent", "local", "identity"),
+        "independent (drawn singly), local (each site has a stretch of its own), identity (LoRA: all there are); or "
+        "all of them at once: gaussian (a dense matrix: small models), fastfood (products of Hadamard matrices).",
+        choices=("balanced", "independent", "local", "identity", "gaussian", "fastfood"),
     )
     normalize: bool = option(True, "Divide by the root of the number of uses.")
     projection_seed: int = option(42, "Seed of the assignment.", at_least=0)
@@ -57,6 +62,12 @@ class UniLoRA(Bottleneck):
         """Return the shared vector, its scales, and the assignment of each site's entries to it."""
         sizes = {s.path: math.prod(s.lead) * self.rank * (s.in_features + s.out_features) for s in sites}
         length = self._length(sum(sizes.values()))
+        kept = torch.float32  # one vector moves in very small steps, so it is not cast with the adapter
+        if self.projection in DENSE:
+            scale = 1 / math.sqrt(sum(sizes.values())) if self.normalize else 1 / math.sqrt(length)
+            specs, facts = DENSE[self.projection], (self.projection_seed, self.save_indices)
+            own = {path: specs(n, length, scale, facts[0], path, facts[1]) for path, n in sizes.items()}
+            return Layout(own, {"theta": TensorSpec((length,), self._start, dtype=kept)})
         assignment = Assignment(self.projection, dict(sorted(sizes.items())), length, self.projection_seed)
         dtype = torch.int32 if length < 2**31 else torch.int64
         own = {
@@ -66,7 +77,6 @@ class UniLoRA(Bottleneck):
             for path, n in sizes.items()
         }
         roots = assignment.inverse_roots if self.normalize else ones
-        kept = torch.float32  # one vector moves in very small steps, so it is not cast with the adapter
         shared = {
             "theta": TensorSpec((length,), self._start, dtype=kept),
             "inverse_roots": TensorSpec((length,), roots, trained=False, dtype=kept, saved=self.save_indices),
@@ -87,8 +97,14 @@ class UniLoRA(Bottleneck):
         tensor.uniform_(-self.bound, self.bound, generator=generator)
 
     def factors(self, tensors: Tensors, site: Site) -> tuple[Tensor, Tensor]:
-        """Gather A and B from the vector."""
-        values = (tensors["theta"] * tensors["inverse_roots"]).index_select(0, tensors["index"])
+        """Make A and B of the vector."""
+        size = math.prod(site.lead) * self.rank * (site.in_features + site.out_features)
+        if self.projection == "gaussian":
+            values = gaussian(tensors["theta"], tensors)
+        elif self.projection == "fastfood":
+            values = fastfood(tensors["theta"], tensors, size)
+        else:
+            values = (tensors["theta"] * tensors["inverse_roots"]).index_select(0, tensors["index"])
         a, b = values.split(
             [len(values) * w // (site.in_features + site.out_features) for w in (site.in_features, site.out_features)]
         )

@@ -181,6 +181,30 @@ class Active:
             found = kept
         return self._weighed(found, site, x, context, seen) if self.varying else found
 
+    def for_all_rows(self, site: Site, device: torch.device) -> Terms:
+        """Return what the adapters add at a site that is run once for all rows together.
+
+        Raises
+        ------
+        AdapterError
+            Rows differ in what they ask for there.
+        """
+        terms = []
+        for portion in self.portions:
+            entry = portion.adapter.entries.get(site.path)
+            if entry is None or portion.adapter.in_base:
+                continue
+            every = portion.rows is None or portion.rows == slice(0, self.rows)
+            if not every or portion.weights is not None or portion.kind is not None or varies(portion.weight):
+                raise AdapterError(
+                    f"'{site.path}' is run once for all rows together, so they cannot have adapters of their own "
+                    "there. Give all rows the same adapter with one number as weight, or leave the site out of the "
+                    "adapters."
+                )
+            entry.move(device)
+            terms.append(Term(entry, portion.weight, None, None, portion.seed))  # type: ignore[arg-type]
+        return Terms(tuple(terms), False)
+
     def _resolve(self, site: Site, x: Tensor, factor: int) -> Terms:
         """Return the terms with the weights as they were given."""
         layout, device = self.layout, x.device

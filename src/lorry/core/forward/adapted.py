@@ -10,9 +10,12 @@ import contextlib
 import copyreg
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from lorry.core.forward.entry import KEEPS_TYPE
 
 #: How the names of adapter tensors begin among a module's parameters.
 PREFIX = "lorry_"
@@ -55,6 +58,9 @@ def adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
             finally:
                 self._parameters.update(own)
 
+        def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+            return super()._apply(functools.partial(_kept_type, fn), *args, **kwargs)
+
         def __reduce_ex__(self, protocol: Any) -> Any:
             return _rebuild, (cls,), dict(self.__dict__)
 
@@ -65,6 +71,12 @@ def adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
     copyreg.pickle(AdaptedMeta, _reduce_class)
     _CLASSES[cls] = AdaptedLayer
     return AdaptedLayer
+
+
+def _kept_type(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """Return what `fn` (a cast, a move) makes of a tensor; one that keeps its type is moved only."""
+    made = fn(tensor)
+    return tensor.to(made.device) if tensor.__dict__.get(KEEPS_TYPE) and made.dtype != tensor.dtype else made
 
 
 def _rebuild(cls: type[nn.Module]) -> nn.Module:

@@ -12,6 +12,9 @@ from lorry.core.method.base import Method
 from lorry.core.method.spec import TensorSpec
 from lorry.core.sites.site import Site
 
+#: Mark of parameters that keep their type when their module is cast.
+KEEPS_TYPE = "_lorry_keeps_type"
+
 
 class Keeper(Protocol):
     """Keeps the tensors of an adapter elsewhere than in its homes; see `lorry.core.life.placement`."""
@@ -131,6 +134,7 @@ class TensorHome:
                 value = value.clone()  # a parameter does not hold the memory of others
             parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach())
             parameter.requires_grad_(True)
+            parameter.__dict__[KEEPS_TYPE] = spec.dtype is not None
             module._parameters[key] = parameter
             values[name] = parameter
             self._keys[name] = key

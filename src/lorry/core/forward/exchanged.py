@@ -13,8 +13,10 @@ from lorry.core.forward.active import Active, Term
 from lorry.core.forward.additive import call_of
 from lorry.core.forward.exchange import exchanged
 from lorry.core.forward.layer import Base, Layer, Now
+from lorry.core.forward.orientation import rows_second
 from lorry.core.forward.rows_of import batch_dim, blend, first_tensor, join, select, select_attention
 from lorry.core.method.families import Block
+from lorry.core.sites.site import Site
 
 #: The rows that a module runs now, and how many there are, if these are not all.
 Of = tuple[Tensor, int] | None
@@ -26,8 +28,13 @@ def by_rows(layer: Layer, active: Active, now: Now, run: Run, args: tuple[Any, .
     if active.layout is None and not active.by_kind:
         return run(active, None, args, kwargs)
     site = layer.sites[0]
-    dim = batch_dim(site)
-    total = int(first_tensor(args, kwargs).shape[dim])
+    x = first_tensor(args, kwargs)
+    layout = active.layout
+    swapped = layout is not None and rows_second(x, layout.entries, layer.length_first, now.passing)
+    dim = 1 if swapped else batch_dim(site)
+    if site.lead:
+        _check_tokens(site, x, args, kwargs)
+    total = int(x.shape[dim])
     outputs, order = [], []
     for rows, group in active.groups(total, f"'{site.path}'", now.passing):
         if isinstance(layer.owner, nn.MultiheadAttention):
@@ -37,6 +44,17 @@ def by_rows(layer: Layer, active: Active, now: Now, run: Run, args: tuple[Any, .
         outputs.append(run(group, (rows, total), part_args, part_kwargs))
         order.append(rows)
     return join(outputs, torch.argsort(torch.cat(order)), dim)
+
+
+def _check_tokens(site: Site, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse a bank of experts that is not given its tokens in their order, with the experts of each."""
+    beside = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v is not x]
+    if x.ndim == 2 and not any(v.ndim > 1 and v.shape[0] == x.shape[0] for v in beside):
+        raise AdapterError(
+            f"'{site.path}' is given its tokens sorted by expert, or once for each, and not in the order of the rows, "
+            "so rows cannot have adapters of their own there. Use one composition for the whole batch, or leave the "
+            "site out of the adapters."
+        )
 
 
 def with_weights(layer: Layer, base: Base, active: Active, now: Now, args: Any, kwargs: Any) -> Any:

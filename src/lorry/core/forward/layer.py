@@ -31,6 +31,8 @@ class Layer:
         The module.
     sites
         Its sites; several where a module holds several weights.
+    length_first
+        Whether it is known to see positions before rows.
     adapters
         All adapters of the model by name.
     original
@@ -44,6 +46,7 @@ class Layer:
         self.sites = sites
         self.adapters = adapters
         self.original = type(owner)
+        self.length_first = False
         self.own_forward: Base | None = owner.__dict__.pop("forward", None)
         self.plain_linear = self.original.forward is nn.Linear.forward and self.own_forward is None
 

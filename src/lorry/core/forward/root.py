@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from lorry.core.errors import AdapterError, some
 from lorry.core.forward.active import Active
 from lorry.core.forward.link import Link
-from lorry.core.forward.runtime import Runtime, Runtimes
+from lorry.core.forward.reentrant import Openings
+from lorry.core.forward.runtime import Runtimes
 from lorry.core.method.call import recomputing
 from lorry.core.method.context import Context
 from lorry.core.method.layout import Pass
@@ -40,15 +41,18 @@ class RootHooks:
         self.links = links
         self._names: list[str] = []
         self._root: nn.Module | None = None
+        self._openings: Openings | None = None
         self._handles: list[RemovableHandle] = []
         self._suspects: dict[str, RemovableHandle] = {}
         self._parents_ran: set[str] = set()
-        self._judged: set[str] = set()
+        #: Sites that did not run with an adapter although the module around them did.
+        self.passed_by: set[str] = set()
         self._ran: dict[str, int] = {}  # sites that ran -> what read them then
 
     def install(self, root: nn.Module) -> None:
         """Watch the root from now on."""
         self._root = root
+        self._openings = Openings(root)
         self._names = list(inspect.signature(type(root).forward).parameters)[1:]
         self._handles = [
             root.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -57,20 +61,27 @@ class RootHooks:
 
     def remove(self) -> None:
         """Leave the root as it was."""
+        if self._openings is not None:
+            self._openings.remove()
         for handle in (*self._handles, *self._suspects.values()):
             handle.remove()
-        self._handles, self._suspects, self._root = [], {}, None
-        self._judged.clear()
+        self._handles, self._suspects, self._root, self._openings = [], {}, None, None
+        self.passed_by.clear()
         self._ran.clear()
 
     def _before(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling() or recomputing():
             return
         runtime = self.runtimes.own()
+        if self._openings is not None and root.training and torch.is_grad_enabled() and _trains(runtime.active):
+            self._openings.follow()
         if runtime.active is not None or runtime.taps or runtime.passing is not None:
             values = {**dict(zip(self._names, args, strict=False)), **kwargs}
             dim = 1 if getattr(root, "batch_first", True) is False else 0  # torch's attention may have the length first
             runtime.begin(_pass(values, runtime.context, dim))
+            if runtime.active is not None and _EXPECTED not in runtime.active.kept:
+                for path in self._expected_of(runtime.active) - self._ran.keys() - self.passed_by:
+                    self._suspect(path)  # what never ran is watched from the first pass on
 
     def _after(self, root: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.compiler.is_compiling() or recomputing():
@@ -82,42 +93,54 @@ class RootHooks:
         runtime.end()
         active = runtime.active
         if output is not None and active is not None and seen.outer is None:
-            self._judge(active, seen, runtime)
+            self._judge(active, seen)
 
     # -- sites that were passed by
 
-    def _judge(self, active: Active, seen: Pass, runtime: Runtime) -> None:
+    def _judge(self, active: Active, seen: Pass) -> None:
         """Look for sites whose adapters had no effect because something read the weight past the layer."""
-        expected = active.kept.get(_EXPECTED)
-        if expected is None:
-            expected = active.kept[_EXPECTED] = self._expected(active)
-        if self._suspects:
-            self._warn(seen)
+        expected = self._expected_of(active)
+        for path in self._suspects.keys() & seen.called:
+            self._suspects.pop(path).remove()
         if not self._ran.keys() >= seen.called:
             for path in seen.called - self._ran.keys():
                 self._ran[path] = self._reader(path)
         if len(seen.called) >= len(expected) and expected <= seen.called:
             return
-        assert self._root is not None
-        for path in sorted(expected - seen.called - self._judged):
-            parent = self._root.get_submodule(path.rpartition(".")[0]) if "." in path else None
-            if parent is None or parent is self._root:
-                continue
+        found = []
+        for path in sorted(expected - seen.called - self.passed_by):
             if self._ran.get(path) == self._reader(path):
                 continue  # it ran before: keys and values of a cross-attention lie in a cache later
-            if getattr(parent, "fused_projections", False):
+            if getattr(self._parent(path), "fused_projections", False):
                 raise AdapterError(
                     f"'{path}' carries an adapter that is active, but its module was fused with others "
                     "(fuse_qkv_projections) and no longer runs, so the adapter had no effect. Undo the fusion "
                     "(unfuse_qkv_projections), or merge the adapter into the base before fusing."
                 )
-            self._judged.add(path)
-            mark = path
+            if path in self._suspects and path in self._parents_ran:
+                self._suspects.pop(path).remove()
+                found.append(path)
+            else:
+                self._suspect(path)
+        self._parents_ran.clear()
+        self._warn(found)
 
-            def ran(module: nn.Module, args: Any, mark: str = mark) -> None:
-                self._parents_ran.add(mark)
+    def _suspect(self, path: str) -> None:
+        """Watch whether the module around a site runs while the site does not."""
+        parent = self._parent(path)
+        if parent is None or path in self._suspects:
+            return
 
-            self._suspects[path] = parent.register_forward_pre_hook(ran)
+        def ran(module: nn.Module, args: Any) -> None:
+            if self.runtimes.current().passing is not None:  # not where a part of the model is run by itself
+                self._parents_ran.add(path)
+
+        self._suspects[path] = parent.register_forward_pre_hook(ran)
+
+    def _parent(self, path: str) -> nn.Module | None:
+        """Return the module around a site; None for the root, which may have parts that a pass has no use for."""
+        assert self._root is not None
+        return self._root.get_submodule(path.rpartition(".")[0]) if "." in path else None
 
     def _reader(self, path: str) -> int:
         """Return what tells the code around a site from other code that may have taken its place."""
@@ -125,25 +148,30 @@ class RootHooks:
         parent = self._root.get_submodule(path.rpartition(".")[0])
         return hash((id(parent.__dict__.get("processor")), id(parent.__dict__.get("forward")), type(parent)))
 
-    def _expected(self, active: Active) -> frozenset[str]:
+    def _expected_of(self, active: Active) -> frozenset[str]:
         """Return the first sites of the modules on which adapters act."""
-        paths = {p for q in active.portions if not q.adapter.in_base for p in q.adapter.entries}
-        return frozenset(first for first, link in self.links.items() if any(s.path in paths for s in link.sites))
+        known: frozenset[str] | None = active.kept.get(_EXPECTED)
+        if known is None:
+            paths = {p for q in active.portions if not q.adapter.in_base for p in q.adapter.entries}
+            known = frozenset(first for first, link in self.links.items() if any(s.path in paths for s in link.sites))
+            active.kept[_EXPECTED] = known
+        return known
 
-    def _warn(self, seen: Pass) -> None:
+    def _warn(self, found: list[str]) -> None:
         """Say which sites did not run although the module around them did; each once."""
-        passed_by = [p for p in self._suspects if p in self._parents_ran and p not in seen.called]
-        for handle in self._suspects.values():
-            handle.remove()
-        self._suspects, self._parents_ran = {}, set()
-        if passed_by:
+        self.passed_by.update(found)
+        if found:
             warnings.warn(
-                f"{len(passed_by)} sites with an active adapter did not run although the module around them did: "
-                f"{some(passed_by)}. Something reads their weights past the layer (another attention processor, a "
+                f"{len(found)} sites with an active adapter did not run although the module around them did: "
+                f"{some(found)}. Something reads their weights past the layer (another attention processor, a "
                 "fused path), or has no use for them in this pass; in the first case the adapter has no effect there: "
                 "merge it into the base, or put the original processor back.",
                 stacklevel=4,
             )
+
+
+def _trains(active: Active | None) -> bool:
+    return active is not None and any(p.adapter.trainable for p in active.portions)
 
 
 def _pass(values: Mapping[str, Any], context: Context, dim: int) -> Pass:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorry.core.errors import AdapterError
+from lorry.core.errors import AdapterError, some
 from lorry.core.forward.entry import Entry, TensorHome
 from lorry.core.life import duties
 from lorry.core.life.fuse import merge_into_base
@@ -156,10 +157,12 @@ class Adapter:
         Raises
         ------
         AdapterError
-            It is in the base already, its method never merges, or an update is not finite. Nothing is changed then.
+            It is in the base already, its method never merges, an update is not finite, rows have adapters of their own
+            now, or it is active with another weight than 1. Nothing is changed then.
         """
         if self.in_base:
             raise AdapterError(f"Adapter '{self.name}' is merged already.")
+        self.state.check_merge(self.name, 1.0)
         if keep:
             self.state.hashes.hold(self.sites)
         try:
@@ -170,6 +173,13 @@ class Adapter:
             raise
         self.state.edits.made(edit)
         self.state.changed()
+        past = self.state.passed_by(self.sites)
+        if past:
+            note = (
+                f"{some(past)}: something reads the weight past the layer, so the adapter had no effect there before; "
+                "merged it has one"
+            )
+            receipt = replace(receipt, notes=(*receipt.notes, note))
         return receipt
 
     def unmerge(self) -> Receipt:
@@ -245,11 +255,14 @@ class Adapter:
             An unknown option or a value out of range.
         AdapterError
             The options ask for other tensors than the adapter has. Nothing is changed then.
+        SiteError
+            They do not fit the model.
         """
         changed: dict[str, Method] = {}
         for path, entry in self.entries.items():
             if type(entry.method) is type(self.method):
                 changed[path] = entry.method.with_options(**options)
+                changed[path].check_model(self.state.root, entry.site)
         method = self.method.with_options(**options)
         layout = joint_layout([(e.site, changed.get(p, e.method)) for p, e in self.entries.items()])
         for prefix, home in self.homes():

@@ -30,7 +30,7 @@ from lorry.core.receipt import Receipt
 from lorry.core.sites.kinds import KINDS
 from lorry.core.sites.kinds.block import BLOCK
 from lorry.core.sites.site import Site
-from lorry.core.sites.targets import Targets, matches, select
+from lorry.core.sites.targets import Selection, Targets, matches, select
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}")
 SiteOptions = Mapping[str, Mapping[str, Any]]
@@ -44,7 +44,7 @@ def attach(
     name: str = "default",
     seed: int = 0,
     exclude: Targets = (),
-    layers: Sequence[int] | None = None,
+    layers: Layers | None = None,
     site_options: SiteOptions | None = None,
     train_also: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
@@ -87,12 +87,15 @@ def attach(
     state.check_owners(site for site, _ in chosen)
     adapter = build(state, name, method, chosen, dtype=dtype, values=None, seed=seed, metadata={"seed": seed})
     count = sum(len(home.specs) for _, home in adapter.homes())
-    notes = tuple(
+    notes = [
         f"'{site.path}' shares its weight with {', '.join(site.tied)}; the adapter acts at '{site.path}' only"
         for site, _ in chosen
         if site.tied
-    )
-    adapter.receipt = Receipt("attach", name, count, count, len(chosen), "match", notes=notes)
+    ]
+    if state.unfit:
+        left = selected(state, method, targets, exclude=exclude, layers=layers).left_out
+        notes += [f"'{path}' was left out: {why}" for path, why in state.unfit.items() if left[path] == why]
+    adapter.receipt = Receipt("attach", name, count, count, len(chosen), "match", notes=tuple(notes))
     return install(adapter, trainable=True, activate=activate)
 
 
@@ -121,19 +124,41 @@ def check_name(name: str, state: ModelState) -> None:
         raise AdapterError(f"An adapter '{name}' is attached already. Detach it first, or choose another name.")
 
 
+def selected(
+    state: ModelState, method: Method, targets: Targets, *, exclude: Targets = (), layers: Sequence[int] | None = None
+) -> Selection:
+    """Return the sites that targets mean for a method, and why others are left out.
+
+    Raises
+    ------
+    SiteError
+        Nothing matches, or all that matches is left out.
+    """
+    kinds = (*method.info.kinds, *method.gathers)
+    found = select(state.root, state.catalogue, targets, kinds=kinds, exclude=exclude, layers=layers)
+    unfit = {site.path: state.unfit[site.path] for site in found.sites if site.path in state.unfit}
+    if not unfit:
+        return found
+    left = tuple(site for site in found.sites if site.path not in unfit)
+    if not left:
+        path, reason = next(iter(unfit.items()))
+        raise SiteError(
+            f"No adapter can sit on '{path}': {reason}. Train the module whole (train_also), or choose other targets."
+        )
+    return Selection(left, {**found.left_out, **unfit})
+
+
 def choose(
     state: ModelState,
     method: Method,
     targets: Targets,
     *,
     exclude: Targets = (),
-    layers: Sequence[int] | None = None,
+    layers: Layers | None = None,
     site_options: SiteOptions | None = None,
 ) -> list[tuple[Site, Method]]:
     """Return the sites that targets mean, each with the method to use there, checked against each other."""
-    selection = select(
-        state.root, state.sites, targets, kinds=(*method.info.kinds, *method.gathers), exclude=exclude, layers=layers
-    )
+    selection = selected(state, method, targets, exclude=exclude, layers=layers)
     chosen: list[tuple[Site, Method]] = []
     unused = set(site_options or ())
     for site, placed in method.place(selection.sites, state.root):
@@ -146,6 +171,7 @@ def choose(
         if here is None:
             continue
         here.check_site(site)
+        here.check_model(state.root, site)
         chosen.append((site, here))
     if unused:
         raise SiteError(f"site_options {sorted(unused)} match none of the {len(chosen)} chosen sites.")
@@ -178,11 +204,22 @@ class Activation:
         self._scope: tuple[Runtime, Scope] | None = None
 
     def __enter__(self) -> None:
-        """Let what was active before be active again once the block ends."""
-        if self._state is not None:
-            if self._before is not self._active:
-                self._state.choose(self._before)
-            self._scope = self._state.enter(self._active)
+        """Let what was active before be active again once the block ends.
+
+        Raises
+        ------
+        AdapterError
+            An adapter of the composition was detached meanwhile.
+        """
+        if self._state is None:
+            return
+        if self._state.lasting(self._active) is not self._active:
+            raise AdapterError("An adapter of this composition was detached before the block was entered.")
+        base = self._state.runtimes.own().base
+        # what was chosen since `activate` was called stays chosen
+        if (None if base is None else base.portions) is (None if self._active is None else self._active.portions):
+            self._state.choose(self._state.lasting(self._before))
+        self._scope = self._state.enter(self._active)
 
     def __exit__(self, *error: object) -> None:
         """End the block."""

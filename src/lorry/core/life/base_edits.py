@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lorry.core.errors import AdapterError
@@ -14,34 +16,82 @@ from lorry.core.errors import AdapterError
 Place = tuple[nn.Module, str]
 
 
-@dataclass(frozen=True)
 class Exchanged:
     """A weight that was exchanged for a merged one.
 
-    Attributes
+    Parameters
     ----------
     holder, name
         Where.
     original
         The base's own; None if it was given up.
     merged
-        What lies there since.
-    version
-        Of `merged` when it was put there, by which later changes show.
+        What lies there from now on.
     """
 
-    holder: nn.Module
-    name: str
-    original: nn.Parameter | None
-    merged: nn.Parameter
-    version: int
+    def __init__(self, holder: nn.Module, name: str, original: nn.Parameter | None, merged: nn.Parameter) -> None:
+        self.holder = holder
+        self.name = name
+        self.original = original
+        self.merged = merged
+        self._version = _version(merged)
+        self._place = _place(merged)
+        dense = type(merged) is nn.Parameter and merged.is_floating_point() and not merged.is_meta
+        self._sample = _sample(merged).clone() if dense else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy of the model takes along; versions and addresses are others there."""
+        return {**self.__dict__, "_version": self.untouched}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take up what a copy brought along."""
+        self.__dict__.update(state)
+        self._version = _version(self.merged) if state["_version"] else -1
+        self._place = _place(self.merged)
 
     @property
     def untouched(self) -> bool:
-        """Whether what was put there lies there as it was."""
-        if self.holder._parameters.get(self.name) is not self.merged:
+        """Whether what was put there lies there as it was, or moved to another device or type with the model."""
+        present = self.holder._parameters.get(self.name)
+        if present is not self.merged or _version(present) != self._version:
             return False
-        return self.merged.is_inference() or self.merged._version == self.version
+        if self._sample is None or _place(present) == self._place:
+            return True
+        return torch.equal(_sample(present).cpu(), self._sample.to(present.dtype).cpu())
+
+    def put_back(self) -> None:
+        """Let the original lie there again, where and as what the model is now."""
+        original, merged = self.original, self.merged
+        assert original is not None
+        if self._sample is not None and (original.dtype, original.device) != (merged.dtype, merged.device):
+            original.data = original.data.to(merged.device, merged.dtype)
+        self.holder._parameters[self.name] = original
+
+
+def _version(weight: Tensor) -> int:
+    """Return how often a weight was changed in place; those made in inference mode do not count."""
+    return 0 if weight.is_inference() else weight._version
+
+
+def _place(weight: Tensor) -> tuple[object, ...]:
+    return weight.dtype, weight.device, weight.data_ptr() if type(weight) is nn.Parameter else None
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """Return a few entries from all over a weight."""
+    return weight.detach()[tuple(slice(None, None, max(n // 4, 1)) for n in weight.shape)]
+
+
+def changed_since(name: str, exchanged: Iterable[Exchanged]) -> AdapterError | None:
+    """Return the error for weights that were changed after an adapter was merged into them, if there are any."""
+    touched = [f"'{e.name}' of {type(e.holder).__name__}" for e in exchanged if not e.untouched]
+    if not touched:
+        return None
+    return AdapterError(
+        f"The base was changed after adapter '{name}' was merged into it ({len(touched)} weights, e.g. {touched[0]}: "
+        "loaded anew, trained or overwritten), so the kept originals no longer belong to it. Unmerge before changing "
+        "the base; or detach the adapter with detach(keep=True), which leaves the base as it is."
+    )
 
 
 @dataclass(frozen=True)
@@ -132,25 +182,41 @@ class BaseEdits:
 
     @contextmanager
     def bare(self) -> Iterator[None]:
-        """Let weights be the base's own for a while, so that what is derived from the base is right."""
-        changed: list[tuple[nn.Module, str, Tensor | None]] = []
+        """Let weights be the base's own for a while, so that what is derived from the base is right.
+
+        Raises
+        ------
+        AdapterError
+            The base was changed since something was merged into it, so that nobody knows what it is.
+        """
+        changed: list[tuple[nn.Module, str, nn.Parameter]] = []
+        for edit in self._edits:
+            # of several edits of one weight the last one lies there
+            error = changed_since(edit.name, [e for e in edit.exchanged if self._last(e)])
+            if error is not None:
+                raise error
         overwritten = [e for e in reversed(self._edits) if e.again is not None and e.undo is not None]
         for edit in overwritten:
             assert edit.undo is not None
             edit.undo()
         for edit in reversed(self._edits):
             for item in edit.exchanged:
-                if item.original is not None and item.untouched:
-                    changed.append((item.holder, item.name, item.holder._parameters[item.name]))
-                    item.holder._parameters[item.name] = item.original
+                if item.original is not None:
+                    changed.append((item.holder, item.name, item.merged))
+                    item.put_back()
         try:
             yield
         finally:
             for holder, name, merged in reversed(changed):
-                holder._parameters[name] = merged  # type: ignore[assignment]
+                holder._parameters[name] = merged
             for edit in reversed(overwritten):
                 assert edit.again is not None
                 edit.again()
+
+    def _last(self, item: Exchanged) -> bool:
+        """Whether no later edit exchanged the same weight."""
+        same = [e for edit in self._edits for e in edit.exchanged if (e.holder, e.name) == (item.holder, item.name)]
+        return same[-1] is item
 
     def _of(self, name: str) -> Edit:
         found = next((e for e in self._edits if e.name == name), None)

@@ -33,6 +33,8 @@ def build(
     `chosen` gives each site with the method to use there; `values` gives each tensor by its full name (loading), and
     without it all start afresh from `seed`.
     """
+    for site, at_site in chosen:
+        at_site.check_model(state.root, site)
     sites = {site.path: site for site, _ in chosen}
     adapter = Adapter(state, name, method, sites, metadata)
     adapter.fingerprint = state.fingerprint(base for site, at in chosen for base in at.bases(site))

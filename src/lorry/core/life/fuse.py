@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.linalg import vector_norm
 
 from lorry.core.errors import AdapterError
 from lorry.core.forward.entry import Entry
-from lorry.core.life.base_edits import Edit, Exchanged
+from lorry.core.life.base_edits import Edit, Exchanged, changed_since
 from lorry.core.memory import LargePages
 from lorry.core.method.families import Bottleneck
 from lorry.core.receipt import Receipt
@@ -78,7 +79,7 @@ def merge_into_base(
         deviations += [_write_sum(matrix, matrix, thin, check) for matrix, thin in places]
     exchanged = tuple(_exchange(entry, merged, keep) for entry, merged in fresh)
     at = tuple((entry.site.holder, entry.site.parameter) for entry in entries)
-    edit = Edit(name, 1.0, (lambda: _put_back(name, exchanged)) if keep else None, at, exchanged)
+    edit = Edit(name, 1.0, partial(_put_back, name, exchanged) if keep else None, at, exchanged)
     return edit, _receipt(name, entries, deviations, notes)
 
 
@@ -87,21 +88,16 @@ def _exchange(entry: Entry, merged: nn.Parameter, keep: bool) -> Exchanged:
     holder, parameter = entry.site.holder, entry.site.parameter
     original = holder._parameters[parameter]
     holder._parameters[parameter] = merged
-    version = 0 if merged.is_inference() else merged._version
-    return Exchanged(holder, parameter, original if keep else None, merged, version)
+    return Exchanged(holder, parameter, original if keep else None, merged)
 
 
 def _put_back(name: str, exchanged: Sequence[Exchanged]) -> None:
     """Put the original parameters back, if the base is still what the merge made of it."""
-    touched = [f"'{e.name}' of {type(e.holder).__name__}" for e in exchanged if not e.untouched]
-    if touched:
-        raise AdapterError(
-            f"The base was changed after adapter '{name}' was merged into it ({len(touched)} weights, e.g. "
-            f"{touched[0]}: loaded anew, cast or overwritten), so the kept originals no longer belong to it. Unmerge "
-            "before changing the base; or detach the adapter with detach(keep=True), which leaves the base as it is."
-        )
+    error = changed_since(name, exchanged)
+    if error is not None:
+        raise error
     for item in exchanged:
-        item.holder._parameters[item.name] = item.original
+        item.put_back()
 
 
 def _receipt(name: str, entries: Sequence[Entry], deviations: list[Deviation | None], notes: list[str]) -> Receipt:

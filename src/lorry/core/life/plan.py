@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from lorry.core.life.api import SiteOptions, choose, whole_modules
+from lorry.core.life.api import SiteOptions, choose, selected, whole_modules
 from lorry.core.life.state import open_state
 from lorry.core.method.base import Method
 from lorry.core.method.registry import method_from
 from lorry.core.method.start import joint_layout
 from lorry.core.sites.site import Site
-from lorry.core.sites.targets import Targets
+from lorry.core.sites.targets import Layers, Targets
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def plan(
     targets: Targets = "all-linear",
     *,
     exclude: Targets = (),
-    layers: Sequence[int] | None = None,
+    layers: Layers | None = None,
     site_options: SiteOptions | None = None,
     train_also: Sequence[str] = (),
 ) -> Plan:
@@ -90,11 +90,7 @@ def plan(
     chosen += whole_modules(state, train_also)
     layout = joint_layout(chosen)
     trained, everything = layout.count(), layout.count(trained=False)
-    from lorry.core.sites.targets import select
-
-    selection = select(
-        state.root, state.sites, targets, kinds=(*method.info.kinds, *method.gathers), exclude=exclude, layers=layers
-    )
+    selection = selected(state, method, targets, exclude=exclude, layers=layers)
     left_out = dict(selection.left_out)
     used = {site.path for site, _ in chosen}
     for site in selection.sites:

@@ -20,9 +20,11 @@ from lorry.core.forward.compose import Composition, compose, for_all, for_rows
 from lorry.core.forward.entry import Custodian, Member
 from lorry.core.forward.fusion import without_fusion
 from lorry.core.forward.link import Link
+from lorry.core.forward.orientation import length_first
 from lorry.core.forward.root import RootHooks
 from lorry.core.forward.runtime import UNIFORM_FORM, Runtime, Runtimes, Scope
 from lorry.core.life.base_edits import BaseEdits
+from lorry.core.life.fit import misfit
 from lorry.core.method.context import Context
 from lorry.core.method.layout import BatchLayout
 from lorry.core.sites.fingerprint import Fingerprint, FingerprintCache, fingerprint
@@ -49,6 +51,10 @@ class ModelState:
         What is in the base weights now.
     custodian
         Who decides where the adapters' tensors lie, if the user asked for a placement.
+    catalogue
+        All layers of known kinds by path.
+    unfit
+        Why some of them are no sites: they do not compute what their kind says.
     sites
         All sites of the model by path.
     compiled
@@ -62,7 +68,10 @@ class ModelState:
         self.edits = BaseEdits()
         self.custodian: Custodian | None = None
         self.compiled = False
-        self.sites: dict[str, Site] = catalogue(root)
+        self.catalogue: dict[str, Site] = catalogue(root)
+        reasons = {path: misfit(site) for path, site in self.catalogue.items()}
+        self.unfit: dict[str, str] = {path: reason for path, reason in reasons.items() if reason}
+        self.sites: dict[str, Site] = {p: s for p, s in self.catalogue.items() if p not in self.unfit}
         self._links: dict[str, Link] = {}
         self.hashes = FingerprintCache()
         self._composed: OrderedDict[tuple[Any, ...], Active] = OrderedDict()
@@ -100,10 +109,21 @@ class ModelState:
     def context(self, context: Context) -> None:
         self.runtimes.own().set_context(context)
 
+    def lasting(self, active: Active | None) -> Active | None:
+        """Return a composition without the adapters that were detached since it was made."""
+        for portion in () if active is None else active.portions:
+            if active is not None and self.adapters.get(portion.adapter.name) is not portion.adapter:
+                active = active.without(portion.adapter)
+        return active
+
     @property
     def merged(self) -> list[str]:
         """Names of the adapters that are in the base weights, in the order in which they got there."""
         return self.edits.names
+
+    def passed_by(self, sites: Iterable[Site]) -> list[str]:
+        """Return the paths of those sites whose weights something reads past the layer, as far as passes have shown."""
+        return [site.path for site in sites if site.path in self._hooks.passed_by]
 
     def choose(self, active: Active | None) -> None:
         """Let an active set apply from now on: here, and wherever nothing was chosen."""
@@ -165,6 +185,22 @@ class ModelState:
         self._notice_compiling()
         return self._with_form(for_rows(compositions, self.adapters, seeds, layout))
 
+    def check_merge(self, name: str, weight: float) -> None:
+        """Raise `AdapterError` if an adapter in the base with `weight` would change what is in force somewhere."""
+        for active in (active for runtime in self.runtimes.every() for active in runtime.actives()):
+            if active.layout is not None:
+                raise AdapterError(
+                    f"lorry.rows is in force, and adapter '{name}' would apply to every row once it is in the base. "
+                    "Leave the block first."
+                )
+            for portion in active.portions:
+                same = portion.kind is None and isinstance(portion.weight, float) and portion.weight == weight
+                if portion.adapter.name == name and not same:
+                    raise AdapterError(
+                        f"Adapter '{name}' is active with another weight than the {weight:g} with which it would be in "
+                        "the base. Activate it with that weight, or lorry.activate(model, None), before."
+                    )
+
     def changed(self) -> None:
         """Forget what was worked out before an adapter was removed, put into the base, or registered anew."""
         self._composed.clear()
@@ -210,7 +246,8 @@ class ModelState:
             elif site.path not in {s.path for s in link.sites}:
                 link.sites.append(site)
         for found in owners.values():
-            self._links[found[0].path] = Link(found[0].owner, found, self.adapters, self.runtimes)
+            link = self._links[found[0].path] = Link(found[0].owner, found, self.adapters, self.runtimes)
+            link.length_first = length_first(self.root, found[0].path)
         if owners:
             self._fused += without_fusion(self.root)
 

@@ -6,7 +6,7 @@ Merging exchanges whole weights; here the bytes touched are those of the adapter
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -50,6 +50,16 @@ class Switch:
         self.adapter = adapter
         self.patches = patches
         self.weight = weight
+        self._written: list[tuple[Tensor, int]] = []  # the weights as they were left, by their versions
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy of the model takes along; versions are others there."""
+        return {**self.__dict__, "_written": [(weight, weight._version == v) for weight, v in self._written]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take up what a copy brought along."""
+        self.__dict__.update(state)
+        self._written = [(weight, weight._version if same else -1) for weight, same in state["_written"]]
 
     @property
     def written(self) -> bool:
@@ -72,6 +82,7 @@ class Switch:
         """
         state = self.adapter.state
         _check_bare(self.adapter)
+        state.check_merge(self.adapter.name, self.weight)
         if state.active is not None and self.adapter.name in state.active.members:
             raise AdapterError(
                 f"Adapter '{self.adapter.name}' is active and would count twice; call lorry.activate(model, None) "
@@ -98,8 +109,17 @@ class Switch:
     def _write_new(self) -> None:
         for patch in self.patches:
             _write(patch.site, patch.index, patch.new)
+        self._written = [(patch.site.stored, patch.site.stored._version) for patch in self.patches]
 
     def _write_own(self) -> None:
+        for patch, (weight, version) in zip(self.patches, self._written, strict=True):
+            if patch.site.stored is not weight or weight._version != version:
+                raise AdapterError(
+                    f"The weight of '{patch.site.path}' was changed after adapter '{self.adapter.name}' was written "
+                    "into it (loaded anew, trained or overwritten), so the kept values no longer belong to it. Switch "
+                    "off before changing the base; or detach the adapter with detach(keep=True), which leaves the base "
+                    "as it is."
+                )
         for patch in self.patches:
             _write(patch.site, patch.index, patch.own)
 
@@ -152,8 +172,10 @@ def _write(site: Site, index: Tensor, values: Tensor) -> None:
     """Overwrite the memory of a weight at distinct places, as whole numbers of the same width: the bits are copied,
     and PyTorch's scatter of those is the fastest on every dtype.
     """
+    stored = site.stored
+    values = values.to(stored.device, stored.dtype)  # the model may have been cast or moved since
     width = _BITS[values.element_size()]
-    _flat(site).view(width).scatter_(0, index, values.view(width))
+    _flat(site).view(width).scatter_(0, index.to(stored.device), values.view(width))
 
 
 def _in_memory(site: Site, index: Tensor) -> Tensor:

@@ -100,6 +100,10 @@ class Method(ABC):
         """Check that the options fit a site; raise `SiteError` with the rule and the values."""
         return
 
+    def check_model(self, root: nn.Module, site: Site) -> None:
+        """Check that the options fit the model around a site; raise `SiteError` with the rule and the values."""
+        return
+
     def for_site(self, site: Site) -> Method | None:
         """Return the method to use at `site`: itself, another one (a mixture), or None to leave the site out."""
         return self

@@ -68,6 +68,10 @@ class Context:
         self.records.clear()
         self.routes.clear()
 
+    def by_row(self) -> bool:
+        """Whether anything is given for each row."""
+        return self.by_position() or self.task_ids is not None
+
     def by_position(self) -> bool:
         """Whether anything is given for each position, so that a pass has to know where it stands."""
         return self.padding_mask is not None or self.token_kinds is not None

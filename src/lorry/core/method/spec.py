@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Generator, Tensor
 
+from lorry.core.errors import AdapterError
 from lorry.core.sites.site import Site
 
 Init = Callable[[Tensor, Generator], object]
@@ -38,6 +39,17 @@ def normal(std: float = 1.0) -> Init:
     return lambda tensor, generator: tensor.normal_(0.0, std, generator=generator)
 
 
+def forgotten(tensor: Tensor, generator: Generator) -> None:
+    """Refuse to start a tensor anew: a copy of an adapter takes along what its tensors are, not how they started.
+
+    Raises
+    ------
+    AdapterError
+        Always.
+    """
+    raise AdapterError("A copied adapter does not know how its tensors start; attach a fresh one with lorry.attach.")
+
+
 def constant(value: float) -> Init:
     """Return an initialiser that fills with `value`."""
     return lambda tensor, generator: tensor.fill_(value)
@@ -56,6 +68,10 @@ class TensorSpec:
     trained: bool = True
     dtype: torch.dtype | None = None
     saved: bool = True
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Return what a pickled or copied model takes along; a start is often a closure, which cannot be pickled."""
+        return TensorSpec, (self.shape, forgotten, self.trained, self.dtype, self.saved)
 
     @property
     def numel(self) -> int:

@@ -147,6 +147,7 @@ def mixed_feed_forward(
         Of the experts.
     """
     none = ~mask.any(-1, keepdim=True)
+    gates = gates * mask  # what a token is not sent through weighs nothing, although its router may have chosen it
     gates, mask = torch.cat([gates, none.to(gates)], -1), torch.cat([mask, none], -1)
     pairs, flat = Pairs.of(mask), x.flatten(0, -2)
 

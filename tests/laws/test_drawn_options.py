@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import lorry
 from lorry.core.life.api import log_probability
+from lorry.core.sites.quantized import keep_differentiable
 
 ROWS = 3
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -82,6 +83,8 @@ def run(model: Any, ids: Tensor) -> Tensor:
 
 def check_laws(model: Any, options: dict[str, Any], targets: Any, ids: Tensor, dtype: torch.dtype, quant: bool) -> None:
     """Attach, and look at everything that holds for every adapter."""
+    if quant:  # some processors evaluate 4-bit layers by another product until something is trained on them
+        keep_differentiable(model)
     plain = copy.deepcopy(model)
     before, bare = bytes_of(model), run(model, ids)
     try:

@@ -30,7 +30,7 @@ from lorry.core.receipt import Receipt
 from lorry.core.sites.kinds import KINDS
 from lorry.core.sites.kinds.block import BLOCK
 from lorry.core.sites.site import Site
-from lorry.core.sites.targets import Selection, Targets, matches, select
+from lorry.core.sites.targets import Layers, Selection, Targets, matches, select
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,127}")
 SiteOptions = Mapping[str, Mapping[str, Any]]
@@ -87,16 +87,18 @@ def attach(
     state.check_owners(site for site, _ in chosen)
     adapter = build(state, name, method, chosen, dtype=dtype, values=None, seed=seed, metadata={"seed": seed})
     count = sum(len(home.specs) for _, home in adapter.homes())
-    notes = [
-        f"'{site.path}' shares its weight with {', '.join(site.tied)}; the adapter acts at '{site.path}' only"
-        for site, _ in chosen
-        if site.tied
-    ]
-    if state.unfit:
-        left = selected(state, method, targets, exclude=exclude, layers=layers).left_out
-        notes += [f"'{path}' was left out: {why}" for path, why in state.unfit.items() if left[path] == why]
-    adapter.receipt = Receipt("attach", name, count, count, len(chosen), "match", notes=tuple(notes))
+    left_out = selected(state, method, targets, exclude=exclude, layers=layers).left_out if state.unfit else {}
+    notes = (*_ties(chosen), *(f"'{p}' was left out: {why}" for p, why in state.unfit.items() if left_out[p] == why))
+    adapter.receipt = Receipt("attach", name, count, count, len(chosen), "match", notes=notes)
     return install(adapter, trainable=True, activate=activate)
+
+
+def _ties(chosen: Sequence[tuple[Site, Method]]) -> Iterator[str]:
+    """Yield a note for each site whose weight other places use too."""
+    for site, _ in chosen:
+        if site.tied:
+            tied = ", ".join(site.tied)
+            yield f"'{site.path}' shares its weight with {tied}; the adapter acts at '{site.path}' only"
 
 
 def install(adapter: Adapter, *, trainable: bool, activate: bool) -> Adapter:
@@ -125,7 +127,7 @@ def check_name(name: str, state: ModelState) -> None:
 
 
 def selected(
-    state: ModelState, method: Method, targets: Targets, *, exclude: Targets = (), layers: Sequence[int] | None = None
+    state: ModelState, method: Method, targets: Targets, *, exclude: Targets = (), layers: Layers | None = None
 ) -> Selection:
     """Return the sites that targets mean for a method, and why others are left out.
 

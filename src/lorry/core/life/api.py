@@ -84,18 +84,21 @@ def attach(
     state.check_owners(site for site, _ in chosen)
     adapter = build(state, name, method, chosen, dtype=dtype, values=None, seed=seed, metadata={"seed": seed})
     count = sum(len(home.specs) for _, home in adapter.homes())
-    notes = tuple(
+    left_out = selected(state, method, targets, exclude=exclude, layers=layers).left_out if state.unfit else {}
+    notes = _notes(state, chosen, left_out)
+    adapter.receipt = Receipt("attach", name, count, count, len(chosen), "match", notes=notes)
+    return install(adapter, trainable=True, activate=activate)
+
+
+def _notes(state: ModelState, chosen: Sequence[tuple[Site, Method]], left_out: Mapping[str, str]) -> tuple[str, ...]:
+    """Return what a user should know of the sites of a fresh adapter: ties, and layers that are no sites."""
+    tied = [
         f"'{site.path}' shares its weight with {', '.join(site.tied)}; the adapter acts at '{site.path}' only"
         for site, _ in chosen
         if site.tied
-    )
-    if state.unfit:
-        left = selected(state, method, targets, exclude=exclude, layers=layers).left_out
-        notes += tuple(
-            f"'{path}' was left out: {left[path]}" for path in state.unfit if left[path] == state.unfit[path]
-        )
-    adapter.receipt = Receipt("attach", name, count, count, len(chosen), "match", notes=notes)
-    return install(adapter, trainable=True, activate=activate)
+    ]
+    unfit = [f"'{path}' was left out: {why}" for path, why in state.unfit.items() if left_out.get(path) == why]
+    return (*tied, *unfit)
 
 
 def install(adapter: Adapter, *, trainable: bool, activate: bool) -> Adapter:

@@ -39,7 +39,7 @@ def company(steps=10):
         replace(
             drawn(),
             name="twice",
-            method={**REMIX, "draws": 2, "granularity": "sequence"},
+            method={**REMIX, "draws": 2},
             gradient_accumulation_steps=1,
             seed=3,
         ),

@@ -39,7 +39,7 @@ class ReadyLinear:
         What the gain was worked out from besides weight, A and B (a magnitude).
     """
 
-    __slots__ = ("_a", "_b", "_bias", "_gain", "_kept", "_scale", "_shift", "_up", "_weight")
+    __slots__ = ("_a", "_b", "_bias", "_gain", "_kept", "_most", "_scale", "_shift", "_up", "_weight")
 
     def __init__(
         self,
@@ -60,6 +60,8 @@ class ReadyLinear:
             self._up = (b.detach().to(exact) * scale).mul_(self._gain.unsqueeze(-1))
             self._shift = None if bias is None else bias.detach().to(exact)
             self._a = self._a.to(exact)
+        wide = self._a.dtype.itemsize >= weight.dtype.itemsize and (gain is not None or b.dtype == a.dtype)
+        self._most = _FEW * weight.shape[1] if wide else -1
         # without a gain nothing is copied, so a change in place is no matter
         self._kept = tuple((t, None if gain is None else _version(t), None if t is None else t.dtype) for t in own)
 
@@ -82,14 +84,7 @@ class ReadyLinear:
         """Tell whether this is the way for an input: few tokens on the CPU, in the weight's type, factors in one that
         is no narrower.
         """
-        weight = self._weight
-        return (
-            x.numel() <= _FEW * weight.shape[1]
-            and x.dtype == weight.dtype
-            and x.device.type == "cpu"
-            and self._a.dtype.itemsize >= weight.dtype.itemsize
-            and (self._gain is not None or self._b.dtype == self._a.dtype)
-        )
+        return x.numel() <= self._most and x.is_cpu and x.dtype is self._weight.dtype
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the output ``(..., out)`` for an input ``(..., in)``; no gradient goes through."""

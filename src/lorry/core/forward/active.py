@@ -124,6 +124,8 @@ class Active:
         )
         #: What paths of the forward pass keep by site path while this composition lasts.
         self.kept: dict[tuple[str, str], Any] = {}
+        #: Layers made ready with their adapter, by path; False where that is not the way.
+        self.ready: dict[str, Any] = {}
         #: How the tokens of the batch lie in segments, for grouped kernels on a GPU.
         self.plans: dict[object, object] = {}
         self._terms: dict[tuple[str, int, torch.device], Terms] = {}
@@ -132,8 +134,13 @@ class Active:
 
     def __getstate__(self) -> dict[str, object]:
         """Return what a copy of the model takes along: the composition, without what was worked out for it."""
-        fresh: dict[str, object] = {"kept": {}, "plans": {}, "_terms": {}, "_spread": {}, "_groups": {}}
+        fresh: dict[str, object] = {"kept": {}, "ready": {}, "plans": {}, "_terms": {}, "_spread": {}, "_groups": {}}
         return {**self.__dict__, **fresh}
+
+    def forget(self) -> None:
+        """Let go of what was made of the adapters' tensors."""
+        self.kept.clear()
+        self.ready.clear()
 
     @property
     def members(self) -> set[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from lorry.kernels.segments import LowRankPair, Segment
 from lorry.kernels.sparse import changed_linear
 
 #: Under which a path keeps what it made for a site while a composition lasts.
-STACKED, READY = "stacked", "ready"
+STACKED = "stacked"
 
 
 def stacked(layer: Layer, base: Base, active: Active, x: Tensor, args: Any, kwargs: Any) -> Tensor | None:
@@ -30,35 +31,51 @@ def stacked(layer: Layer, base: Base, active: Active, x: Tensor, args: Any, kwar
     return _add_stacked(found, base, x, args, kwargs)
 
 
-def ready(layer: Layer, active: Active, x: Tensor, args: Any, kwargs: Any) -> Tensor | None:
+class _Ready:
+    """A layer made ready with its adapter, and by what one sees that both are still the same."""
+
+    __slots__ = ("bias", "entry", "made", "marks", "weight")
+
+    def __init__(self, made: ReadyLinear, entry: Entry, owner: nn.Module, derived: Sequence[Tensor]) -> None:
+        self.made, self.entry = made, entry
+        self.weight, self.bias = owner._parameters["weight"], owner._parameters["bias"]
+        # what was worked out from tensors follows their changes in place; without a gain nothing was
+        self.marks = tuple((t, t._version, t.dtype) for t in derived)
+
+    def holds(self, owner: nn.Module) -> bool:
+        """Whether nothing was exchanged or changed; asked at every call."""
+        own, home = owner._parameters, self.entry.home
+        if own["weight"] is not self.weight or own["bias"] is not self.bias:
+            return False
+        if home.keeper is not None or home.registered:  # whoever moves or exchanges its tensors is asked for them
+            return self.made.fresh(self.weight, self.bias, *home.ready().values())  # type: ignore[arg-type]
+        for tensor, version, kind in self.marks:
+            if tensor._version != version or tensor.dtype is not kind:
+                return False
+        return True
+
+
+def ready(layer: Layer, active: Active, x: Tensor) -> Tensor | None:
     """Return the output of a frozen layer with one adapter on all rows, by what was made ready for it; or None where
     that does not serve.
     """
-    path = layer.sites[0].path
-    if torch.is_grad_enabled() or layer.owner.training or len(args) + len(kwargs) != 1:
+    owner = layer.owner
+    if owner.training:
         return None
-    found: tuple[ReadyLinear, Entry] | None = active.kept.get((READY, path))
-    if found is None or (found and not _fresh(layer, *found)):
-        found = active.kept[READY, path] = _made_ready(layer, active, x)
-    if not found or not found[0].serves(x):
+    found: _Ready | Literal[False] | None = active.ready.get(layer.path)
+    if found is None or (found and not found.holds(owner)):
+        found = active.ready[layer.path] = _made_ready(layer, active, x)
+    if not found or not found.made.serves(x) or "weight" in owner.__dict__:
         return None
-    if torch.is_autocast_enabled(x.device.type) or "weight" in layer.owner.__dict__:
-        return None
-    return found[0](x)
+    return None if torch.is_autocast_enabled("cpu") else found.made(x)
 
 
-def _fresh(layer: Layer, made: ReadyLinear, entry: Entry) -> bool:
-    """Whether layer and adapter are what they were when they were made ready."""
-    own = layer.owner._parameters
-    return made.fresh(cast(Tensor, own["weight"]), own["bias"], *entry.home.tensors().values())
-
-
-def _made_ready(layer: Layer, active: Active, x: Tensor) -> Any:
-    """Return a layer made ready with its adapter, or nothing where another path is needed."""
+def _made_ready(layer: Layer, active: Active, x: Tensor) -> _Ready | Literal[False]:
+    """Return a layer made ready with its adapter, or False where another path is needed."""
     site, owner = layer.sites[0], layer.owner
     portions = [p for p in active.portions if site.path in p.adapter.entries and not p.adapter.in_base]
     if len(portions) != 1 or active.layout is not None or active.by_kind or not site.kind.plain_product:
-        return ()
+        return False
     (portion,), weight = portions, portions[0].weight
     while isinstance(weight, BySite):
         weight = weight.of(site)
@@ -66,19 +83,22 @@ def _made_ready(layer: Layer, active: Active, x: Tensor) -> Any:
     able, alone = entry.method.capabilities, isinstance(weight, float) and weight == 1.0 and active.exclusive
     direct = "stored" in able and ("plain" in able or ("gained" in able and alone))
     if not direct or not isinstance(weight, float) or entry.shared is not None:
-        return ()
+        return False
     if not layer.plain_linear or not _fusable(owner, x):
-        return ()
+        return False
     entry.move(x.device)
-    method, tensors = cast(Bottleneck, entry.method), entry.home.tensors()
+    method, tensors = cast(Bottleneck, entry.method), entry.home.ready()
     a, b = method.factors(tensors, site)
     gain = None if "plain" in able else method.gain(a, b, tensors, site)
     if gain is None and set(tensors) != {"A", "B"}:
-        return ()
+        return False
     bias = cast(Tensor | None, owner.bias)
     sources = [t for name, t in tensors.items() if name not in ("A", "B")]
     made = ReadyLinear(cast(Tensor, owner.weight), bias, a, b, weight * method.scale(site), gain, sources)
-    return made, entry
+    derived = [] if gain is None else [made_from for made_from in (owner.weight, *tensors.values())]
+    if any(cast(Tensor, t).is_inference() for t in derived):  # changes of these are not counted
+        return False
+    return _Ready(made, entry, owner, cast(list[Tensor], derived))
 
 
 def fused(layer: Layer, base: Base, active: Active, terms: Terms, x: Tensor, args: Any, kwargs: Any) -> Tensor | None:

@@ -29,6 +29,8 @@ class Layer:
     ----------
     owner
         The module.
+    path
+        Of its first site.
     sites
         Its sites; several where a module holds several weights.
     length_first
@@ -43,6 +45,7 @@ class Layer:
 
     def __init__(self, owner: nn.Module, sites: list[Site], adapters: Mapping[str, Member]) -> None:
         self.owner = owner
+        self.path = sites[0].path
         self.sites = sites
         self.adapters = adapters
         self.original = type(owner)

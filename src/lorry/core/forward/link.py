@@ -52,7 +52,11 @@ class Link(Layer):
         if active is None and not runtime.taps:
             return base(*args, **kwargs)
         if now.passing is not None:
-            now.passing.called.add(self.sites[0].path)
+            now.passing.called.add(self.path)
+        if active is not None and len(args) == 1 and not kwargs and not runtime.taps and not torch.is_grad_enabled():
+            found = fused.ready(self, active, args[0])
+            if found is not None:
+                return found
         kind = self.sites[0].kind
         if kind.additive:
             return self._additive(base, active, now, runtime, args, kwargs)
@@ -89,9 +93,7 @@ class Link(Layer):
                 x = x.expand(active.layout.entries, *x.shape[1:])  # positions, looked up once for all rows
                 args, kwargs = self.with_input(x, args, kwargs)
         if not tapped:
-            found = fused.ready(self, active, x, args, kwargs)
-            if found is None:
-                found = fused.stacked(self, base, active, x, args, kwargs)
+            found = fused.stacked(self, base, active, x, args, kwargs)
             if found is not None:
                 return found
         terms = self._terms(active, x, now.context, now.passing)

@@ -403,10 +403,10 @@ class Placement:
         for key, active in list(composed.items()):
             if name in active.members:
                 composed.pop(key, None)
-                active.kept.clear()
+                active.forget()
         for active in self._compositions():
             if name in active.members:
-                active.kept.clear()
+                active.forget()
 
     def _compositions(self) -> Iterator[Active]:
         """Yield every composition that somebody may come back to."""

@@ -11,7 +11,7 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # one, unless somebody asks for more
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Optional real data and weights beside the checkout; tests that need them skip where they are absent.

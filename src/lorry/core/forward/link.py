@@ -57,12 +57,13 @@ class Link(Layer):
             found = fused.ready(self, active, args[0])
             if found is not None:
                 return found
-        kind = self.sites[0].kind
-        if kind.additive:
+        if self.sites[0].kind.additive:
             return self._additive(base, active, now, runtime, args, kwargs)
-        if active is None:
-            return base(*args, **kwargs)
-        if kind.whole:
+        return base(*args, **kwargs) if active is None else self._exchanged(base, active, now, runtime, args, kwargs)
+
+    def _exchanged(self, base: Base, active: Active, now: Now, runtime: Runtime, args: Any, kwargs: Any) -> Any:
+        """Run a module that uses its weights itself, or that a method runs as a whole."""
+        if self.sites[0].kind.whole:
             return exchanged.by_rows(self, active, now, self._block(base, now, runtime), args, kwargs)
 
         def run(group: Active, of: exchanged.Of, args: Any, kwargs: Any) -> Any:
@@ -171,13 +172,7 @@ class Link(Layer):
         """Run a composition that has no uniform form: its own code is traced."""
         site = self.sites[0]
         if not site.kind.additive:
-            if site.kind.whole:
-                return exchanged.by_rows(self, active, runtime, self._block(base, runtime, runtime), args, kwargs)
-
-            def run(group: Active, of: exchanged.Of, args: Any, kwargs: Any) -> Any:
-                return exchanged.with_weights(self, base, group, runtime, args, kwargs)
-
-            return exchanged.by_rows(self, active, runtime, run, args, kwargs)
+            return self._exchanged(base, active, runtime, runtime, args, kwargs)
         x: Tensor = args[0] if args else kwargs[self.input_name]
         if self._swapped(active, x, runtime):
             raise AdapterError(

@@ -67,7 +67,7 @@ def ready(layer: Layer, active: Active, x: Tensor) -> Tensor | None:
         found = active.ready[layer.path] = _made_ready(layer, active, x)
     if not found or not found.made.serves(x) or "weight" in owner.__dict__:
         return None
-    return None if torch.is_autocast_enabled("cpu") else found.made(x)
+    return None if torch._C._is_any_autocast_enabled() else found.made(x)
 
 
 def _made_ready(layer: Layer, active: Active, x: Tensor) -> _Ready | Literal[False]:

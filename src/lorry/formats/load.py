@@ -143,7 +143,8 @@ def _built(
     bound = bind(file, state)
     _check_scales(file, bound)
     state.check_owners(site for site, _ in bound.chosen)
-    mark, verdict = _base_verdict(file, bound, state, check_base)
+    found = state.fingerprint(base for site, at in bound.chosen for base in at.bases(site))
+    mark, verdict = _base_verdict(file, bound, found, check_base)
     if file.loaded is not None:
         file.check_finite()
     else:
@@ -160,6 +161,7 @@ def _built(
         values=values,
         seed=seed if isinstance(seed, int) else 0,
         metadata=metadata,
+        fingerprint=found,
     )
     values.check_all_used()
     if mark is not None and verdict == "ignored":
@@ -245,7 +247,7 @@ def _check_scales(file: AdapterFile, bound: Bound) -> None:
 
 
 def _base_verdict(
-    file: AdapterFile, bound: Bound, state: ModelState, check: bool
+    file: AdapterFile, bound: Bound, found: Fingerprint, check: bool
 ) -> tuple[Fingerprint | None, FingerprintVerdict]:
     """Compare the base with the one that the file was made for; raise `FingerprintError` if they differ and
     `check` is set.
@@ -253,7 +255,6 @@ def _base_verdict(
     if file.fingerprint is None:
         return None, "unknown"
     mark = renamed(file.fingerprint, bound.paths)
-    found = state.fingerprint(base for site, at in bound.chosen for base in at.bases(site))
     if check:
         return mark, mark.require(found, f"The adapter in '{file.where}'")
     verdict = mark.compare(found)

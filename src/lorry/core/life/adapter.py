@@ -49,7 +49,7 @@ class Adapter:
     """
 
     def __init__(
-        self, state: ModelState, name: str, method: Method, sites: Mapping[str, Site], metadata: Mapping[str, Any]
+        self, state: ModelState, name: str, method: Method, metadata: Mapping[str, Any], fingerprint: Fingerprint
     ) -> None:
         self.state = state
         self.name = name
@@ -57,8 +57,8 @@ class Adapter:
         self.entries: dict[str, Entry] = {}
         self.shared: TensorHome | None = None
         self.metadata: dict[str, Any] = dict(metadata)
-        self.fingerprint: Fingerprint = state.fingerprint(sites.values())
-        self.receipt = Receipt("attach", name, 0, 0, len(sites))
+        self.fingerprint = fingerprint
+        self.receipt = Receipt("attach", name, 0, 0, 0)
 
     @property
     def in_base(self) -> bool:
@@ -163,14 +163,7 @@ class Adapter:
         if self.in_base:
             raise AdapterError(f"Adapter '{self.name}' is merged already.")
         self.state.check_merge(self.name, 1.0)
-        if keep:
-            self.state.hashes.hold(self.sites)
-        try:
-            edit, receipt = merge_into_base(self.name, list(self.entries.values()), check=safe, keep=keep)
-        except BaseException:
-            if keep:
-                self.state.hashes.release(self.sites)
-            raise
+        edit, receipt = merge_into_base(self.name, list(self.entries.values()), check=safe, keep=keep)
         self.state.edits.made(edit)
         self.state.changed()
         past = self.state.passed_by(self.sites)
@@ -192,7 +185,8 @@ class Adapter:
             since.
         """
         edit = self.state.edits.undo(self.name)
-        self.state.hashes.release(self.sites)
+        if edit.again is not None:  # written in place
+            self.state.hashes.release(self.sites)
         self.state.changed()
         return Receipt("unmerge", self.name, 0, 0, len(edit.places), "match")
 
@@ -212,7 +206,7 @@ class Adapter:
         if self.state.adapters.get(self.name) is not self:
             raise AdapterError(f"Adapter '{self.name}' is not attached any more.")
         if self.in_base and (keep or not self.state.edits.kept(self.name)):
-            if self.state.edits.forget(self.name).undo is not None:
+            if self.state.edits.forget(self.name).again is not None:
                 self.state.hashes.release(self.sites)
         elif self.in_base:
             self.unmerge()

@@ -181,8 +181,13 @@ class BaseEdits:
         return edit
 
     @contextmanager
-    def bare(self) -> Iterator[None]:
+    def bare(self, in_place: bool = True) -> Iterator[None]:
         """Let weights be the base's own for a while, so that what is derived from the base is right.
+
+        Parameters
+        ----------
+        in_place
+            Also those of which single values were overwritten.
 
         Raises
         ------
@@ -195,7 +200,7 @@ class BaseEdits:
             error = changed_since(edit.name, [e for e in edit.exchanged if self._last(e)])
             if error is not None:
                 raise error
-        overwritten = [e for e in reversed(self._edits) if e.again is not None and e.undo is not None]
+        overwritten = [e for e in reversed(self._edits) if in_place and e.again is not None and e.undo is not None]
         for edit in overwritten:
             assert edit.undo is not None
             edit.undo()

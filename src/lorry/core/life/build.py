@@ -14,6 +14,7 @@ from lorry.core.life.state import ModelState
 from lorry.core.method.base import Method
 from lorry.core.method.spec import TensorSpec
 from lorry.core.method.start import fresh, joint_layout, mix_seed
+from lorry.core.sites.fingerprint import Fingerprint
 from lorry.core.sites.site import Site
 
 
@@ -27,17 +28,19 @@ def build(
     values: Callable[[str, TensorSpec], Tensor] | None,
     seed: int,
     metadata: Mapping[str, Any],
+    fingerprint: Fingerprint | None = None,
 ) -> Adapter:
     """Make an adapter that the model does not know of yet.
 
     `chosen` gives each site with the method to use there; `values` gives each tensor by its full name (loading), and
-    without it all start afresh from `seed`.
+    without it all start afresh from `seed`; `fingerprint` is that of the base, where it is known.
     """
     for site, at_site in chosen:
         at_site.check_model(state.root, site)
     sites = {site.path: site for site, _ in chosen}
-    adapter = Adapter(state, name, method, sites, metadata)
-    adapter.fingerprint = state.fingerprint(base for site, at in chosen for base in at.bases(site))
+    if fingerprint is None:
+        fingerprint = state.fingerprint(base for site, at in chosen for base in at.bases(site))
+    adapter = Adapter(state, name, method, metadata, fingerprint)
     layout = joint_layout(chosen)
 
     def fill(prefix: str, specs: Mapping[str, TensorSpec], device: torch.device) -> dict[str, Tensor]:

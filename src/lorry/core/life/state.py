@@ -75,6 +75,7 @@ class ModelState:
         self._links: dict[str, Link] = {}
         self.hashes = FingerprintCache()
         self._composed: OrderedDict[tuple[Any, ...], Active] = OrderedDict()
+        self._combined: dict[str, set[str]] = {}  # adapters that read others -> which
         self._thawed: dict[str, bool] = {}
         self._fused: list[tuple[nn.Module, str, Any]] = []
         self._hooks = RootHooks(self.runtimes, self._links)
@@ -221,7 +222,9 @@ class ModelState:
 
     def fingerprint(self, sites: Iterable[Site]) -> Fingerprint:
         """Return the fingerprint of some sites, of the base without what is in it now."""
-        return fingerprint(sites, self.base_name, self.hashes)
+        # what was written in place has its hashes held; whole weights are put back for as long as they are read
+        with self.edits.bare(in_place=False):
+            return fingerprint(sites, self.base_name, self.hashes)
 
     def add(self, adapter: Member) -> None:
         """Take an adapter in: link its sites and freeze the base at the first one."""
@@ -232,6 +235,8 @@ class ModelState:
                 self._freeze()
                 self._hooks.install(self.root)
             self.adapters = {**self.adapters, adapter.name: adapter}
+            if members := _members(adapter):
+                self._combined[adapter.name] = members
             for link in self._links.values():
                 link.adapters = self.adapters
             self.link(entry.site for entry in adapter.entries.values())
@@ -283,9 +288,10 @@ class ModelState:
     def remove(self, adapter: Member) -> None:
         """Forget an adapter; with the last one the model is what it was."""
         with self._lock:
-            users = [a.name for a in self.adapters.values() if a is not adapter and adapter.name in _members(a)]
-            if users:
-                raise AdapterError(f"Adapter '{adapter.name}' is combined by '{users[0]}'; detach '{users[0]}' first.")
+            user = next((name for name, read in self._combined.items() if adapter.name in read), None)
+            if user is not None:
+                raise AdapterError(f"Adapter '{adapter.name}' is combined by '{user}'; detach '{user}' first.")
+            self._combined.pop(adapter.name, None)
             self.adapters = {n: a for n, a in self.adapters.items() if a is not adapter}
             for link in self._links.values():
                 link.adapters = self.adapters

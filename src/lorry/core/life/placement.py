@@ -399,11 +399,8 @@ class Placement:
 
     def _forget_copies(self, name: str) -> None:
         """Let go of what compositions made of an adapter's tensors."""
-        composed = self._state._composed
-        for key, active in list(composed.items()):
-            if name in active.members:
-                composed.pop(key, None)
-                active.forget()
+        for active in self._state.drop_composed(name):
+            active.forget()
         for active in self._compositions():
             if name in active.members:
                 active.forget()

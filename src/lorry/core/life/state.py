@@ -79,16 +79,16 @@ class ModelState:
         self._thawed: dict[str, bool] = {}
         self._fused: list[tuple[nn.Module, str, Any]] = []
         self._hooks = RootHooks(self.runtimes, self._links)
-        self._lock = threading.RLock()
+        self._lock, self._composing = threading.RLock(), threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy of the model takes along: no caches."""
-        return {**self.__dict__, "_composed": OrderedDict(), "_lock": None, "custodian": None}
+        return {**self.__dict__, "_composed": OrderedDict(), "_lock": None, "_composing": None, "custodian": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take up what a copy brought along."""
         self.__dict__.update(state)
-        self._lock = threading.RLock()
+        self._lock, self._composing = threading.RLock(), threading.Lock()
 
     # -- what applies here
 
@@ -160,10 +160,20 @@ class ModelState:
         if active is None and key:
             active = for_all(composition, self.adapters)
             assert active is not None
-            self._composed[key] = self._with_form(active)
-            while len(self._composed) > _KEPT:
-                self._composed.popitem(last=False)
+            self._with_form(active)
+            with self._composing:  # nothing else is done under it, so that it waits for no other lock
+                self._composed[key] = active
+                while len(self._composed) > _KEPT:
+                    self._composed.popitem(last=False)
         return active
+
+    def drop_composed(self, name: str | None = None) -> list[Active]:
+        """Forget the kept compositions that an adapter takes part in, or all of them; return them."""
+        with self._composing:
+            dropped = {k: a for k, a in self._composed.items() if name is None or name in a.members}
+            for key in dropped:
+                del self._composed[key]
+        return list(dropped.values())
 
     def rows(
         self,
@@ -204,7 +214,7 @@ class ModelState:
 
     def changed(self) -> None:
         """Forget what was worked out before an adapter was removed, put into the base, or registered anew."""
-        self._composed.clear()
+        self.drop_composed()
         own = self.runtimes.own()
         for runtime in self.runtimes.every():
             runtime.refresh(runtime is own)

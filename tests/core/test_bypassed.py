@@ -2,25 +2,9 @@
 
 import pytest
 import torch
-from core.tiny import llama, off_zero, tokens
+from core.tiny import llama, off_zero, tokens, unet
 
 import lorry
-
-
-def unet():
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=12,
-        attention_head_dim=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    ).eval()
-
 
 INPUTS = (torch.randn(2, 4, 8, 8), 5, torch.randn(2, 3, 12))
 

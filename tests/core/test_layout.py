@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from core.tiny import llama, off_zero, tokens
+from core.tiny import close, llama, off_zero, tokens
 
 import lorry
 
@@ -19,10 +19,6 @@ def loaded(names="ab", method=None, **more):
 def alone(model, composition, ids, **more):
     with torch.no_grad(), lorry.activate(model, composition):
         return model(ids, **more).logits
-
-
-def close(a, b):
-    torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-7)
 
 
 @pytest.mark.parametrize("method", [lorry.LoRA(rank=2), lorry.DoRA(rank=2), lorry.LoHa(rank=2)], ids=str)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from core.tiny import off_zero, same_bytes
+from core.tiny import off_zero, same_bytes, unet
 from torch import nn
 
 import lorry
@@ -17,16 +17,6 @@ def text_encoder(seed=1):
         max_position_embeddings=8, projection_dim=8,
     )  # fmt: skip
     return CLIPTextModel(config).eval()
-
-
-def unet(seed=0):
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(seed)
-    return diffusers.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=12,
-        attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    ).eval()  # fmt: skip
 
 
 TARGETS = {"unet": ["to_q", "to_v"], "text_encoder": "all-linear"}
@@ -73,7 +63,7 @@ def test_a_bundle_trains_saves_and_loads_as_one(tmp_path):
         torch.testing.assert_close(paint(fresh, IDS, X), wanted)
     assert {r: x.fingerprint for r, x in loaded.receipts.items()} == {"unet": "match", "text_encoder": "match"}
     with pytest.raises(lorry.FingerprintError):
-        lorry.Roots({"unet": unet(7), "text_encoder": text_encoder()}).load(tmp_path / "style")
+        lorry.Roots({"unet": unet(seed=7), "text_encoder": text_encoder()}).load(tmp_path / "style")
 
 
 def test_rows_and_weights_reach_every_root():

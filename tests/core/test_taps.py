@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from core.tiny import llama, off_zero, tokens
+from core.tiny import close, llama, off_zero, tokens
 
 import lorry
 from lorry.core.method.families import Combiner
@@ -20,10 +20,6 @@ def loaded(names="ab", method=None):
         off_zero(adapter, number + 1, 0.3).train(False)
     lorry.activate(model, None)
     return model
-
-
-def close(a, b):
-    torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-7)
 
 
 @pytest.mark.parametrize("method", [lorry.LoRA(rank=2), lorry.DoRA(rank=2), "shira"], ids=str)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from core.tiny import llama
+from core.tiny import llama, unet
 from torch import nn
 
 import lorry
@@ -272,18 +272,7 @@ def small_bert():
 
 
 def small_unet():
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=8,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    )
+    return unet(cross=8, head=2)
 
 
 def small_flux(double=1, single=3):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from core.tiny import llama, off_zero, tokens
+from core.tiny import close, llama, off_zero, tokens
 from torch import nn
 
 import lorry
@@ -20,10 +20,6 @@ def loaded(names="ab", **more):
 def run(model, composition, ids):
     with torch.no_grad(), lorry.activate(model, composition):
         return model(ids).logits
-
-
-def close(a, b):
-    torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-7)
 
 
 def test_a_tensor_weighs_like_its_number_and_gets_a_gradient():

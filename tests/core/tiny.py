@@ -75,3 +75,25 @@ def gradients(adapter: lorry.Adapter) -> dict[str, Tensor]:
 def clear(model: nn.Module) -> None:
     for parameter in model.parameters():
         parameter.grad = None
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    """Check that two results in float64 are one, up to rounding."""
+    torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-7)
+
+
+def unet(widths: tuple[int, int] = (8, 16), *, cross: int = 12, head: int = 4, seed: int = 0) -> Any:
+    """Return diffusers' real U-Net with cross-attention at its first depth, in evaluation."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(seed)
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=widths,
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=cross,
+        attention_head_dim=head,
+        norm_num_groups=widths[0] // 2,
+    ).eval()

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from core import tiny
 from core.tiny import off_zero, same_bytes, snapshot, tokens, unchanged
 from laws.fitting import merges, small, with_dense_updates
 from torch import Tensor
@@ -56,24 +57,12 @@ def pocket() -> Host:
 
 
 def unet() -> Host:
-    from diffusers import UNet2DConditionModel
-
-    torch.manual_seed(0)
-    model = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=8,
-        norm_num_groups=8,
-    )
+    model = tiny.unet((16, 32), cross=16, head=8)
     draw = torch.Generator().manual_seed(1)
     noise, text = (torch.randn(ROWS, *shape, generator=draw, dtype=torch.float64) for shape in ((4, 8, 8), (5, 16)))
     times = torch.tensor([3, 400, 999])
     return Host(
-        model.double().eval(),
+        model.double(),
         lambda model, rows: model(noise[rows], times[rows], encoder_hidden_states=text[rows]).sample,
         ("all-linear", "convolutions"),
         ("mid_block.resnets.0", "mid_block.attentions.0", "conv_norm_out"),

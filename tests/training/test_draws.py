@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from training.results import difference, tensors
 from training.tiny_bases import encoded, tiny_llama, token_rows
 
 from lorry.core.life.api import context, rows
@@ -47,15 +48,6 @@ def company(steps=10):
     ]
 
 
-def tensors(result, name="drawn"):
-    return {n: t.detach().clone() for n, t, _ in result.adapters[name].named_tensors()}
-
-
-def difference(a, b):
-    assert a.keys() == b.keys()
-    return max(float((a[n] - b[n]).abs().max()) for n in a)
-
-
 def base():
     """In float64: routes are choices, and what rounding turns round in a near tie is another result altogether."""
     return tiny_llama().double()
@@ -72,7 +64,7 @@ def test_a_router_is_trained_beside_others_as_alone(alone, ratio, tmp_path):
     first, *others = company()
     fleet = train(base(), None, [first, drawn(), *others], tmp_path, max_pad_ratio=ratio)
     assert fleet.ok, fleet.report
-    assert difference(tensors(fleet), tensors(alone[0])) < 1e-5
+    assert difference(tensors(fleet, "drawn"), tensors(alone[0], "drawn")) < 1e-5
     for name in ("drawn", "twice"):  # routers start at zero
         routers = [t for n, t in tensors(fleet, name).items() if n.endswith("router")]
         assert routers and all(float(t.abs().max()) > 1e-4 for t in routers)
@@ -85,7 +77,7 @@ def test_a_router_is_trained_beside_others_as_alone(alone, ratio, tmp_path):
 def test_recomputed_routes_are_those_that_were_drawn(alone, reentrant, tmp_path):
     model = base()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    assert difference(tensors(train(model, None, drawn(), tmp_path)), tensors(alone[0])) < 1e-5
+    assert difference(tensors(train(model, None, drawn(), tmp_path), "drawn"), tensors(alone[0], "drawn")) < 1e-5
 
 
 def test_a_run_taken_up_again_draws_what_it_would_have_drawn(alone, tmp_path):
@@ -95,7 +87,7 @@ def test_a_run_taken_up_again_draws_what_it_would_have_drawn(alone, tmp_path):
             fleet._tick()
     fleet.save_checkpoint()
     resumed = Fleet(base(), None, [drawn()], tmp_path, resume=True).train()
-    assert difference(tensors(resumed), tensors(alone[0])) == 0
+    assert difference(tensors(resumed, "drawn"), tensors(alone[0], "drawn")) == 0
 
 
 def share_of(name, data, **more):

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from training.results import difference, tensors
 from training.tiny_bases import tiny_llama, token_rows
 
 from lorry.core.errors import AdapterError, OptionError, SiteError
@@ -96,15 +97,6 @@ def company(steps=8):
     return Job("beside", token_rows(20, (9, 20), 2), {"method": "dora", "rank": 2}, steps=steps, seed=2)
 
 
-def tensors(result, name="job"):
-    return {n: t.detach().clone() for n, t, _ in result.adapters[name].named_tensors()}
-
-
-def difference(a, b):
-    assert a.keys() == b.keys()
-    return max(float((a[n] - b[n]).abs().max()) for n in a)
-
-
 CASES = {
     "noise": dict(dynamics=[{"dynamics": "gradient-noise", "eta": 0.01}]),
     "factors": dict(dynamics=[{"dynamics": "rate-factors", "factors": {"*.B": 4, "*q_proj*": 0.5}}]),
@@ -121,7 +113,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    return tensors(train(tiny_llama(), None, job(), tmp_path_factory.mktemp("plain")))
+    return tensors(train(tiny_llama(), None, job(), tmp_path_factory.mktemp("plain")), "job")
 
 
 @pytest.fixture(scope="module")
@@ -143,10 +135,10 @@ def curve(folder, name="job"):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_dynamic_acts_in_company_as_alone(case, whole, plain, tmp_path):
-    alone = tensors(whole(case)[0])
+    alone = tensors(whole(case)[0], "job")
     together = train(tiny_llama(), None, [company(), job(**CASES[case])], tmp_path)
     assert together.ok, together.report
-    assert difference(tensors(together), alone) < 1e-5
+    assert difference(tensors(together, "job"), alone) < 1e-5
     changed = alone.keys() != plain.keys() or any(
         alone[n].shape != plain[n].shape or not torch.equal(alone[n], plain[n]) for n in plain
     )
@@ -165,7 +157,7 @@ def test_a_resumed_run_is_exact(case, ticks, whole, tmp_path):
     first.save_checkpoint()
     second = train(tiny_llama(), None, job(**CASES[case]), tmp_path, resume=True)
     assert curve(tmp_path) == curve(whole(case)[1])
-    assert difference(tensors(second), tensors(whole(case)[0])) == 0
+    assert difference(tensors(second, "job"), tensors(whole(case)[0], "job")) == 0
 
 
 @pytest.mark.parametrize(
@@ -180,7 +172,7 @@ def test_a_resumed_run_is_exact(case, ticks, whole, tmp_path):
     ],
 )
 def test_neutral_options_are_plain_training_to_the_last_bit(dynamics, plain, tmp_path):
-    assert difference(tensors(train(tiny_llama(), None, job(dynamics=dynamics), tmp_path)), plain) == 0
+    assert difference(tensors(train(tiny_llama(), None, job(dynamics=dynamics), tmp_path), "job"), plain) == 0
 
 
 def test_rate_factors_are_lora_plus(tmp_path):
@@ -189,7 +181,7 @@ def test_rate_factors_are_lora_plus(tmp_path):
     plus = Job("job", data, {"method": "lora-plus", "rank": 4, "rate_ratio": 16.0}, **common)
     factors = [{"dynamics": "rate-factors", "factors": {"*.B": 16}}]
     ours = Job("job", data, LORA, dynamics=factors, **common)
-    a, b = (tensors(train(tiny_llama(), None, j, tmp_path / str(i))) for i, j in enumerate((plus, ours)))
+    a, b = (tensors(train(tiny_llama(), None, j, tmp_path / str(i)), "job") for i, j in enumerate((plus, ours)))
     assert difference(a, b) < 1e-7 and max(float(t.abs().max()) for n, t in b.items() if n.endswith("B")) > 0
 
 
@@ -212,10 +204,10 @@ def test_grown_adapters_are_saved_whole(whole):
     result, folder = whole("growing")
     grown = result.adapters["job"]
     assert {e.method.rank for e in grown.entries.values()} == {8}
-    assert all(bool(t[4:].abs().sum()) for n, t in tensors(result).items() if n.endswith(".A"))
-    assert all(bool(t[:, 4:].abs().sum()) for n, t in tensors(result).items() if n.endswith(".B"))
+    assert all(bool(t[4:].abs().sum()) for n, t in tensors(result, "job").items() if n.endswith(".A"))
+    assert all(bool(t[:, 4:].abs().sum()) for n, t in tensors(result, "job").items() if n.endswith(".B"))
     loaded = load(tiny_llama(), folder / "job" / "adapter", name="job")
-    assert difference({n: t for n, t, _ in loaded.named_tensors()}, tensors(result)) == 0
+    assert difference({n: t for n, t, _ in loaded.named_tensors()}, tensors(result, "job")) == 0
 
 
 def test_growth_leaves_the_model_as_it_was(tmp_path):
@@ -287,7 +279,7 @@ def test_row_gradients_say_where_they_cannot_be_had(tmp_path):
 
 def test_a_bound_that_nobody_reaches_clips_nothing(plain, tmp_path):
     result = train(tiny_llama(), None, job(dynamics=[RowClipping(bound=1e6)]), tmp_path)
-    assert difference(tensors(result), plain) < 1e-5
+    assert difference(tensors(result, "job"), plain) < 1e-5
 
 
 def test_a_dynamic_that_cannot_act_stops_its_job_alone(tmp_path):

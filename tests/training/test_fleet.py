@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from training.results import difference, tensors
 from training.tiny_bases import VOCABULARY, class_rows, encoded, stories, tiny_bert, tiny_llama, token_rows
 
 from lorry.core.errors import OptionError, SiteError
@@ -63,15 +64,6 @@ def four_jobs(steps: int = 50) -> list[Job]:
             seed=4,
         ),
     ]
-
-
-def tensors(result, name):
-    return {n: t.detach().clone() for n, t, _ in result.adapters[name].named_tensors()}
-
-
-def difference(a, b):
-    assert a.keys() == b.keys()
-    return max(float((a[n] - b[n]).abs().max()) for n in a)
 
 
 def moved(result, name, model, job):

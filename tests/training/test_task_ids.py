@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from training.results import difference, tensors
 from training.tiny_bases import tiny_llama, token_rows
 from training.tiny_tokenizers import byte_tokenizer
 
@@ -39,15 +40,6 @@ def jobs(steps=8):
 
 def base():
     return tiny_llama().double()
-
-
-def tensors(result, name):
-    return {n: t.detach().clone() for n, t, _ in result.adapters[name].named_tensors()}
-
-
-def difference(a, b):
-    assert a.keys() == b.keys()
-    return max(float((a[n] - b[n]).abs().max()) for n in a)
 
 
 def test_tasks_reach_their_rows_in_company_as_alone(tmp_path):

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from training.other_tasks import Denoising, EvenPolicy, Margins, PictureClasses, Preference
+from training.results import difference, tensors
 from training.tiny_bases import tiny_llama, token_rows
 
 from lorry.training import DataError, Examples, Fleet, Job, train
@@ -48,15 +49,6 @@ def pictures(count, seed):
 def pairs(count, seed):
     good, bad = token_rows(count, (5, 14), seed).examples, token_rows(count, (5, 14), seed + 50).examples
     return Examples(tuple(zip(good, bad, strict=True)), PlainReport(count, count))
-
-
-def tensors(result, name):
-    return {n: t.detach().clone() for n, t, _ in result.adapters[name].named_tensors()}
-
-
-def difference(a, b):
-    assert a.keys() == b.keys()
-    return max(float((a[n] - b[n]).abs().max()) for n in a)
 
 
 def curve(folder, name):

@@ -180,11 +180,6 @@ def _suffix_in(path: str, names: frozenset[str]) -> bool:
     return False
 
 
-def read_peft_config(path: Path) -> PeftConfig:
-    """Read and check an ``adapter_config.json``."""
-    return understood(read_json(path), str(path))
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 

@@ -6,7 +6,7 @@ need to know of a batch (segments of rows or tokens) is worked out here once, no
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -392,8 +392,3 @@ def _exclusive(portions: Sequence[Portion], rows: int) -> bool:
     for portion in portions:
         taken[slice(None) if portion.rows is None else portion.rows] += 1
     return bool((taken <= 1).all())
-
-
-def adapters_of(active: Active | None) -> Mapping[str, Member]:
-    """Return the adapters of a composition by name."""
-    return {} if active is None else {p.adapter.name: p.adapter for p in active.portions}

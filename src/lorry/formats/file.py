@@ -17,6 +17,7 @@ from lorry.core.errors import AdapterError, CheckpointError, near_misses
 from lorry.core.life.adapter import Adapter
 from lorry.core.life.writers import WRITERS
 from lorry.core.method.base import Method
+from lorry.core.method.registry import methods
 from lorry.core.receipt import Receipt
 from lorry.core.sites.fingerprint import Fingerprint
 from lorry.core.sites.site import Site
@@ -180,6 +181,16 @@ class AdapterFile:
     def raw_tensors(self) -> dict[str, Tensor]:
         """Return all tensors of the file as it names and lays them out; empty for an adapter that is no file."""
         return {} if self.file is None else {name: self.read(name) for name in self.file.places}
+
+    def check_method(self, expect: str | None) -> None:
+        """Raise `CheckpointError` unless the adapter is of the method with this slug; None expects nothing."""
+        if expect is None:
+            return
+        if expect not in methods():
+            raise CheckpointError(f"There is no method '{expect}'.{near_misses(expect, methods())}")
+        slug = self.method.info.slug
+        if slug != expect:
+            raise CheckpointError(f"'{self.where}' holds an adapter of the method '{slug}', expected was '{expect}'.")
 
     def check_finite(self) -> None:
         """Raise `CheckpointError` naming the tensors that hold NaN or infinity."""

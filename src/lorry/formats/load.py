@@ -8,13 +8,12 @@ import re
 import torch
 from torch import Tensor, nn
 
-from lorry.core.errors import CheckpointError, near_misses, some
+from lorry.core.errors import CheckpointError, some
 from lorry.core.life.adapter import Adapter
 from lorry.core.life.api import check_name, install
 from lorry.core.life.build import build
 from lorry.core.life.state import ModelState, open_state
 from lorry.core.method.families import Bottleneck
-from lorry.core.method.registry import methods
 from lorry.core.method.spec import TensorSpec
 from lorry.core.receipt import FingerprintVerdict, Receipt
 from lorry.core.sites.fingerprint import Fingerprint
@@ -125,8 +124,7 @@ def built_for(
     state = open_state(model)
     name = name if name is not None else _name(file)
     check_name(name, state)
-    if expect is not None:
-        _check_method(file, expect)
+    file.check_method(expect)
     file.read_all()
     return _built(file, state, name, dtype, check_base=check_base, private=private)
 
@@ -224,15 +222,6 @@ def _computable(dtype: torch.dtype) -> torch.dtype:
 def _name(file: AdapterFile) -> str:
     cleaned = re.sub(r"[^A-Za-z0-9_.\-]+", "_", file.name).lstrip("_.-")
     return cleaned[:128] or "default"
-
-
-def _check_method(file: AdapterFile, expect: str) -> None:
-    if expect not in methods():
-        raise CheckpointError(f"There is no method '{expect}'.{near_misses(expect, methods())}")
-    if file.method.info.slug != expect:
-        raise CheckpointError(
-            f"'{file.where}' holds an adapter of the method '{file.method.info.slug}', expected was '{expect}'."
-        )
 
 
 def _check_scales(file: AdapterFile, bound: Bound) -> None:

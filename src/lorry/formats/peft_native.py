@@ -156,10 +156,7 @@ def load_tuner(
     """Load an opened folder of another tuner; options as in `load`. PEFT's folders carry no fingerprint to check."""
     kind = str(file.metadata["peft_type"])
     tuner = _TUNERS[kind]
-    if expect not in (None, tuner.method):
-        raise CheckpointError(
-            f"'{file.where}' holds an adapter of the method '{tuner.method}', expected was '{expect}'."
-        )
+    file.check_method(expect)
     peer = _opened(file, kind, model)
     adapter = _attached(model, tuner, peer, name or _NAME, dtype or torch.float32, activate)
     adapter.train(trainable)

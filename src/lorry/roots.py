@@ -56,14 +56,14 @@ class Bundle:
             part.train(mode)
         return self
 
-    def merge(self) -> dict[str, Receipt]:
+    def fuse(self) -> dict[str, Receipt]:
         """Add its updates to the weights of every root; of none if one refuses."""
-        return _all_or_none(self.parts, lambda part: part.merge(), lambda part: part.unmerge())
+        return _all_or_none(self.parts, lambda part: part.fuse(), lambda part: part.unfuse())
 
-    def unmerge(self) -> None:
+    def unfuse(self) -> None:
         """Give every root its own weights back."""
         for part in self.parts.values():
-            part.unmerge()
+            part.unfuse()
 
     def detach(self) -> None:
         """Take it off every root."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lorry
-from lorry.bench import BENCHES, decode, fleet, load, merge, merge_adapters, methods, rows, step, switch, switch_merged
+from lorry.bench import BENCHES, decode, fleet, fuse, load, merge_adapters, methods, rows, step, switch, switch_fused
 from lorry.bench._cases import options, targets
 from lorry.bench._count import flops, kept, peak, training_memory
 from lorry.bench._measure import integers, interleaved, llama, ratios
@@ -53,18 +53,18 @@ def test_rounds_and_ratios():
 
 
 def test_switching_in_the_weights_restores_every_byte_and_adding_does_not():
-    result = switch_merged.run(rounds=1, widths="64", layers=2, density=0.05, rank=4)
+    result = switch_fused.run(rounds=1, widths="64", layers=2, density=0.05, rank=4)
     found = result["widths"][64]
     for dtype in ("float32", "bfloat16"):
         assert found["changed"][dtype]["scatter"] == 0
-        assert found["changed"][dtype]["lorry merge, unmerge"] == 0
+        assert found["changed"][dtype]["lorry fuse, unfuse"] == 0
         assert 0 < found["changed"][dtype]["add, subtract"] < 1
         assert 0 < found["changed"][dtype]["peft merge, unmerge"] < 1
     entries = 2 * round(0.05 * 64 * 64)
     assert found["bytes"]["scatter"] == entries * (8 + 4 + 4)
     assert found["bytes"]["fuse"] == 2 * (2 * 64 * 64 + 2 * 4 * 64) * 4
     assert found["bytes"]["scatter"] < found["bytes"]["scatter, whole cache lines"]
-    assert "add, subtract" in shown(switch_merged, result)
+    assert "add, subtract" in shown(switch_fused, result)
 
 
 def test_flops_of_lora_are_those_of_its_products():
@@ -169,10 +169,10 @@ def test_fleet_over_widths():
     assert "job after job" in shown(fleet, result)
 
 
-def test_merging_into_the_base_and_of_adapters():
-    result = merge.run(rounds=1, rank=2, **TINY)
-    assert {"addmm", "lorry keep=False", "lorry merge", "lorry unmerge", "peft merge"} <= set(result["ratios"])
-    assert "addmm" in shown(merge, result)
+def test_fusing_into_the_base_and_merging_of_adapters():
+    result = fuse.run(rounds=1, rank=2, **TINY)
+    assert {"addmm", "lorry keep=False", "lorry fuse", "lorry unfuse", "peft fuse"} <= set(result["ratios"])
+    assert "addmm" in shown(fuse, result)
     result = merge_adapters.run(widths="64", rank=2, repeats=1, memory=False)
     assert [c["type"] for c in result["cases"]] == ["svd", "cat", "linear"]
     assert all(c["difference"] < 1e-5 for c in result["cases"])

@@ -18,12 +18,12 @@ def test_the_demo_writes_its_report(run_json, tmp_path):
     shown = run_json("demo", "--out", tmp_path, "--steps", 12, "--test-rows", 16)
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert report == shown
-    assert report.keys() == {"adapters", "merge", "peft_max_difference", "seconds"}
+    assert report.keys() == {"adapters", "fuse", "peft_max_difference", "seconds"}
     assert len(report["adapters"]) == 4
     assert all(a.keys() == {"name", "before", "after"} for a in report["adapters"])
-    assert report["merge"]["base_restored"] is True
-    assert all(r["tensors_applied"] == r["tensors_total"] for r in report["merge"]["receipts"])
-    assert report["merge"]["max_difference_merged_composed"] < 1e-3
+    assert report["fuse"]["base_restored"] is True
+    assert all(r["tensors_applied"] == r["tensors_total"] for r in report["fuse"]["receipts"])
+    assert report["fuse"]["max_difference_fused_composed"] < 1e-3
     if report["peft_max_difference"] is not None:
         assert math.isfinite(report["peft_max_difference"]) and report["peft_max_difference"] < 1e-4
     page = (tmp_path / "report.md").read_text(encoding="utf-8")

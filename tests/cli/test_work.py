@@ -220,12 +220,12 @@ def test_generate_refuses_names_that_are_not_given(lorry, base, adapter):
 def test_merge_saves_a_model_that_does_the_same(run_json, base, adapter, data, tmp_path):
     out = tmp_path / "merged"
     report = run_json("merge", base, "--adapter", f"next={adapter}", "--out", out)
-    assert report["receipts"][0]["action"] == "merge"
+    assert report["receipts"][0]["action"] == "fuse"
     assert json.loads((out / "lorry_merge.json").read_text(encoding="utf-8"))["out"] == str(out)
-    unmerged = run_json("eval", base, "--adapter", f"next={adapter}", "--data", data)["results"]["next"]
+    unfused = run_json("eval", base, "--adapter", f"next={adapter}", "--data", data)["results"]["next"]
     merged = run_json("eval", out, "--data", data, "--objective", "completion")["results"]["base"]
-    assert merged["loss"] == pytest.approx(unmerged["loss"], rel=1e-4)
-    assert merged["exact_match"] == unmerged["exact_match"]
+    assert merged["loss"] == pytest.approx(unfused["loss"], rel=1e-4)
+    assert merged["exact_match"] == unfused["exact_match"]
 
 
 def test_merging_a_tied_embedding_unties_it(run_json, base, data, tmp_path):

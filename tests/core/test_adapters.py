@@ -245,23 +245,23 @@ def test_merge_order_and_refusals():
     before = snapshot(model)
     lorry.activate(model, {"one": 1.0, "two": 1.0})
     wanted = logits(model)
-    one.merge()
+    one.fuse()
     torch.testing.assert_close(logits(model), wanted, atol=1e-5, rtol=1e-4)
-    other.merge()
+    other.fuse()
     torch.testing.assert_close(logits(model), wanted, atol=1e-5, rtol=1e-4)
     for action, said in (
-        (one.merge, "merged already"),
-        (one.unmerge, "unmerge it first"),
-        (lambda: one.train(), "unmerge it before training"),
-        (lambda: lorry.activate(model, {"one": 0.5}), "merged with weight 1"),
-        (lambda: lorry.rows(model, ["one", None, None]).__enter__(), "merged into the base"),
+        (one.fuse, "fused already"),
+        (one.unfuse, "unfuse it first"),
+        (lambda: one.train(), "unfuse it before training"),
+        (lambda: lorry.activate(model, {"one": 0.5}), "fused with weight 1"),
+        (lambda: lorry.rows(model, ["one", None, None]).__enter__(), "fused into the base"),
     ):
         with pytest.raises(lorry.AdapterError, match=said):
             action()
     other.detach()
-    one.unmerge()
-    with pytest.raises(lorry.AdapterError, match="is not merged"):
-        one.unmerge()
+    one.unfuse()
+    with pytest.raises(lorry.AdapterError, match="is not fused"):
+        one.unfuse()
     assert unchanged(model, before)
 
 
@@ -273,8 +273,8 @@ def test_an_update_that_is_not_finite_is_refused_and_nothing_is_merged(value):
         for parameter in list(one.parameters())[-2:]:  # 1e38 overflows in the product
             parameter.fill_(value)
     with pytest.raises(lorry.AdapterError, match="not finite"):
-        one.merge()
-    assert unchanged(model, before) and not one.merged
+        one.fuse()
+    assert unchanged(model, before) and not one.fused
 
 
 def test_a_sum_beyond_the_type_of_the_base_is_refused_and_nothing_is_merged():
@@ -285,8 +285,8 @@ def test_a_sum_beyond_the_type_of_the_base_is_refused_and_nothing_is_merged():
         for parameter in list(one.parameters())[-2:]:
             parameter.fill_(1e3)
     with pytest.raises(lorry.AdapterError, match=r"range of torch\.float16"):
-        one.merge()
-    assert unchanged(model, before) and not one.merged
+        one.fuse()
+    assert unchanged(model, before) and not one.fused
 
 
 def test_norms_follow_the_base_weight_through_merges():
@@ -296,7 +296,7 @@ def test_norms_follow_the_base_weight_through_merges():
     wanted = logits(model)
     for seed in range(4):
         other = off_zero(lorry.attach(model, lorry.LoRA(rank=2), name="other", targets="mlp"), seed, 0.3)
-        other.merge()
+        other.fuse()
         lorry.activate(model, "dora")
         on_merged = logits(model)
         twin = copy.deepcopy(model)  # a copy has no norms yet
@@ -401,12 +401,12 @@ def test_fingerprints_tell_bases_apart():
 
 def test_the_fingerprint_is_that_of_the_base_while_something_is_merged():
     model, one, _ = two()
-    one.merge()
+    one.fuse()
     late = lorry.attach(model, lorry.LoRA(rank=2), name="late")
     assert late.fingerprint.digest == one.fingerprint.digest
     model = llama()
     q = off_zero(lorry.attach(model, lorry.LoRA(rank=2), targets="q_proj", name="q"))
-    q.merge()
+    q.fuse()
     everywhere = lorry.attach(model, lorry.LoRA(rank=2), name="all")
     assert everywhere.fingerprint.digest == one.fingerprint.digest
 

@@ -81,11 +81,11 @@ def test_weights_that_a_model_reads_itself_are_noticed_in_the_first_pass_and_in_
         model(tokens(2, 5))
     named = [str(w.message) for w in found if "did not run although" in str(w.message)]
     assert len(named) == 1 and all(target in named[0] for target in targets)
-    notes = adapter.merge().notes
+    notes = adapter.fuse().notes
     assert any("past the layer" in note and targets[0] in note for note in notes)
-    adapter.unmerge()
+    adapter.unfuse()
     plain = lorry.attach(model, lorry.LoRA(rank=2), targets=["dense" if name == "deberta" else "in_proj"], name="other")
-    assert not any("past the layer" in note for note in plain.merge().notes)
+    assert not any("past the layer" in note for note in plain.fuse().notes)
 
 
 def test_parts_that_a_pass_does_not_need_are_no_reason_to_warn(recwarn):

@@ -151,8 +151,8 @@ def test_refusals():
         from lorry.core.life.calibrate import observe
 
         observe(adapter, {"input": [adapter.state.sites["mix"]]}, [ids], loss_of)
-    lorry.adapters(model)["a"].merge()
-    with pytest.raises(lorry.AdapterError, match="merged into the base"):
+    lorry.adapters(model)["a"].fuse()
+    with pytest.raises(lorry.AdapterError, match="fused into the base"):
         calibrate(adapter, [ids], loss_of)
     assert needs_calibration(adapter)
 

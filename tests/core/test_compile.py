@@ -210,5 +210,5 @@ def test_merged_adapters_and_mixtures_with_them():
     run = torch.compile(model, backend="eager", fullgraph=True)
     lorry.activate(run, {"b": 1.0, "c": 0.5})
     wanted = model(ids).logits
-    lorry.adapters(model)["b"].merge()
+    lorry.adapters(model)["b"].fuse()
     torch.testing.assert_close(run(ids).logits, wanted, atol=1e-5, rtol=1e-4)

@@ -292,13 +292,13 @@ def test_the_base_stays_the_base_while_an_adapter_is_in_it_and_only_then():
     one = off_zero(lorry.attach(model, lorry.LoRA(rank=2), name="one"))
     base, cache = one.fingerprint, state_of(model).hashes
     sites = catalogue(llama(1))
-    one.merge()
+    one.fuse()
     copied = copy.deepcopy(model)
     for merged in (model, copied):
         assert lorry.attach(merged, lorry.LoRA(rank=2), name="late").fingerprint == base
     assert fingerprint(sites.values(), base.base).compare(base) == "match"
     assert FingerprintCache().hash_of(one.sites[0]) != base.sites[one.sites[0].path]
-    one.unmerge()
+    one.unfuse()
     assert cache.hash_of(one.sites[0]) == base.sites[one.sites[0].path]
     with torch.no_grad():
         one.sites[0].stored[0, 0] += 1

@@ -57,7 +57,7 @@ def test_layers_that_compute_something_else_are_left_out_and_said(name):
     assert not any(path in p for p in adapter.entries) and adapter.entries
     moved = model(tokens(2, 5)).logits
     assert not torch.allclose(moved, bare, atol=1e-4)
-    adapter.merge()
+    adapter.fuse()
     torch.testing.assert_close(model(tokens(2, 5)).logits, moved, atol=1e-4, rtol=1e-4)
     adapter.detach()
     assert unchanged(model, before)

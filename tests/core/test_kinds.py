@@ -96,15 +96,15 @@ def test_a_new_kind_is_one_class(upsample, method, tmp_path):
         lorry.activate(model, composition)
         torch.testing.assert_close(mixed[row : row + 1], model(x[row : row + 1]), atol=1e-5, rtol=1e-5)
     lorry.activate(model, "one")
-    if one.method.merging == "exact":
+    if one.method.fusing == "exact":
         site = one.sites[0]
         weight = {"grow.weight": site.stored + site.kind.to_weight(site, one.entries["grow"].delta())}
         lorry.activate(model, None)
         torch.testing.assert_close(adapted, functional_call(model, weight, (x,)), atol=1e-5, rtol=1e-4)
         lorry.activate(model, "one")
-        one.merge()
+        one.fuse()
         torch.testing.assert_close(model(x), adapted, atol=1e-5, rtol=1e-4)
-        one.unmerge()
+        one.unfuse()
     one.save(tmp_path / "one")
     fresh = decoder()[0]
     loaded = lorry.load(fresh, tmp_path / "one")

@@ -127,13 +127,13 @@ def test_an_adapter_in_the_base_stays(tmp_path):
     placement = lorry.placement(model, folder=tmp_path)
     placement.place("a", "disk")
     wanted = output(crowd("a", "b"), tokens(), "a")
-    lorry.adapters(model)["a"].merge()
+    lorry.adapters(model)["a"].fuse()
     torch.testing.assert_close(output(model, tokens()), wanted)
     with pytest.raises(lorry.AdapterError, match="base"):
         placement.evict("a")
     lorry.placement(model, device_bytes=0)
     assert [placement.where(n) for n in "ab"] == ["device", "host"]
-    lorry.adapters(model)["a"].unmerge()
+    lorry.adapters(model)["a"].unfuse()
     placement.evict("a")
     assert placement.where("a") == "host"
 

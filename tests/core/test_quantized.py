@@ -156,7 +156,7 @@ def test_merge_measures_its_error_and_unmerge_restores_every_byte(kind, dtype):
         expected = model(ids).logits
         before = {p: payload(e.site.stored) for p, e in adapter.entries.items()}
         weights = {p: e.site.matrix().float() + e.delta() for p, e in adapter.entries.items()}
-        receipt = adapter.merge()
+        receipt = adapter.fuse()
         worst = 0.0
         for path, entry in adapter.entries.items():
             assert not storage_of(entry.site).lossless
@@ -168,7 +168,7 @@ def test_merge_measures_its_error_and_unmerge_restores_every_byte(kind, dtype):
         torch.testing.assert_close(model(ids).logits, merged)
         lorry.activate(model, "default")
         assert (merged - expected).norm() < 0.3 * expected.norm()
-        adapter.unmerge()
+        adapter.unfuse()
         assert torch.equal(model(ids).logits, expected)
         for path, entry in adapter.entries.items():
             assert all(same_bytes(a, b) for a, b in zip(payload(entry.site.stored), before[path], strict=True))
@@ -184,16 +184,16 @@ def test_two_adapters_merge_one_after_another_and_come_out_in_reverse(kind):
         lorry.activate(model, None)
         bare = model(ids).logits
         lorry.activate(model, "two")
-        one.merge()
+        one.fuse()
         first = model(ids).logits
-        two.merge()
+        two.fuse()
         assert not torch.equal(model(ids).logits, first)
-        with pytest.raises(lorry.AdapterError, match="unmerge it first"):
-            one.unmerge()
-        two.unmerge()
+        with pytest.raises(lorry.AdapterError, match="unfuse it first"):
+            one.unfuse()
+        two.unfuse()
         lorry.activate(model, None)
         one_only = model(ids).logits
-        one.unmerge()
+        one.unfuse()
         assert torch.equal(model(ids).logits, bare) and not torch.equal(one_only, bare)
 
 
@@ -243,7 +243,7 @@ def test_a_storage_nobody_knows_is_an_error_that_says_what_still_works():
     layer[0].weight = nn.Parameter(layer[0].weight.to(torch.float8_e4m3fn), requires_grad=False)
     adapter = lorry.attach(layer, lorry.LoRA(rank=2))
     with pytest.raises(SiteError, match="float8.*Adapters still run"):
-        adapter.merge()
+        adapter.fuse()
 
 
 def test_importing_lorry_imports_none_of_these_packages():
@@ -256,7 +256,7 @@ def test_importing_lorry_imports_none_of_these_packages():
 def test_merging_a_dense_base_imports_neither_package():
     code = (
         "import sys, torch, lorry; m = torch.nn.Sequential(torch.nn.Linear(4, 4)); lorry.attach(m, "
-        "lorry.LoRA(rank=2)).merge(); "
+        "lorry.LoRA(rank=2)).fuse(); "
         "print([m for m in ('bitsandbytes', 'torchao') if m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

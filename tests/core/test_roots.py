@@ -95,9 +95,9 @@ def test_all_roots_or_none():
     bundle = moved(roots.attach(lorry.LoRA(rank=2), targets=TARGETS, name="style"))
     with torch.no_grad():
         wanted = paint(roots, IDS, X)
-        bundle.merge()
+        bundle.fuse()
         torch.testing.assert_close(paint(roots, IDS, X), wanted, atol=1e-5, rtol=1e-4)
-        bundle.unmerge()
+        bundle.unfuse()
     bundle.detach()
     for root, model in roots.items():
         assert all(same_bytes(v, before[root][k]) for k, v in model.state_dict().items())

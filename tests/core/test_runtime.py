@@ -7,9 +7,12 @@ for every one that has made no choice of its own.
 from __future__ import annotations
 
 import asyncio
+import copy
+import gc
 import random
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -433,6 +436,18 @@ def test_a_thread_that_ends_keeps_nothing_alive():
     together(use, use)
     adapter.detach()
     gone = weakref.ref(adapter)
+    del adapter
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_copied_model_keeps_no_detached_adapter_alive():
+    model = adapted()
+    lorry.activate(model, "a")
+    twin = copy.deepcopy(model)
+    adapter = lorry.adapters(twin)["a"]
+    gone = weakref.ref(adapter)
+    adapter.detach()
     del adapter
     gc.collect()
     assert gone() is None

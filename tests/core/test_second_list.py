@@ -58,7 +58,7 @@ def test_a_cast_model_computes_trains_saves_and_merges(slug, dtype, tmp_path):
     found = model(tokens()).logits
     assert found.dtype == dtype
     rough = 0.1 if dtype == torch.bfloat16 else 1e-4
-    constant = adapter.method.merging != "never"  # routes are choices: in half precision some tokens take others
+    constant = adapter.method.fusing != "never"  # routes are choices: in half precision some tokens take others
     if dtype == torch.float64 or constant:
         torch.testing.assert_close(found.float(), expected, atol=rough, rtol=rough)
     found.float().sum().backward()
@@ -70,10 +70,10 @@ def test_a_cast_model_computes_trains_saves_and_merges(slug, dtype, tmp_path):
         torch.testing.assert_close(other(tokens()).logits, model(tokens()).logits, atol=rough, rtol=rough)
     if constant:
         adapter.train(False)
-        unmerged = model(tokens()).logits.detach()
-        adapter.merge()
+        unfused = model(tokens()).logits.detach()
+        adapter.fuse()
         rough = 0.1 if dtype == torch.bfloat16 else 1e-5
-        torch.testing.assert_close(model(tokens()).logits.detach(), unmerged, atol=rough, rtol=rough)
+        torch.testing.assert_close(model(tokens()).logits.detach(), unfused, atol=rough, rtol=rough)
 
 
 def test_a_tensor_that_keeps_its_type_keeps_its_values():
@@ -99,7 +99,7 @@ def test_a_copied_adapter_says_that_it_cannot_start_anew():
 
 def merged_dora(slug="dora", **more):
     model, adapter = trained(slug, **more)
-    adapter.merge()
+    adapter.fuse()
     return model, adapter
 
 
@@ -111,9 +111,9 @@ LINEAR = ["lora", "dora", "hira", "shira"]
 def test_a_model_that_is_cast_while_merged_gets_its_own_weights_back_as_cast(slug, dtype):
     model, adapter = merged_dora(slug)
     model.to(dtype)
-    adapter.unmerge()
+    adapter.unfuse()
     assert unchanged(model, snapshot(llama().to(dtype)))
-    adapter.merge()
+    adapter.fuse()
     model.to(torch.float32)
     adapter.detach()
     assert unchanged(model, snapshot(llama().to(dtype).float()))
@@ -122,13 +122,13 @@ def test_a_model_that_is_cast_while_merged_gets_its_own_weights_back_as_cast(slu
 def test_two_adapters_merged_into_a_model_that_is_cast():
     model, first = trained("lora")
     second = off_zero(lorry.attach(model, "dora", targets="attention", name="second"), 7)
-    first.merge()
-    second.merge()
+    first.fuse()
+    second.fuse()
     model.to(torch.float64)
     deltas = {site.path: delta for site, delta in second.deltas()}
     assert deltas
-    second.unmerge()
-    first.unmerge()
+    second.unfuse()
+    first.unfuse()
     assert unchanged(model, snapshot(llama().double()))
 
 
@@ -152,17 +152,17 @@ def test_a_base_that_was_changed_while_merged_is_left_as_it_is(change, slug):
     model, adapter = merged_dora(slug)
     CHANGES[change](model)
     now = snapshot(model)
-    for action in (adapter.unmerge, adapter.detach, lambda: list(adapter.deltas())):
+    for action in (adapter.unfuse, adapter.detach, lambda: list(adapter.deltas())):
         with pytest.raises(lorry.AdapterError, match=r"was changed after adapter 'default'.*detach\(keep=True\)"):
             action()
-        assert unchanged(model, now) and adapter.merged
+        assert unchanged(model, now) and adapter.fused
     adapter.detach(keep=True)
     assert unchanged(model, now) and not lorry.adapters(model)
     assert type(model.model.layers[0].self_attn.q_proj) is torch.nn.Linear
     if change in ("load_state_dict", "assign"):
         assert torch.equal(model(tokens()).logits, llama(seed=3)(tokens()).logits)
     again = off_zero(lorry.attach(model, slug, targets="attention"))
-    again.merge()
+    again.fuse()
     again.detach()
     assert unchanged(model, now)
 
@@ -200,9 +200,9 @@ def test_a_copy_of_a_switched_model_is_switched_off_by_itself():
     make_switch(adapter).on()
     switched = snapshot(model)
     twin = copy.deepcopy(model)
-    lorry.adapters(twin)["default"].unmerge()
+    lorry.adapters(twin)["default"].unfuse()
     assert unchanged(twin, snapshot(llama())) and unchanged(model, switched)
-    adapter.unmerge()
+    adapter.unfuse()
     assert unchanged(model, snapshot(llama()))
 
 
@@ -210,8 +210,8 @@ def test_a_copy_of_a_switched_model_is_switched_off_by_itself():
 def test_updates_are_those_of_the_bare_base_while_merged(slug):
     model, adapter = trained(slug)
     before = {site.path: delta for site, delta in adapter.deltas()}
-    off_zero(lorry.attach(model, "lora", targets="attention", name="other"), 9, 0.3).merge()
-    adapter.merge()
+    off_zero(lorry.attach(model, "lora", targets="attention", name="other"), 9, 0.3).fuse()
+    adapter.fuse()
     for site, delta in adapter.deltas():
         assert torch.equal(delta, before[site.path])
     lorry.adapters(model)["other"].deltas()
@@ -223,9 +223,9 @@ def test_a_copy_of_a_merged_model_is_unmerged_by_itself(copied):
     merged = snapshot(model)
     twin = copied(model)
     assert unchanged(twin, merged)
-    lorry.adapters(twin)["default"].unmerge()
+    lorry.adapters(twin)["default"].unfuse()
     assert unchanged(twin, snapshot(llama())) and unchanged(model, merged)
-    adapter.unmerge()
+    adapter.unfuse()
     assert unchanged(model, snapshot(llama()))
 
 
@@ -313,7 +313,7 @@ def test_nothing_is_merged_while_rows_are_in_force(several):
     with lorry.rows(model, ["a", None]):
         for name in "ab":
             with pytest.raises(lorry.AdapterError, match=r"lorry\.rows is in force"):
-                lorry.adapters(model)[name].merge()
+                lorry.adapters(model)[name].fuse()
         found = run(model)
     torch.testing.assert_close(found[0], wanted["a"][0])
     torch.testing.assert_close(found[1], wanted[None][1])
@@ -324,24 +324,24 @@ def test_an_adapter_is_not_merged_with_another_weight_than_it_is_active_with(sev
     lorry.activate(model, {"a": 0.5, "b": 1.0})
     half = run(model)
     with pytest.raises(lorry.AdapterError, match="active with another weight than the 1 "):
-        lorry.adapters(model)["a"].merge()
+        lorry.adapters(model)["a"].fuse()
     assert torch.equal(run(model), half)
-    lorry.adapters(model)["b"].merge()
+    lorry.adapters(model)["b"].fuse()
     torch.testing.assert_close(run(model), half, atol=1e-5, rtol=1e-4)
 
 
 def test_nothing_beside_the_base_is_what_is_in_the_base(several):
     """`activate(None)` says what applies beside the base weights, in every form of it; `rows` is refused."""
     model, wanted = several
-    lorry.adapters(model)["a"].merge()
+    lorry.adapters(model)["a"].fuse()
     lorry.activate(model, None)
     torch.testing.assert_close(run(model), wanted["a"], atol=1e-5, rtol=1e-4)
     with lorry.activate(model, None):
         torch.testing.assert_close(run(model), wanted["a"], atol=1e-5, rtol=1e-4)
     lorry.activate(model, "a")
     torch.testing.assert_close(run(model), wanted["a"], atol=1e-5, rtol=1e-4)
-    with pytest.raises(lorry.AdapterError, match="merged into the base"), lorry.rows(model, [None, None]):
+    with pytest.raises(lorry.AdapterError, match="fused into the base"), lorry.rows(model, [None, None]):
         pass
-    lorry.adapters(model)["a"].unmerge()
+    lorry.adapters(model)["a"].unfuse()
     lorry.activate(model, None)
     assert torch.equal(run(model), wanted[None])

@@ -129,10 +129,10 @@ def test_rows_merge_and_detach(name, method):
         torch.testing.assert_close(mixed[row : row + 1], model(x[row : row + 1]), atol=1e-5, rtol=1e-5)
     lorry.activate(model, "one")
     adapted = model(x)
-    receipt = one.merge()
+    receipt = one.fuse()
     torch.testing.assert_close(model(x), adapted, atol=1e-5, rtol=1e-4)
     assert receipt.max_error == 0.0, "float32 is written without rounding"
-    one.unmerge()
+    one.unfuse()
     assert unchanged(model, before)
     for adapter in list(lorry.adapters(model).values()):
         adapter.detach()
@@ -211,9 +211,9 @@ def test_multihead_attention(options, rows, mask):
     out, _ = model(query=q, key=k, value=v, **run)
     out.square().sum().backward()
     assert all(g.abs().sum() > 0 for g in gradients(one).values())
-    one.merge()
+    one.fuse()
     torch.testing.assert_close(model(q, k, v, **run)[0], results["one"][0], atol=1e-5, rtol=1e-4)
-    one.unmerge()
+    one.unfuse()
     assert unchanged(model, before)
 
 
@@ -234,7 +234,7 @@ def test_transformer_encoder_layers_do_not_go_around_the_adapter(training, grad)
         torch.testing.assert_close(model(x), bare, atol=1e-5, rtol=1e-5)
         lorry.activate(model, "default")
     merged = copy.deepcopy(model)
-    lorry.adapters(merged)["default"].merge()
+    lorry.adapters(merged)["default"].fuse()
     with torch.set_grad_enabled(grad):
         torch.testing.assert_close(with_adapter, merged(x), atol=1e-5, rtol=1e-4)
     assert (with_adapter - bare).abs().max() > 1e-2
@@ -300,9 +300,9 @@ def test_expert_banks(kind, implementation):
     model(ids).logits.square().mean().backward()
     assert all(g.abs().sum() > 0 for g in gradients(one).values())
     with torch.no_grad():
-        one.merge()
+        one.fuse()
         torch.testing.assert_close(model(ids).logits, results["one"], atol=2e-4, rtol=1e-3)
-        one.unmerge()
+        one.unfuse()
     assert unchanged(model, before)
 
 
@@ -341,11 +341,11 @@ def test_tied_embedding_and_head_each_take_an_adapter_of_their_own():
         torch.testing.assert_close(model(ids).logits, bare + hidden @ delta.T, atol=1e-5, rtol=1e-4)
         table = off_zero(lorry.attach(model, lorry.LoRA(rank=2), targets="embed_tokens", name="table"), 3, 0.3)
         with_table = model(ids).logits
-        receipt = table.merge()
+        receipt = table.fuse()
         assert any("tie_word_embeddings=False" in n for n in receipt.notes)
         assert model.lm_head.weight is not model.model.embed_tokens.weight
         torch.testing.assert_close(model(ids).logits, with_table, atol=1e-5, rtol=1e-4)
-        table.unmerge()
+        table.unfuse()
         assert model.lm_head.weight is model.model.embed_tokens.weight and unchanged(model, before)
 
 
@@ -360,9 +360,9 @@ def test_gpt2_with_its_own_linear_class():
     assert {s.shape for s in adapter.sites if s.name == "c_attn"} == {(48, 16)}
     with torch.no_grad():
         wanted = off_zero(adapter) and model(ids).logits
-        adapter.merge()
+        adapter.fuse()
         torch.testing.assert_close(model(ids).logits, wanted, atol=1e-5, rtol=1e-4)
-        adapter.unmerge()
+        adapter.unfuse()
     assert unchanged(model, before)
     off_zero(lorry.attach(model, lorry.LoRA(rank=2), targets=["wte", "wpe"], name="tables"), std=0.3)
     with torch.no_grad():
@@ -379,8 +379,8 @@ def test_weights_keep_dtype_and_identity_of_the_parameter_through_merge_and_unme
     adapter = off_zero(lorry.attach(model, lorry.LoRA(rank=2)))
     weights = {s.path: s.stored for s in adapter.sites}
     copies = {p: w.clone() for p, w in weights.items()}
-    receipt = adapter.merge()
+    receipt = adapter.fuse()
     assert 0 < receipt.max_error < 1e-2 and receipt.relative_error > 0
     assert all(s.stored.dtype == torch.bfloat16 and not s.stored.requires_grad for s in adapter.sites)
-    adapter.unmerge()
+    adapter.unfuse()
     assert all(s.stored is weights[s.path] and same_bytes(s.stored, copies[s.path]) for s in adapter.sites)

@@ -90,7 +90,7 @@ def test_taps_see_a_packed_batch():
 def gate():
     """AutoLoRA's shape: a gate for each adapter and channel, made of the layer's input."""
 
-    @register("test-gate", paper="none", kinds=("linear",), identity_at_start=False, merge="never")
+    @register("test-gate", paper="none", kinds=("linear",), identity_at_start=False, fuse="never")
     @dataclasses.dataclass(frozen=True)
     class Gate(Combiner):
         """Weights of other adapters from the layer's input."""
@@ -142,8 +142,8 @@ def test_a_combiner_is_trained_saved_and_loaded_like_any_adapter(gate, tmp_path)
     with torch.no_grad():
         lorry.load(model, tmp_path / "gate")
         close(model(ids).logits, wanted)
-    with pytest.raises(lorry.AdapterError, match="cannot be merged"):
-        lorry.adapters(model)["gate"].merge()
+    with pytest.raises(lorry.AdapterError, match="cannot be fused"):
+        lorry.adapters(model)["gate"].fuse()
 
 
 def test_a_combiner_needs_its_members_on_its_sites(gate):

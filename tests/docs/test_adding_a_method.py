@@ -42,7 +42,7 @@ def example(monkeypatch):
 def test_the_example_is_a_method_like_any_other(example, tmp_path):
     model, tokens = tiny_llama(), torch.randint(0, 64, (3, 7))
     before = model(tokens).logits
-    assert lorry.methods()["weighted-lora"].merge == "exact"
+    assert lorry.methods()["weighted-lora"].fuse == "exact"
 
     adapter = lorry.attach(model, "weighted-lora", name="mine")
     assert torch.equal(model(tokens).logits, before), "the identity at the start"
@@ -59,9 +59,9 @@ def test_the_example_is_a_method_like_any_other(example, tmp_path):
     assert losses[-1] < losses[0]
 
     trained = model(tokens).logits
-    adapter.merge()
+    adapter.fuse()
     torch.testing.assert_close(model(tokens).logits, trained, atol=1e-5, rtol=1e-4)
-    adapter.unmerge()
+    adapter.unfuse()
     adapter.save(tmp_path / "mine")
     other = tiny_llama()
     assert lorry.load(other, tmp_path / "mine").method == adapter.method

@@ -50,7 +50,7 @@ class Twin:
 
     @property
     def merges(self) -> bool:
-        return all(method.merging != "never" for method in self.methods.values())
+        return all(method.fusing != "never" for method in self.methods.values())
 
     @property
     def exact(self) -> bool:

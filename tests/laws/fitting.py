@@ -41,4 +41,4 @@ def with_dense_updates(plain: Any, adapter: lorry.Adapter, weight: float = 1.0) 
 
 def merges(adapter: lorry.Adapter) -> bool:
     """Whether the adapter is a change of weights with the options it has at every site."""
-    return all(entry.method.merging != "never" for entry in adapter.entries.values())
+    return all(entry.method.fusing != "never" for entry in adapter.entries.values())

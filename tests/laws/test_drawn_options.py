@@ -170,17 +170,17 @@ def check_gradients(model: Any, ids: Tensor, adapter: lorry.Adapter) -> None:
 def check_merging(model: Any, ids: Tensor, adapter: lorry.Adapter, before: dict[str, Tensor], quant: bool) -> None:
     adapted = run(model, ids)
     if not merges(adapter):
-        with pytest.raises(lorry.AdapterError, match="cannot be merged"):
-            adapter.merge()
+        with pytest.raises(lorry.AdapterError, match="cannot be fused"):
+            adapter.fuse()
         return
-    receipt = adapter.merge()
+    receipt = adapter.fuse()
     assert receipt.sites == len(adapter.sites)
     merged = run(model, ids)
     if quant:
         assert torch.isfinite(merged).all() and receipt.max_error > 0
     else:
-        assert apart(merged, adapted, adapter) < LOOSENESS, "merged and unmerged differ"
-    adapter.unmerge()
+        assert apart(merged, adapted, adapter) < LOOSENESS, "merged and unfused differ"
+    adapter.unfuse()
     assert unchanged(model, before) and torch.equal(run(model, ids), adapted)
 
 

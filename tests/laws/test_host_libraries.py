@@ -286,7 +286,7 @@ def test_an_evaluation_does_not_change_what_is_read_of_a_four_bit_weight(nested)
         torch.testing.assert_close(layer, before, atol=0.02, rtol=0.02)
         torch.testing.assert_close(found, before, atol=0.02, rtol=0.02)
         wanted = model(torch.ones(1, 64))
-        adapter.merge()
+        adapter.fuse()
         merged = model(torch.ones(1, 64))
     assert (merged - wanted).norm() < 0.3 * wanted.norm()
 

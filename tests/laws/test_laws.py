@@ -242,16 +242,16 @@ def test_merged_equals_unmerged_and_unmerge_and_detach_restore_every_byte(slug, 
     model, adapter = attached(slug, kind, model=model)
     adapted = run(model)
     assert (adapted - bare).abs().max() > 1e-5, "the adapter does nothing"
-    merges = {entry.method.info.merge for entry in adapter.entries.values()}
+    merges = {entry.method.info.fuse for entry in adapter.entries.values()}
     if "never" in merges:
         with pytest.raises(lorry.AdapterError):
-            adapter.merge()
+            adapter.fuse()
     else:
-        receipt = adapter.merge()
+        receipt = adapter.fuse()
         assert receipt.sites == len(adapter.sites) and receipt.max_error < 1e-6
         if merges == {"exact"}:
             close(run(model), adapted, 5)
-        adapter.unmerge()
+        adapter.unfuse()
     assert unchanged(model, before)
     close(run(model), adapted)
     adapter.detach()

@@ -128,13 +128,13 @@ def test_identity_merging_and_detaching(name, slug):
         assert torch.isfinite(adapted).all() and (adapted - bare).abs().max() > 1e-4
         if merges(adapter):
             torch.testing.assert_close(adapted, run(name, with_dense_updates(plain, adapter)), **TOLERANCE)
-            receipt = adapter.merge()
+            receipt = adapter.fuse()
             assert receipt.sites == len(adapter.sites)
             torch.testing.assert_close(run(name, model), adapted, **TOLERANCE)
-            adapter.unmerge()
+            adapter.unfuse()
         else:
-            with pytest.raises(lorry.AdapterError, match="cannot be merged"):
-                adapter.merge()
+            with pytest.raises(lorry.AdapterError, match="cannot be fused"):
+                adapter.fuse()
         assert torch.equal(run(name, model), adapted)
         lorry.activate(model, None)
         assert torch.equal(run(name, model), bare)

@@ -88,7 +88,7 @@ class Life(RuleBasedStateMachine):
             if name == self.switched:
                 self.switch.off()
             else:
-                lorry.adapters(self.model)[name].unmerge()
+                lorry.adapters(self.model)[name].unfuse()
         for adapter in lorry.adapters(self.model).values():
             adapter.detach()
         self.twins, self.active, self.dense.inside, self.switch = {}, {}, [], None
@@ -235,28 +235,28 @@ class Life(RuleBasedStateMachine):
         elsewise = self.active.get(name, 1.0) != 1.0  # it is active with another weight than it would be merged with
         if self.switch is not None:
             with contextlib.suppress(lorry.AdapterError):  # refused, or right
-                self.adapter(name).merge()
-                self.adapter(name).unmerge()
+                self.adapter(name).fuse()
+                self.adapter(name).unfuse()
             return
         if name in self.inside or not twin.merges or elsewise:
             with pytest.raises(lorry.AdapterError):
-                self.adapter(name).merge()
+                self.adapter(name).fuse()
             return
-        assert self.adapter(name).merge().sites == len(twin.methods)
-        assert self.adapter(name).merged
+        assert self.adapter(name).fuse().sites == len(twin.methods)
+        assert self.adapter(name).fused
         self.dense.inside.append((twin, 1.0))
         self.dense.refresh()
 
     @precondition(lambda self: self.inside and self.switch is None)
     @rule(data=st.data())
-    def unmerge(self, data: Any) -> None:
+    def unfuse(self, data: Any) -> None:
         name = self.drawn(data, self.inside)
         if self.has_others_above(name):
-            with pytest.raises(lorry.AdapterError, match="merged after"):
-                self.adapter(name).unmerge()
+            with pytest.raises(lorry.AdapterError, match="fused after"):
+                self.adapter(name).unfuse()
             return
-        self.adapter(name).unmerge()
-        assert not self.adapter(name).merged
+        self.adapter(name).unfuse()
+        assert not self.adapter(name).fused
         self.forget_inside(name)
 
     def has_others_above(self, name: str) -> bool:
@@ -305,7 +305,7 @@ class Life(RuleBasedStateMachine):
         if name == self.switched:
             return
         if mode and name in self.inside:
-            with pytest.raises(lorry.AdapterError, match="merged"):
+            with pytest.raises(lorry.AdapterError, match="fused"):
                 self.adapter(name).train()
             return
         self.adapter(name).train(mode)
@@ -408,7 +408,7 @@ class Life(RuleBasedStateMachine):
     def detach(self, data: Any) -> None:
         name = self.drawn(data)
         if self.has_others_above(name):
-            with pytest.raises(lorry.AdapterError, match="merged after"):
+            with pytest.raises(lorry.AdapterError, match="fused after"):
                 self.adapter(name).detach()
             return
         gone = weakref.ref(self.adapter(name))
@@ -434,7 +434,7 @@ class Life(RuleBasedStateMachine):
         twin = copy.deepcopy(self.model)
         kept, changed = (twin, self.model) if go_on_with_the_copy else (self.model, twin)
         for name, adapter in lorry.adapters(changed).items():
-            if not adapter.merged:
+            if not adapter.fused:
                 off_zero(adapter, 5, 0.5)
                 assert lorry.adapters(kept)[name] is not adapter
         lorry.activate(changed, None)
@@ -468,7 +468,7 @@ class Life(RuleBasedStateMachine):
         for name, twin in self.twins.items():
             adapter = self.adapter(name)
             assert adapter.name == name and adapter.method == twin.method
-            assert adapter.merged == (name in self.inside) or name == self.switched
+            assert adapter.fused == (name in self.inside) or name == self.switched
             assert {n: e.method for n, e in adapter.entries.items()} == twin.methods
             tensors = {n: t.detach() for n, t, _ in adapter.named_tensors()}
             assert all(same_bytes(t, twin.tensors[n]) for n, t in tensors.items()), name

@@ -193,7 +193,7 @@ def test_an_update_that_depends_on_the_input_is_refused():
         def mid(self, h, call, tensors):
             return h.relu()
 
-    Gated.info = type("Info", (), {"merge": "never"})()
+    Gated.info = type("Info", (), {"fuse": "never"})()
     model = base()
     site = next(iter(filled(model, "a").entries.values())).site
     assert Gated.mid is not Bottleneck.mid

@@ -80,7 +80,7 @@ def test_merged_equals_unmerged():
     x, model = batch(), stack()
     adapter = scatter_trained(lorry.attach(model, lorry.BlockLoRA(rank=4, partition="input")))
     before = model(x)
-    adapter.merge()
+    adapter.fuse()
     assert torch.allclose(model(x), before, atol=1e-5)
 
 

@@ -61,7 +61,7 @@ def test_one_core_is_a_plain_lora_and_merges():
     x = inputs()
     expected = base(model, x) + 2.0 * x @ tensors["A"].T @ (tensors["B"] @ tensors["cores"][0]).T
     torch.testing.assert_close(model(x), expected)
-    adapter.merge()
+    adapter.fuse()
     torch.testing.assert_close(model(x), expected)
 
 

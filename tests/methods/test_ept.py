@@ -111,17 +111,17 @@ def test_a_task_gate_merges_per_task():
     model, adapter, entry = layer(gate="task", top_k=2)
     off_zero(adapter, std=0.3)
     x = inputs()
-    with pytest.raises(lorry.AdapterError, match="cannot be merged"):
-        adapter.merge()
+    with pytest.raises(lorry.AdapterError, match="cannot be fused"):
+        adapter.fuse()
     for task in range(4):
         adapter.configure(serve_task=None)
         with lorry.context(model, task_ids=torch.full((7,), task)):
             expected = model(x).detach()
         adapter.configure(serve_task=task)
         torch.testing.assert_close(model(x).detach(), expected)
-        adapter.merge()
+        adapter.fuse()
         torch.testing.assert_close(model(x).detach(), expected, atol=1e-6, rtol=1e-6)
-        adapter.unmerge()
+        adapter.unfuse()
     with pytest.raises(lorry.AdapterError, match="tensors .* do not fit"):
         adapter.configure(tasks=9)
 

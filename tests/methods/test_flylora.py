@@ -94,9 +94,9 @@ def test_all_units_active_is_a_lora_with_frozen_a_and_merges_exactly():
             loss.backward()
             optimizer.step()
     before, weight = model(x).detach(), model[0].weight.clone()
-    adapter.merge()
+    adapter.fuse()
     torch.testing.assert_close(model(x).detach(), before, atol=1e-5, rtol=1e-5)
-    adapter.unmerge()
+    adapter.unfuse()
     assert same_bytes(model[0].weight.detach(), weight.detach())
 
 
@@ -107,8 +107,8 @@ def test_a_dense_merge_would_differ():
     a, b = entry.method.factors(entry.tensors(), entry.site)
     base = F.linear(x, model[0].weight, model[0].bias)
     assert float((base + 2.0 * x @ (b @ a).T - model(x)).detach().abs().max()) > 0.01
-    with pytest.raises(lorry.AdapterError, match="cannot be merged"):
-        adapter.merge()
+    with pytest.raises(lorry.AdapterError, match="cannot be fused"):
+        adapter.fuse()
 
 
 @pytest.mark.parametrize("through", [True, False])

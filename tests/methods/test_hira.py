@@ -29,9 +29,9 @@ def test_merge_uses_the_unmerged_weight_and_unmerge_restores_it():
     x, model = batch(), stack()
     adapter = scatter_trained(lorry.attach(model, lorry.HiRA(rank=3)))
     output, before = model(x), model.layers[0]["up"].weight.clone()
-    adapter.merge()
+    adapter.fuse()
     assert torch.allclose(model(x), output, atol=1e-5)
-    adapter.unmerge()
+    adapter.unfuse()
     assert torch.equal(model.layers[0]["up"].weight, before) and torch.equal(model(x), output)
 
 

@@ -32,7 +32,7 @@ def test_thin_form_and_dense_form_agree_with_the_merged_weight(rank):
     x, model = batch(), stack()
     adapter = scatter_trained(lorry.attach(model, lorry.LoHa(rank=rank, alpha=3.0)))
     output = model(x)
-    adapter.merge()
+    adapter.fuse()
     assert torch.allclose(model(x), output, atol=1e-5)
 
 

@@ -68,7 +68,7 @@ def test_same_as_peft_and_as_merged(options):
         set_tensors(adapter, values_of(peer.base_model.model.get_submodule(path), entry, path))
     output = model(x)
     assert torch.allclose(output, peer(x), atol=1e-5)
-    adapter.merge()
+    adapter.fuse()
     assert torch.allclose(model(x), output, atol=1e-5)
 
 

@@ -81,7 +81,7 @@ def test_one_expert_is_a_lora_in_every_mode_and_merges(mode):
     expected = base(model, inputs()) + 2.0 * inputs() @ tensors["A"].T @ tensors["B"].T
     for training in (True, False):
         torch.testing.assert_close(model.train(training)(inputs()), expected)
-    adapter.merge()
+    adapter.fuse()
     torch.testing.assert_close(model(inputs()), expected, atol=1e-5, rtol=1e-5)
 
 

@@ -29,5 +29,5 @@ def test_merge():
     x, model = batch(), stack()
     adapter = scatter_trained(lorry.attach(model, lorry.LoRAXS(rank=4)))
     output = model(x)
-    adapter.merge()
+    adapter.fuse()
     assert torch.allclose(model(x), output, atol=1e-5)

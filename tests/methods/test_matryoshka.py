@@ -66,9 +66,9 @@ def test_cut_is_nested_exported_and_merged(rule, tmp_path):
         weights = torch.tensor(adapter.method.weights()[:rank]) if rule == "P" else torch.full((rank,), rank**-0.5)
         assert torch.allclose(entry.delta(), b * weights @ a, atol=1e-5)
         output = model(x)
-        adapter.merge()
+        adapter.fuse()
         assert torch.allclose(model(x), output, atol=1e-4)
-        adapter.unmerge()
+        adapter.unfuse()
 
 
 def test_official_rule_differs_from_training_at_full_rank_and_p_does_not():
@@ -127,7 +127,7 @@ def test_dylora_evaluates_and_merges_all_units():
     adapter = scatter_trained(lorry.attach(model, lorry.Matryoshka(rank=8, mode="dylora", draw_seed=1)))
     output = model(x)
     model.train()
-    adapter.merge()
+    adapter.fuse()
     assert torch.allclose(model(x), output, atol=1e-5)
 
 

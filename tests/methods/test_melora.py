@@ -33,7 +33,7 @@ def test_identity_at_start_and_merge():
     adapter = lorry.attach(model, lorry.MELoRA())
     assert torch.equal(model(x), before)
     output = (scatter_trained(adapter), model(x))[1]
-    adapter.merge()
+    adapter.fuse()
     assert torch.allclose(model(x), output, atol=1e-5)
 
 

@@ -144,7 +144,7 @@ def test_merged_equals_unmerged():
     x, model = batch(), stack(3)
     adapter = scatter_trained(lorry.attach(model, lorry.MoS()))
     before = model(x)
-    adapter.merge()
+    adapter.fuse()
     assert torch.allclose(model(x), before, atol=1e-5)
 
 

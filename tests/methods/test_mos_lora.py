@@ -38,5 +38,5 @@ def test_delta_and_merge():
         t = entry.tensors()
         assert torch.allclose(entry.delta(), 2 * t["B"] @ t["mixer"] @ t["A"], atol=1e-5)
     output = model(x)
-    adapter.merge()
+    adapter.fuse()
     assert torch.allclose(model(x), output, atol=1e-5)

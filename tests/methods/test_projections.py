@@ -94,6 +94,6 @@ def test_it_is_drawn_from_the_projection_seed_alone_and_again_when_loading(proje
     assert all(torch.equal(v, copies(loaded)[k]) for k, v in copies(adapter).items())
     assert torch.equal(model(x), other(x))
     assert (tmp_path / "a" / "adapter_model.safetensors").stat().st_size < 60 * 4 + 2000
-    unmerged = model(x).detach()
-    adapter.merge()
-    torch.testing.assert_close(model(x), unmerged, atol=1e-5, rtol=1e-4)
+    unfused = model(x).detach()
+    adapter.fuse()
+    torch.testing.assert_close(model(x), unfused, atol=1e-5, rtol=1e-4)

@@ -57,7 +57,7 @@ def test_all_active_is_one_lora_and_merges():
     for training in (True, False):
         model.train(training)
         torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
-    adapter.merge()
+    adapter.fuse()
     torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
 
 

@@ -158,8 +158,8 @@ def test_saved_and_loaded_is_bit_equal(slug, tmp_path):
 @pytest.mark.parametrize("slug", CASES)
 def test_refuses_to_merge(slug):
     _, adapter = adapted(slug)
-    with pytest.raises(lorry.AdapterError, match="cannot be merged"):
-        adapter.merge()
+    with pytest.raises(lorry.AdapterError, match="cannot be fused"):
+        adapter.fuse()
 
 
 @pytest.mark.parametrize("slug", CASES)

@@ -46,7 +46,7 @@ def test_only_masked_entries_of_the_merged_weight_change():
     before = weights(model)
     adapter = lorry.attach(model, lorry.SHiRA(rank=1))
     train(model, adapter, 4, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1))
-    adapter.merge()
+    adapter.fuse()
     for path, entry in adapter.entries.items():
         changed = (weights(model)[f"{path}.weight"] != before[f"{path}.weight"]).flatten().nonzero().flatten()
         assert torch.equal(changed, entry.tensors()["index"].long())
@@ -76,7 +76,7 @@ def test_same_as_training_the_weight_with_a_masked_gradient(make):
                 if m is plain:
                     parameter.grad *= masks[name]
             o.step()
-    adapter.merge()
+    adapter.fuse()
     for path in adapter.entries:
         assert torch.allclose(model.get_submodule(path).weight, trained[f"{path}.weight"], atol=1e-10)
 
@@ -105,9 +105,9 @@ def test_switching_in_place_restores_every_byte(dtype):
             switches[0].on()
         written = weights(model)
         switch.off()
-        adapter.merge()
+        adapter.fuse()
         assert all(torch.equal(v, weights(model)[n]) for n, v in written.items())
-        adapter.unmerge()
+        adapter.unfuse()
         assert all(torch.equal(v, weights(model)[n]) for n, v in before.items())
         with pytest.raises(lorry.AdapterError, match="not in the base"):
             switch.off()

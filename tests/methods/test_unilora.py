@@ -111,7 +111,7 @@ def test_merges_and_switches_off():
     lorry.activate(model, None)
     assert torch.equal(model(x), bare)
     lorry.activate(model, "default")
-    adapter.merge()
+    adapter.fuse()
     assert torch.allclose(model(x), with_adapter, atol=1e-6)
 
 

@@ -70,7 +70,7 @@ def test_a_text_that_breaks_without_need_is_found(tmp_path: Path, code: str) -> 
 WHOLE = {
     "full lines": f'f(\n    "{LONG} and can "\n    "neither be merged nor exported, so serve it beside the base."\n)',
     "a few words at the end": f'f(\n    "{LONG} and can "\n    "not be merged."\n)',
-    "after a sentence": 'f(\n    "It cannot be merged. "\n    "Serve it unmerged."\n)',
+    "after a sentence": 'f(\n    "It cannot be merged. "\n    "Serve it unfused."\n)',
     "after a colon": 'f(\n    "There are: "\n    f"{names}."\n)',
     "after a line feed": 'f(\n    "one\\n"\n    "two words\\n"\n    "three"\n)',
     "where no space is": 'f(\n    "{% for message in messages %}"\n    "{{ message }}"\n    "{% endfor %}"\n)',

@@ -59,7 +59,7 @@ def _head(file: AdapterFile) -> dict[str, Any]:
         "name": file.name,
         "method": method.to_dict(),
         "paper": method.info.paper,
-        "merge": method.info.merge,
+        "fuse": method.info.fuse,
         "base": file.base,
         "fingerprint": mark.digest if mark is not None else None,
         "tensors": file.tensor_count,

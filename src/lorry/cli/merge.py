@@ -50,7 +50,7 @@ def merge(
     scaled = [name for name, (_, weight) in references.items() if weight != 1]
     if scaled:
         raise OptionError(
-            f"Adapter '{scaled[0]}' is given a weight; adapters are merged into a base whole, with weight 1."
+            f"Adapter '{scaled[0]}' is given a weight; adapters are fused into a base whole, with weight 1."
         )
     if to.exists() and not overwrite:
         raise OptionError(f"{to} exists already. Choose another folder, or pass --overwrite.")
@@ -98,7 +98,7 @@ def merge_into(
         loaded = lorry.load(model, path, name=name, check_base=check_base)
         note(str(loaded.receipt))
         untied += [site.path for site in loaded.sites if site.tied]
-        receipts.append(loaded.merge())
+        receipts.append(loaded.fuse())
     if untied:
         untie(model)
         note(f"the merged weight of {', '.join(dict.fromkeys(untied))} is no longer tied; the config says so")

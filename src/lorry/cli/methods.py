@@ -33,7 +33,7 @@ def methods(
 
 
 def _print(known: dict[str, Any], named: dict[str, Any], detail: bool) -> None:
-    columns = ("method", "paper", "family", "site kinds", "identity at start", "merge", "options")
+    columns = ("method", "paper", "family", "site kinds", "identity at start", "fuse", "options")
     rows = [
         (
             slug,
@@ -41,7 +41,7 @@ def _print(known: dict[str, Any], named: dict[str, Any], detail: bool) -> None:
             info["family"],
             " ".join(info["kinds"]),
             "yes" if info["identity_at_start"] else "no",
-            info["merge"],
+            info["fuse"],
             ", ".join(f"{name}={_default(option)}" for name, option in info["options"].items()),
         )
         for slug, info in known.items()

@@ -19,7 +19,7 @@ class SiteError(LorryError):
 
 
 class AdapterError(LorryError):
-    """An adapter is missing, doubled, merged, or used in a way that its method does not allow."""
+    """An adapter is missing, doubled, fused, or used in a way that its method does not allow."""
 
 
 class CheckpointError(LorryError):

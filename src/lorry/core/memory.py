@@ -15,8 +15,8 @@ _ALIGNED = 64
 class LargePages:
     """Memory on the CPU that the system hands out in large pages where it can.
 
-    A weight that is merged is written beside the old one, to memory that the process never touched, and the system
-    then clears page after page. With pages of 4 KiB that costs more than the merge itself. Tensors are cut from
+    A weight that is fused is written beside the old one, to memory that the process never touched, and the system
+    then clears page after page. With pages of 4 KiB that costs more than fusing itself. Tensors are cut from
     mappings of 64 MiB or their own size, and a mapping is given back when the last tensor of it is gone.
     """
 

@@ -15,7 +15,7 @@ class Receipt:
     Attributes
     ----------
     action
-        What was done: ``attach``, ``load``, ``save``, ``merge``, ``unmerge``, ``export``, ...
+        What was done: ``attach``, ``load``, ``save``, ``fuse``, ``unfuse``, ``export``, ...
     adapter
         The adapter's name.
     tensors_applied, tensors_total

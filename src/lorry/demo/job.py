@@ -1,4 +1,4 @@
-"""Train four adapters at once, mix, merge, save and load them, and measure every step."""
+"""Train four adapters at once, mix, fuse, save and load them, and measure every step."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from lorry.training.report import read_metrics
 
 #: The skills of the demo: held out from the pocket model's training, learned by one adapter each.
 SKILLS = ("previous", "even", "unrotate", "star")
-#: The two adapters whose mixture and merge are shown.
-MERGED = ("even", "star")
+#: The two adapters whose mixture is shown, composed and fused.
+PAIR = ("even", "star")
 RANK, ALPHA, STEPS, BATCH, RATE = 8, 16.0, 100, 32, 5e-3
 TRAIN_ROWS, TEST_ROWS = 3200, 200
 
@@ -41,8 +41,8 @@ class Demo:
         Rows of one batch: adapter, prompt, answer, expected answer.
     mixed_exact
         Exact match over a batch in which every row has its own adapter.
-    merge
-        What merging two adapters gave: receipts, exact match, whether the base came back.
+    fuse
+        What fusing two adapters gave: receipts, exact match, whether the base came back.
     peft_max_difference, reload_max_difference
         Largest difference of logits after loading into peft (None without peft) and into a fresh base.
     receipts
@@ -56,7 +56,7 @@ class Demo:
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     mixed: list[dict[str, str]] = field(default_factory=list)
     mixed_exact: float = 0.0
-    merge: dict[str, Any] = field(default_factory=dict)
+    fuse: dict[str, Any] = field(default_factory=dict)
     peft_max_difference: float | None = None
     reload_max_difference: float = 0.0
     receipts: list[Receipt] = field(default_factory=list)
@@ -68,7 +68,7 @@ class Demo:
         """Return what `report.json` holds."""
         return {
             "adapters": self.adapters,
-            "merge": self.merge,
+            "fuse": self.fuse,
             "peft_max_difference": self.peft_max_difference,
             "seconds": round(self.seconds, 2),
         }
@@ -115,8 +115,8 @@ def run(
         say(f"  {row['name']:<10} {row['before']:6.1%} -> {row['after']:6.1%}")
     mix(demo, model, tokenizer, tests)
     say(f"one batch, an adapter of its own in every row: {demo.mixed_exact:.1%} exact")
-    merge(demo, model, tokenizer, tests)
-    say(f"{demo.merge['composition']}: {demo.merge['summary']}")
+    fuse(demo, model, tokenizer, tests)
+    say(f"{demo.fuse['composition']}: {demo.fuse['summary']}")
     reload(demo, model, tokenizer, tests)
     shown = "peft is not installed" if demo.peft_max_difference is None else f"{demo.peft_max_difference:.1e}"
     say(f"saved, loaded into a fresh base (difference {demo.reload_max_difference:.1e}) and into peft ({shown})")
@@ -181,30 +181,30 @@ def mix(demo: Demo, model: Any, tokenizer: Any, tests: dict[str, Any]) -> None:
     demo.mixed = [{"adapter": n, "prompt": e.prompt, "answer": a, "expected": e.answer} for n, e, a in shown]
 
 
-def merge(demo: Demo, model: Any, tokenizer: Any, tests: dict[str, Any]) -> None:
-    """Compose two adapters, merge one into the base with a receipt, and take it out again."""
-    first, second = MERGED
+def fuse(demo: Demo, model: Any, tokenizer: Any, tests: dict[str, Any]) -> None:
+    """Compose two adapters, fuse them into the base with a receipt, and take it out again."""
+    first, second = PAIR
     lorry.activate(model, {first: 1.0, second: 1.0})
-    composed = {name: pocket.exact_match(model, tokenizer, tests[name]) for name in MERGED}
+    composed = {name: pocket.exact_match(model, tokenizer, tests[name]) for name in PAIR}
     pair = f"{first}+{second}"
     weights = {name: p.detach().clone() for name, p in model.named_parameters() if "lorry_" not in name}
     adapters = lorry.adapters(model)
-    together = logits(model, tokenizer, tests, MERGED)
-    receipts = [adapters[name].merge() for name in MERGED]
-    merged = logits(model, tokenizer, tests, MERGED)
-    baked = {name: pocket.exact_match(model, tokenizer, tests[name]) for name in MERGED}
-    for name in reversed(MERGED):
-        adapters[name].unmerge()
+    together = logits(model, tokenizer, tests, PAIR)
+    receipts = [adapters[name].fuse() for name in PAIR]
+    fused = logits(model, tokenizer, tests, PAIR)
+    baked = {name: pocket.exact_match(model, tokenizer, tests[name]) for name in PAIR}
+    for name in reversed(PAIR):
+        adapters[name].unfuse()
     restored = all(torch.equal(weights[n], p) for n, p in model.named_parameters() if n in weights)
     lorry.activate(model, None)
     alone = {row["name"]: row["after"] for row in demo.adapters}
-    demo.merge = {
+    demo.fuse = {
         "composition": pair,
-        "exact_match": {n: {"alone": alone[n], "composed": composed[n], "merged": baked[n]} for n in MERGED},
-        "max_difference_merged_composed": float((merged - together).abs().max()),
+        "exact_match": {n: {"alone": alone[n], "composed": composed[n], "fused": baked[n]} for n in PAIR},
+        "max_difference_fused_composed": float((fused - together).abs().max()),
         "receipts": [r.to_dict() for r in receipts],
         "base_restored": restored,
-        "summary": f"merged into the base, both skills at {', '.join(f'{v:.1%}' for v in baked.values())}; "
+        "summary": f"fused into the base, both skills at {', '.join(f'{v:.1%}' for v in baked.values())}; "
         + ("every byte of the base came back" if restored else "the base did NOT come back"),
     }
     demo.receipts += receipts

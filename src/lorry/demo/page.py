@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lorry.demo.job import ALPHA, BATCH, MERGED, RANK, RATE, TEST_ROWS, Demo
+from lorry.demo.job import ALPHA, BATCH, PAIR, RANK, RATE, TEST_ROWS, Demo
 
 
 def write(demo: Demo) -> Path:
@@ -51,7 +51,7 @@ def text(demo: Demo) -> str:
         "![training loss of the four jobs](losses.png)",
         f"Training took {training.get('seconds', 0):.1f} seconds for all four jobs together.",
         *_mixed(demo),
-        *_merge(demo),
+        *_fuse(demo),
         *_files(demo),
         "## What was learned, site by site",
         f"Frobenius norm of the update and singular values of the adapter `{demo.adapters[0]['name']}`, "
@@ -72,19 +72,19 @@ def _mixed(demo: Demo) -> list[str]:
     ]
 
 
-def _merge(demo: Demo) -> list[str]:
-    merge = demo.merge
-    scores = merge["exact_match"]
-    rows = ((n, *(f"{scores[n][k]:.1%}" for k in ("alone", "composed", "merged"))) for n in MERGED)
-    receipts = "\n".join(str(r) for r in demo.receipts if r.action in ("merge", "unmerge"))
-    back = "bit for bit what it was" if merge["base_restored"] else "NOT what it was"
+def _fuse(demo: Demo) -> list[str]:
+    fuse = demo.fuse
+    scores = fuse["exact_match"]
+    rows = ((n, *(f"{scores[n][k]:.1%}" for k in ("alone", "composed", "fused"))) for n in PAIR)
+    receipts = "\n".join(str(r) for r in demo.receipts if r.action in ("fuse", "unfuse"))
+    back = "bit for bit what it was" if fuse["base_restored"] else "NOT what it was"
     return [
-        "## Two adapters merged",
-        f"`{merge['composition']}`: composed without merging (`lorry.activate(model, {{a: 1, b: 1}})`), then merged "
+        "## Two adapters fused into the base",
+        f"`{fuse['composition']}`: composed without fusing (`lorry.activate(model, {{a: 1, b: 1}})`), then fused "
         "into the base weights. Largest difference of logits between the two: "
-        f"{merge['max_difference_merged_composed']:.1e}. After unmerging, the base was {back}.",
-        _table(("skill", "its adapter alone", "both composed", "both merged"), rows),
-        "Merging is exact; what two skills do to each other in so small a model is another matter. Adding "
+        f"{fuse['max_difference_fused_composed']:.1e}. After unfusing, the base was {back}.",
+        _table(("skill", "its adapter alone", "both composed", "both fused"), rows),
+        "Fusing is exact; what two skills do to each other in so small a model is another matter. Adding "
         "two updates that were trained apart lets them interfere, as the table shows; giving each "
         "row its own adapter, as above, does not.",
         f"```\n{receipts}\n```",
@@ -92,7 +92,7 @@ def _merge(demo: Demo) -> list[str]:
 
 
 def _files(demo: Demo) -> list[str]:
-    receipts = "\n".join(str(r) for r in demo.receipts if r.action not in ("merge", "unmerge"))
+    receipts = "\n".join(str(r) for r in demo.receipts if r.action not in ("fuse", "unfuse"))
     if demo.peft_max_difference is None:
         peft = "peft is not installed here, so loading into it was not tried"
     else:

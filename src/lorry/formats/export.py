@@ -112,7 +112,7 @@ def _never(method: Method) -> bool:
     """Whether the update depends on the input, so that no weight does the same; whole modules are copied."""
     if method.whole:
         return False
-    return method.merging == "never" or (isinstance(method, Bottleneck) and not method.constant)
+    return method.fusing == "never" or (isinstance(method, Bottleneck) and not method.constant)
 
 
 def _exact(file: AdapterFile, path: str, method: Bottleneck) -> Plain:

@@ -112,7 +112,7 @@ def exact_factors(method: Method, tensors: Mapping[str, Tensor], site: Site) -> 
 
 def exact_delta(method: Method, tensors: Mapping[str, Tensor], site: Site) -> Tensor:
     """Return the update of the weight as ``(*lead, out, in)`` in float64; errors as in `exact_factors`."""
-    if method.merging == "never":
+    if method.fusing == "never":
         raise AdapterError(
             f"{type(method).__name__} at '{site.path}' depends on the input of the layer (gates for each token, or "
             "its own forward), so it has no update of the weight to merge. Serve such adapters side by side instead."

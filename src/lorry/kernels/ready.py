@@ -113,6 +113,10 @@ class ReadyLinear:
         assert gain is not None and up is not None
         base, width, kind = F.linear(x, self._weight), x.shape[-1], gain.dtype
         if x.numel() == width:
+            if shift is None and base.dtype is kind:  # most decoding; no further tensor is made
+                h = torch.mv(self._a, x.reshape(width))
+                base.mul_(gain).view(-1).addmv_(up, h)
+                return base
             h = torch.mv(self._a, x.reshape(width).to(kind))
             update = torch.mv(up, h) if shift is None else torch.addmv(shift, up, h)
             y = torch.addcmul(update, base.view(-1), gain)

@@ -89,10 +89,10 @@ class Source:
             The update depends on the input; `NeedsBase` where it depends on a base weight that is not there.
         """
         plain = self.file.plain(path)
-        if self.live is not None and self.live.state.merged and not plain:
+        if self.live is not None and self.live.state.fused and not plain:
             raise AdapterError(
-                f"Adapters are merged into the base ({', '.join(self.live.state.merged)}), and the update of "
-                f"{type(self.file.sites[path].method).__name__} depends on its weights. Unmerge them first."
+                f"Adapters are fused into the base ({', '.join(self.live.state.fused)}), and the update of "
+                f"{type(self.file.sites[path].method).__name__} depends on its weights. Unfuse them first."
             )
         with torch.no_grad():
             a, b, error = self.file.factors(path)

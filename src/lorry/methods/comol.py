@@ -30,7 +30,7 @@ class CoMoL(Bottleneck):
     Gates read the code A x, or x itself (the paper's ablation, ``router_input="full"``). The start is not in
     the sources: with ``start="up"`` B is zero and the cores are random, with "core" the other way round.
     `lorry.merging.mixture.from_adapters` makes one from LoRAs: A and B are the singular vectors of the first,
-    and each M_j the projection of LoRA j, exact for the first alone. A single core is a plain LoRA and merges
+    and each M_j the projection of LoRA j, exact for the first alone. A single core is a plain LoRA and fuses
     exactly.
     """
 

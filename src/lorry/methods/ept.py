@@ -30,8 +30,8 @@ class EPT(Bottleneck):
     A transposed convolution whose stride is its kernel size is this Kronecker product, so the experts are applied
     without being built. Kernels start at zero, A and B do not. ``c_e`` is ``s/tasks`` (the literal reading of the
     sources), ``s/s_max`` or 1. How tasks enter the gate is not in the sources: it reads the token (default), the token
-    and its row's task embedding, or the task alone. A task gate with `serve_task` is one matrix and merges exactly; the
-    published claim of merging holds for that case alone. Rows with task_ids (`lorry.context`) leave a contrastive loss
+    and its row's task embedding, or the task alone. A task gate with `serve_task` is one matrix and fuses exactly; the
+    published claim of fusing holds for that case alone. Rows with task_ids (`lorry.context`) leave a contrastive loss
     between task embeddings and the mean-pooled input of the last adapted layer that is as wide as they are.
     """
 

@@ -35,7 +35,7 @@ class FlyLoRA(Bottleneck):
     1/rank²) (section 3).
 
     The k units with the highest ``A x + d`` fire; d balances the load without a loss and never enters a value
-    (equations 8 to 10). With ``top_k = rank`` this is LoRA with a frozen A and merges exactly. Paper and
+    (equations 8 to 10). With ``top_k = rank`` this is LoRA with a frozen A and fuses exactly. Paper and
     published programs disagree twice: equation 8 and the small program select by magnitude, equation 10 and
     the program of the experiments by signed value (default; a bias cannot balance magnitudes); that program
     also computes A x without a gradient to x (``grad_to_input=False``), against equation 6. Loads are counted

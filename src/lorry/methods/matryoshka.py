@@ -26,7 +26,7 @@ class Matryoshka(Nested):
 
     ``mode="dylora"`` (arXiv 2210.07558) draws one r for the whole model at each step instead, ``P_i = s_r [i < r]``;
     ``mode="lora"`` trains the full rank only. After training `lorry.methods.parts.nested.cut` fixes a rank; what is
-    used, merged and exported then is ``B_r A_r`` with the official scale s_r (``cut_scale="rank"``), which
+    used, fused and exported then is ``B_r A_r`` with the official scale s_r (``cut_scale="rank"``), which
     differs from the function trained even at the full rank, or with the first r of P (for DyLoRA, whose P is another
     one for each drawn rank, the two are the same).
     """
@@ -105,7 +105,7 @@ class Matryoshka(Nested):
             trained = self.cut_scale == "P" and self.mode != "dylora"
             kept = self.weights()[: self.at] if trained else [self.scale_of(self.at)] * self.at
             return a[..., : self.at, :], b[..., : self.at] * b.new_tensor(kept)
-        # drawn ranks are for training; merging (no graph) and evaluation use all units
+        # drawn ranks are for training; fusing (no graph) and evaluation use all units
         if self.mode == "dylora" and site.owner.training and torch.is_grad_enabled():
             scales = b.new_tensor([self.scale_of(r) for r in range(1, self.rank + 1)])
             drawn = tensors["drawn"]

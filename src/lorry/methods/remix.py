@@ -30,7 +30,7 @@ class ReMix(Bottleneck):
     `lorry.training.routing.repeated` and `policy_loss` do. The router sees x without a gradient.
     Sources leave open whether tokens or sequences are routed; both are here, sequences only where a model reads them
     whole: in a language model later tokens would change what was said of earlier ones. All experts active (``top_k =
-    experts``) is one LoRA of rank experts · rank and merges exactly.
+    experts``) is one LoRA of rank experts · rank and fuses exactly.
     """
 
     experts: int = option(8, "Number of LoRAs at each layer.", at_least=1)

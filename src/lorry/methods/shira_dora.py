@@ -24,7 +24,7 @@ class SHiRADoRA(WeightDelta):
 
     The paper gives one sentence: a DoRA of high rank (6.25 % of the weights are trained) whose change is multiplied by
     a mask (1 % of the weights change). The norms are constant in the gradient, as in DoRA. What is trained is the DoRA;
-    what merges, switches and disturbs other adapters is sparse.
+    what fuses, switches and disturbs other adapters is sparse.
     """
 
     rank: int = option(32, "Rank of the DoRA.", at_least=1)

@@ -115,7 +115,7 @@ class RootHooks:
                 raise AdapterError(
                     f"'{path}' carries an adapter that is active, but its module was fused with others "
                     "(fuse_qkv_projections) and no longer runs, so the adapter had no effect. Undo the fusion "
-                    "(unfuse_qkv_projections), or merge the adapter into the base before fusing."
+                    "(unfuse_qkv_projections), or fuse the adapter into the base first."
                 )
             if path in self._suspects and path in self._parents_ran:
                 self._suspects.pop(path).remove()
@@ -165,7 +165,7 @@ class RootHooks:
                 f"{len(found)} sites with an active adapter did not run although the module around them did: "
                 f"{some(found)}. Something reads their weights past the layer (another attention processor, a "
                 "fused path), or has no use for them in this pass; in the first case the adapter has no effect there: "
-                "merge it into the base, or put the original processor back.",
+                "fuse it into the base, or put the original processor back.",
                 stacklevel=4,
             )
 

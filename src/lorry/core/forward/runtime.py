@@ -257,6 +257,7 @@ class Runtimes:
         self._owned: weakref.WeakKeyDictionary[Owner, Runtime] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
         self.default.choose(active)
+        self.default.history.clear()  # no pass was made with it, and it would keep adapters of a copy alive
 
     def __getstate__(self) -> dict[str, Active | None]:
         """Return what a copy of the model takes along: what applies here now."""

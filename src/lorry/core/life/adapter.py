@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from lorry.core.errors import AdapterError, some
 from lorry.core.forward.entry import Entry, TensorHome
 from lorry.core.life import duties
-from lorry.core.life.fuse import merge_into_base
+from lorry.core.life.fuse import fuse_into_base
 from lorry.core.life.state import ModelState, parameter_prefix
 from lorry.core.life.writers import WRITERS
 from lorry.core.method.base import Method
@@ -44,7 +45,7 @@ class Adapter:
         Of the base that the adapter was made for.
     metadata
         Lineage and training facts; plain data, written to and read from the checkpoint.
-    merged
+    fused
         Whether it is part of the base weights now.
     """
 
@@ -62,11 +63,11 @@ class Adapter:
 
     @property
     def in_base(self) -> bool:
-        """Whether its update is in the base weights now: merged, or switched on."""
+        """Whether its update is in the base weights now: fused, or switched on."""
         return self.name in self.state.edits
 
     @property
-    def merged(self) -> bool:
+    def fused(self) -> bool:
         """As `in_base`."""
         return self.in_base
 
@@ -113,7 +114,7 @@ class Adapter:
         tree.
         """
         if mode and self.in_base:
-            raise AdapterError(f"Adapter '{self.name}' is merged into the base; unmerge it before training it.")
+            raise AdapterError(f"Adapter '{self.name}' is fused into the base; unfuse it before training it.")
         if mode:
             keep_differentiable(self.state.root)
         prefix = parameter_prefix(self.name)
@@ -141,8 +142,8 @@ class Adapter:
                     home.replace(name, tensor.to(dtype))
         return self.train(was)
 
-    def merge(self, *, safe: bool = True, keep: bool = True) -> Receipt:
-        """Add the update to the base weights; `unmerge` restores every byte.
+    def fuse(self, *, safe: bool = True, keep: bool = True) -> Receipt:
+        """Add the update to the base weights; `unfuse` restores every byte.
 
         It then applies to everything the model computes, whatever is active; see `lorry.core.life.fuse`.
 
@@ -157,25 +158,25 @@ class Adapter:
         Raises
         ------
         AdapterError
-            It is in the base already, its method never merges, an update is not finite, rows have adapters of their own
+            It is in the base already, its method never fuses, an update is not finite, rows have adapters of their own
             now, or it is active with another weight than 1. Nothing is changed then.
         """
         if self.in_base:
-            raise AdapterError(f"Adapter '{self.name}' is merged already.")
-        self.state.check_merge(self.name, 1.0)
-        edit, receipt = merge_into_base(self.name, list(self.entries.values()), check=safe, keep=keep)
+            raise AdapterError(f"Adapter '{self.name}' is fused already.")
+        self.state.check_fuse(self.name, 1.0)
+        edit, receipt = fuse_into_base(self.name, list(self.entries.values()), check=safe, keep=keep)
         self.state.edits.made(edit)
         self.state.changed()
         past = self.state.passed_by(self.sites)
         if past:
             note = (
                 f"{some(past)}: something reads the weight past the layer, so the adapter had no effect there before; "
-                "merged it has one"
+                "fused it has one"
             )
             receipt = replace(receipt, notes=(*receipt.notes, note))
         return receipt
 
-    def unmerge(self) -> Receipt:
+    def unfuse(self) -> Receipt:
         """Give the base its own weights back, bit for bit.
 
         Raises
@@ -188,7 +189,23 @@ class Adapter:
         if edit.again is not None:  # written in place
             self.state.hashes.release(self.sites)
         self.state.changed()
-        return Receipt("unmerge", self.name, 0, 0, len(edit.places), "match")
+        return Receipt("unfuse", self.name, 0, 0, len(edit.places), "match")
+
+    def merge(self, *, safe: bool = True, keep: bool = True) -> Receipt:
+        """Do what `fuse` does, under its old name, for one more release: *merge* is for adapters with each other."""
+        warn("Adapter.merge is called fuse now; merging is for adapters with each other.", FutureWarning, stacklevel=2)
+        return self.fuse(safe=safe, keep=keep)
+
+    def unmerge(self) -> Receipt:
+        """Do what `unfuse` does, under its old name, for one more release."""
+        warn("Adapter.unmerge is called unfuse now.", FutureWarning, stacklevel=2)
+        return self.unfuse()
+
+    @property
+    def merged(self) -> bool:
+        """As `fused`, under its old name, for one more release."""
+        warn("Adapter.merged is called fused now.", FutureWarning, stacklevel=2)
+        return self.fused
 
     def detach(self, *, keep: bool = False) -> None:
         """Take the adapter off the model; with the last one the model is bit for bit what it was.
@@ -209,7 +226,7 @@ class Adapter:
             if self.state.edits.forget(self.name).again is not None:
                 self.state.hashes.release(self.sites)
         elif self.in_base:
-            self.unmerge()
+            self.unfuse()
         self.train(False)
         self.state.remove(self)
 

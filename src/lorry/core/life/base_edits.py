@@ -17,7 +17,7 @@ Place = tuple[nn.Module, str]
 
 
 class Exchanged:
-    """A weight that was exchanged for a merged one.
+    """A weight that was exchanged for a fused one.
 
     Parameters
     ----------
@@ -25,19 +25,19 @@ class Exchanged:
         Where.
     original
         The base's own; None if it was given up.
-    merged
+    fused
         What lies there from now on.
     """
 
-    def __init__(self, holder: nn.Module, name: str, original: nn.Parameter | None, merged: nn.Parameter) -> None:
+    def __init__(self, holder: nn.Module, name: str, original: nn.Parameter | None, fused: nn.Parameter) -> None:
         self.holder = holder
         self.name = name
         self.original = original
-        self.merged = merged
-        self._version = _version(merged)
-        self._place = _place(merged)
-        dense = type(merged) is nn.Parameter and merged.is_floating_point() and not merged.is_meta
-        self._sample = _sample(merged).clone() if dense else None
+        self.fused = fused
+        self._version = _version(fused)
+        self._place = _place(fused)
+        dense = type(fused) is nn.Parameter and fused.is_floating_point() and not fused.is_meta
+        self._sample = _sample(fused).clone() if dense else None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy of the model takes along; versions and addresses are others there."""
@@ -46,14 +46,14 @@ class Exchanged:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take up what a copy brought along."""
         self.__dict__.update(state)
-        self._version = _version(self.merged) if state["_version"] else -1
-        self._place = _place(self.merged)
+        self._version = _version(self.fused) if state["_version"] else -1
+        self._place = _place(self.fused)
 
     @property
     def untouched(self) -> bool:
         """Whether what was put there lies there as it was, or moved to another device or type with the model."""
         present = self.holder._parameters.get(self.name)
-        if present is not self.merged or _version(present) != self._version:
+        if present is not self.fused or _version(present) != self._version:
             return False
         if self._sample is None or _place(present) == self._place:
             return True
@@ -61,10 +61,10 @@ class Exchanged:
 
     def put_back(self) -> None:
         """Let the original lie there again, where and as what the model is now."""
-        original, merged = self.original, self.merged
+        original, fused = self.original, self.fused
         assert original is not None
-        if self._sample is not None and (original.dtype, original.device) != (merged.dtype, merged.device):
-            original.data = original.data.to(merged.device, merged.dtype)
+        if self._sample is not None and (original.dtype, original.device) != (fused.dtype, fused.device):
+            original.data = original.data.to(fused.device, fused.dtype)
         self.holder._parameters[self.name] = original
 
 
@@ -83,13 +83,13 @@ def _sample(weight: Tensor) -> Tensor:
 
 
 def changed_since(name: str, exchanged: Iterable[Exchanged]) -> AdapterError | None:
-    """Return the error for weights that were changed after an adapter was merged into them, if there are any."""
+    """Return the error for weights that were changed after an adapter was fused into them, if there are any."""
     touched = [f"'{e.name}' of {type(e.holder).__name__}" for e in exchanged if not e.untouched]
     if not touched:
         return None
     return AdapterError(
-        f"The base was changed after adapter '{name}' was merged into it ({len(touched)} weights, e.g. {touched[0]}: "
-        "loaded anew, trained or overwritten), so the kept originals no longer belong to it. Unmerge before changing "
+        f"The base was changed after adapter '{name}' was fused into it ({len(touched)} weights, e.g. {touched[0]}: "
+        "loaded anew, trained or overwritten), so the kept originals no longer belong to it. Unfuse before changing "
         "the base; or detach the adapter with detach(keep=True), which leaves the base as it is."
     )
 
@@ -159,11 +159,11 @@ class BaseEdits:
         for later in self._edits[self._edits.index(edit) + 1 :]:
             if any((id(holder), place) in mine for holder, place in later.places):
                 raise AdapterError(
-                    f"Adapter '{later.name}' was merged after '{name}' into the same weights; unmerge it first."
+                    f"Adapter '{later.name}' was fused after '{name}' into the same weights; unfuse it first."
                 )
         if edit.undo is None:
             raise AdapterError(
-                f"Adapter '{name}' was merged with keep=False, so the original weights are gone; load the base "
+                f"Adapter '{name}' was fused with keep=False, so the original weights are gone; load the base "
                 "again to have them back."
             )
         edit.undo()
@@ -192,7 +192,7 @@ class BaseEdits:
         Raises
         ------
         AdapterError
-            The base was changed since something was merged into it, so that nobody knows what it is.
+            The base was changed since something was fused into it, so that nobody knows what it is.
         """
         changed: list[tuple[nn.Module, str, nn.Parameter]] = []
         for edit in self._edits:
@@ -207,13 +207,13 @@ class BaseEdits:
         for edit in reversed(self._edits):
             for item in edit.exchanged:
                 if item.original is not None:
-                    changed.append((item.holder, item.name, item.merged))
+                    changed.append((item.holder, item.name, item.fused))
                     item.put_back()
         try:
             yield
         finally:
-            for holder, name, merged in reversed(changed):
-                holder._parameters[name] = merged
+            for holder, name, fused in reversed(changed):
+                holder._parameters[name] = fused
             for edit in reversed(overwritten):
                 assert edit.again is not None
                 edit.again()
@@ -226,5 +226,5 @@ class BaseEdits:
     def _of(self, name: str) -> Edit:
         found = next((e for e in self._edits if e.name == name), None)
         if found is None:
-            raise AdapterError(f"Adapter '{name}' is not merged: nothing of it is in the base.")
+            raise AdapterError(f"Adapter '{name}' is not fused: nothing of it is in the base.")
         return found

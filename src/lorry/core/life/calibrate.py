@@ -57,7 +57,7 @@ def calibrate(
     Raises
     ------
     AdapterError
-        The method takes no calibration, the adapter is not fresh, an adapter is merged into the base, or there are no
+        The method takes no calibration, the adapter is not fresh, an adapter is fused into the base, or there are no
         batches; nothing is changed then.
     SiteError
         A site whose weight or input cannot be observed.
@@ -117,14 +117,14 @@ def observe(
     Raises
     ------
     AdapterError
-        An adapter is merged into the base, or there are no batches.
+        An adapter is fused into the base, or there are no batches.
     SiteError
         A site that a probe cannot watch.
     """
     state = adapter.state
-    if state.merged:
+    if state.fused:
         raise AdapterError(
-            f"Adapter '{state.merged[0]}' is merged into the base; unmerge it before calibrating another one."
+            f"Adapter '{state.fused[0]}' is fused into the base; unfuse it before calibrating another one."
         )
     watching = {name: PROBES.find(name)(sites, components) for name, sites in probes.items()}
     backward = any(probe.backward for probe in watching.values())

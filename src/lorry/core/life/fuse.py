@@ -1,4 +1,4 @@
-"""Merging an adapter into the base weights and taking it out again, bit for bit."""
+"""Fusing an adapter into the base weights and taking it out again, bit for bit."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from lorry.core.sites.storage import Storage, storage_of
 
 #: A (rank, in), B (out, rank) and the scale of an update that is nothing but their product.
 Thin = tuple[Tensor, Tensor, float]
-#: Largest error, squared error and squared update of rounding a merged weight.
+#: Largest error, squared error and squared update of rounding a fused weight.
 Deviation = tuple[float, float, float]
 #: Elements of a weight in half precision whose sum is made at once: float32 copies of them stay in the CPU's cache.
 _CHUNK = 1 << 17
 
 
-def merge_into_base(
+def fuse_into_base(
     name: str, entries: Sequence[Entry], *, check: bool = True, keep: bool = True
 ) -> tuple[Edit, Receipt]:
     """Exchange the weight of every site for ``W + ΔW``, computed in float32 or better and rounded once.
@@ -38,7 +38,7 @@ def merge_into_base(
     name
         Of the adapter.
     entries
-        The adapter at its sites; its method must merge.
+        The adapter at its sites; its method must be one that fuses.
     check
         Refuse updates that are not finite, and measure the rounding error for the receipt.
     keep
@@ -49,13 +49,13 @@ def merge_into_base(
     Raises
     ------
     AdapterError
-        The method never merges, or an update is not finite. Nothing is changed then.
+        The method never fuses, or an update is not finite. Nothing is changed then.
     """
-    never = sorted({type(e.method).__name__ for e in entries if e.method.merging == "never"})
+    never = sorted({type(e.method).__name__ for e in entries if e.method.fusing == "never"})
     if never:
         raise AdapterError(
-            f"Adapter '{name}' cannot be merged: {', '.join(never)} depends on the input of the layer or replaces its "
-            "forward, so there is no weight that does the same. Serve it unmerged."
+            f"Adapter '{name}' cannot be fused: {', '.join(never)} depends on the input of the layer or replaces its "
+            "forward, so there is no weight that does the same. Serve it unfused."
         )
     fresh: list[tuple[Entry, nn.Parameter]] = []
     places: list[tuple[Tensor, Thin]] = []
@@ -71,28 +71,28 @@ def merge_into_base(
                     _refuse_overflow(entry, *place)
                 places.append(place)
                 continue
-            merged, deviation = _merged(entry, storage, check, memory)
-            fresh.append((entry, merged))
+            fused, deviation = _fused(entry, storage, check, memory)
+            fresh.append((entry, fused))
             deviations.append(deviation)
             notes += _notes(entry, storage)
         # from here on nothing is refused any more
         deviations += [_write_sum(matrix, matrix, thin, check) for matrix, thin in places]
-    exchanged = tuple(_exchange(entry, merged, keep) for entry, merged in fresh)
+    exchanged = tuple(_exchange(entry, fused, keep) for entry, fused in fresh)
     at = tuple((entry.site.holder, entry.site.parameter) for entry in entries)
     edit = Edit(name, 1.0, partial(_put_back, name, exchanged) if keep else None, at, exchanged)
     return edit, _receipt(name, entries, deviations, notes)
 
 
-def _exchange(entry: Entry, merged: nn.Parameter, keep: bool) -> Exchanged:
-    """Put a merged weight in the place of the base's own."""
+def _exchange(entry: Entry, fused: nn.Parameter, keep: bool) -> Exchanged:
+    """Put a fused weight in the place of the base's own."""
     holder, parameter = entry.site.holder, entry.site.parameter
     original = holder._parameters[parameter]
-    holder._parameters[parameter] = merged
-    return Exchanged(holder, parameter, original if keep else None, merged)
+    holder._parameters[parameter] = fused
+    return Exchanged(holder, parameter, original if keep else None, fused)
 
 
 def _put_back(name: str, exchanged: Sequence[Exchanged]) -> None:
-    """Put the original parameters back, if the base is still what the merge made of it."""
+    """Put the original parameters back, if the base is still what fusing made of it."""
     error = changed_since(name, exchanged)
     if error is not None:
         raise error
@@ -107,11 +107,11 @@ def _receipt(name: str, entries: Sequence[Entry], deviations: list[Deviation | N
     relative = (error / size) ** 0.5 if size else 0.0
     homes = {id(home): home for e in entries for home in (e.home, e.shared) if home is not None}
     count = sum(len(home.specs) for home in homes.values())
-    return Receipt("merge", name, count, count, len(entries), "match", worst, relative, tuple(dict.fromkeys(notes)))
+    return Receipt("fuse", name, count, count, len(entries), "match", worst, relative, tuple(dict.fromkeys(notes)))
 
 
-def _merged(entry: Entry, storage: Storage, check: bool, memory: LargePages) -> tuple[nn.Parameter, Deviation | None]:
-    """Return the merged parameter, and what rounding it did if that is asked for."""
+def _fused(entry: Entry, storage: Storage, check: bool, memory: LargePages) -> tuple[nn.Parameter, Deviation | None]:
+    """Return the fused parameter, and what rounding it did if that is asked for."""
     site = entry.site
     base = storage.read(site)
     exact = torch.promote_types(base.dtype, torch.float32)
@@ -141,14 +141,14 @@ def _merged(entry: Entry, storage: Storage, check: bool, memory: LargePages) -> 
 
 def _not_finite(entry: Entry) -> AdapterError:
     return AdapterError(
-        f"The update of adapter '{entry.name}' at '{entry.site.path}' is not finite; nothing was merged."
+        f"The update of adapter '{entry.name}' at '{entry.site.path}' is not finite; nothing was fused."
     )
 
 
 def _out_of_range(entry: Entry, kind: torch.dtype) -> AdapterError:
     return AdapterError(
-        f"'{entry.site.path}' with adapter '{entry.name}' leaves the range of {kind}; nothing was merged. "
-        "Load the base in bfloat16 or float32, or serve the adapter unmerged."
+        f"'{entry.site.path}' with adapter '{entry.name}' leaves the range of {kind}; nothing was fused. "
+        "Load the base in bfloat16 or float32, or serve the adapter unfused."
     )
 
 
@@ -275,6 +275,6 @@ def _notes(entry: Entry, storage: Storage) -> list[str]:
     if entry.site.tied:
         notes.append(
             f"'{entry.site.path}' shared its weight with {', '.join(entry.site.tied)}, which keeps the old values; set "
-            "tie_word_embeddings=False before saving the merged model"
+            "tie_word_embeddings=False before saving the fused model"
         )
     return notes

@@ -71,7 +71,7 @@ class Room:
         if holding.trained:
             return "is in training; freeze it by adapter.train(False) first"
         if holding.adapter.in_base:
-            return "is in the base weights; unmerge it first"
+            return "is in the base weights; unfuse it first"
         return "is pinned; unpin it first" if holding.pins else None
 
     def check_free(self, holding: Holding, *, upwards: bool = False) -> None:

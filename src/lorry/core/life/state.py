@@ -118,7 +118,7 @@ class ModelState:
         return active
 
     @property
-    def merged(self) -> list[str]:
+    def fused(self) -> list[str]:
         """Names of the adapters that are in the base weights, in the order in which they got there."""
         return self.edits.names
 
@@ -150,7 +150,7 @@ class ModelState:
         for name, weight, _ in asked:
             if self.adapters[name].in_base and not (isinstance(weight, float) and weight == self.edits.weight(name)):
                 raise AdapterError(
-                    f"Adapter '{name}' is merged with weight {self.edits.weight(name):g}; unmerge it before activating "
+                    f"Adapter '{name}' is fused with weight {self.edits.weight(name):g}; unfuse it before activating "
                     f"it with {weight if isinstance(weight, float) else 'another weight'}."
                 )
         if not all(isinstance(weight, float) for _, weight, _ in asked):
@@ -190,13 +190,13 @@ class ModelState:
         """
         if self.edits.names:
             raise AdapterError(
-                f"Adapter '{self.edits.names[0]}' is merged into the base, or switched on there, and would apply to "
-                "every row; unmerge it first."
+                f"Adapter '{self.edits.names[0]}' is fused into the base, or switched on there, and would apply to "
+                "every row; unfuse it first."
             )
         self._notice_compiling()
         return self._with_form(for_rows(compositions, self.adapters, seeds, layout))
 
-    def check_merge(self, name: str, weight: float) -> None:
+    def check_fuse(self, name: str, weight: float) -> None:
         """Raise `AdapterError` if an adapter in the base with `weight` would change what is in force somewhere."""
         for active in (active for runtime in self.runtimes.every() for active in runtime.actives()):
             if active.layout is not None:

@@ -1,6 +1,6 @@
 """Switching the adapter of a base in place: a sparse update overwrites a few values, and they are put back bit for bit.
 
-Merging exchanges whole weights; here the bytes touched are those of the adapter, whatever the size of the base.
+Fusing exchanges whole weights; here the bytes touched are those of the adapter, whatever the size of the base.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Switch:
         """
         state = self.adapter.state
         _check_bare(self.adapter)
-        state.check_merge(self.adapter.name, self.weight)
+        state.check_fuse(self.adapter.name, self.weight)
         if state.active is not None and self.adapter.name in state.active.members:
             raise AdapterError(
                 f"Adapter '{self.adapter.name}' is active and would count twice; call lorry.activate(model, None) "
@@ -104,7 +104,7 @@ class Switch:
         """
         if not self.written:
             raise AdapterError(f"The values of adapter '{self.adapter.name}' are not in the base.")
-        self.adapter.unmerge()
+        self.adapter.unfuse()
 
     def _write_new(self) -> None:
         for patch in self.patches:
@@ -145,7 +145,7 @@ def make_switch(adapter: Adapter, weight: float = 1.0) -> Switch:
         method, site = entry.method, entry.site
         found = cast(WeightDelta, method).sparse(entry.tensors(), site) if "sparse" in method.capabilities else None
         if found is None or not isinstance(storage_of(site), Dense):
-            raise AdapterError(f"The update at '{site.path}' is not sparse on a dense weight; use adapter.merge().")
+            raise AdapterError(f"The update at '{site.path}' is not sparse on a dense weight; use adapter.fuse().")
         index = _in_memory(site, found[0])
         own = _flat(site).index_select(0, index)
         exact = torch.promote_types(own.dtype, torch.float32)

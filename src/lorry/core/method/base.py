@@ -1,6 +1,6 @@
 """Methods: the mathematics of a parametrisation as a frozen dataclass of options and a few pure functions.
 
-A method belongs to a family, and everything else is derived from the family once: forward, rows of a batch, merging,
+A method belongs to a family, and everything else is derived from the family once: forward, rows of a batch, fusing,
 saving, exporting, counting. See `Bottleneck`, `WeightDelta` and `Block` in `lorry.core.method.families`.
 """
 
@@ -23,7 +23,7 @@ from lorry.core.options import check_options, from_options
 from lorry.core.sites.kinds import kinds_in_order
 from lorry.core.sites.site import Kind, Site
 
-MergeClass = Literal["exact", "approximate", "never"]
+FuseClass = Literal["exact", "approximate", "never"]
 #: What the rest of Lorry may rely on; families derive it from what a method overrides, and nothing else is asked.
 #:
 #: - ``plain``: the update is ``scale · B A`` and nothing else
@@ -48,7 +48,7 @@ class MethodInfo:
     family: str
     takes: Callable[[Kind], bool]
     identity_at_start: bool
-    merge: MergeClass
+    fuse: FuseClass
     linear_in_scale: bool
     preset_of: str | None = None
 
@@ -70,8 +70,8 @@ class Method(ABC):
 
     info: ClassVar[MethodInfo]
     family: ClassVar[str]
-    #: How the family merges into a base weight, unless a registration says otherwise.
-    merges: ClassVar[MergeClass] = "exact"
+    #: How the family fuses into a base weight, unless a registration says otherwise.
+    fuses: ClassVar[FuseClass] = "exact"
     #: Further kinds of sites that `place` makes something of (the layers of a block).
     gathers: ClassVar[tuple[str, ...]] = ()
     #: Parameter-free knobs that the training engine reads: learning-rate factors by tensor name (LoRA+).
@@ -115,9 +115,9 @@ class Method(ABC):
         return [(site, self) for site in sites]
 
     @property
-    def merging(self) -> MergeClass:
-        """How this method merges with these options; the registration says it for the method as such."""
-        return self.info.merge
+    def fusing(self) -> FuseClass:
+        """How this method fuses with these options; the registration says it for the method as such."""
+        return self.info.fuse
 
     @cached_property
     def capabilities(self) -> frozenset[Capability]:
@@ -213,7 +213,7 @@ class Method(ABC):
     def delta(self, tensors: Tensors, site: Site) -> Tensor:
         """Return the update of the weight as ``(*lead, out, in)``; raises `AdapterError` if there is none."""
         raise AdapterError(
-            f"{type(self).__name__} has no weight update: it depends on the input, so it cannot be merged."
+            f"{type(self).__name__} has no weight update: it depends on the input, so it cannot be fused."
         )
 
     def to_dict(self) -> dict[str, Any]:

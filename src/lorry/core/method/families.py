@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lorry.core.errors import AdapterError, SiteError
-from lorry.core.method.base import Capability, MergeClass, Method
+from lorry.core.method.base import Capability, FuseClass, Method
 from lorry.core.method.call import Call
 from lorry.core.method.spec import Tensors
 from lorry.core.sites.site import Site
@@ -26,8 +26,8 @@ class Bottleneck(Method):
     """``y = base(x) + scale · up(mid(down(x)))`` with a `mid` that is the identity unless `mid` is overridden.
 
     A method gives `tensors` and, where they differ from LoRA's, `factors` and `scale`. A constant between the factors
-    (a diagonal, a core matrix) belongs into `factors`: it keeps the update linear, so it merges and exports exactly.
-    What depends on the token (gates, top-k, masks) goes into `mid`, and the method never merges, except for options
+    (a diagonal, a core matrix) belongs into `factors`: it keeps the update linear, so it fuses and exports exactly.
+    What depends on the token (gates, top-k, masks) goes into `mid`, and the method never fuses, except for options
     under which `constant` holds (every expert active). `mid` may return another number of rank units than it was
     given: a router's rows can be stacked under A, so that both see the same input.
     """
@@ -37,11 +37,11 @@ class Bottleneck(Method):
     dropout: float = 0.0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Derive how the method merges from whether it overrides `mid`."""
+        """Derive how the method fuses from whether it overrides `mid`."""
         super().__init_subclass__(**kwargs)
         if cls.mid is not Bottleneck.mid:
             cls.family = "bottleneck, mid per token"
-            cls.merges = "never"
+            cls.fuses = "never"
 
     def factors(self, tensors: Tensors, site: Site) -> tuple[Tensor, Tensor]:
         """Return A ``(*lead, rank, in)`` and B ``(*lead, out, rank)``."""
@@ -65,9 +65,9 @@ class Bottleneck(Method):
         return type(self).mid is Bottleneck.mid
 
     @property
-    def merging(self) -> MergeClass:
-        """How the method merges with these options: exactly in a limit in which the gates are constant."""
-        return "exact" if self.info.merge == "never" and self.constant else self.info.merge
+    def fusing(self) -> FuseClass:
+        """How the method fuses with these options: exactly in a limit in which the gates are constant."""
+        return "exact" if self.info.fuse == "never" and self.constant else self.info.fuse
 
     def check_site(self, site: Site) -> None:
         """Refuse gates per token where the update can only be applied as a whole."""
@@ -135,7 +135,7 @@ class Bottleneck(Method):
         if not self.constant:
             raise AdapterError(
                 f"{type(self).__name__} has no weight update at '{site.path}': its gates depend on the token, so it "
-                "can neither be merged nor exported as a plain LoRA with these options. Serve it unmerged."
+                "can neither be fused nor exported as a plain LoRA with these options. Serve it unfused."
             )
 
 
@@ -201,7 +201,7 @@ class Block(Method):
     """
 
     family: ClassVar[str] = "block"
-    merges: ClassVar[MergeClass] = "never"
+    fuses: ClassVar[FuseClass] = "never"
 
     @cached_property
     def capabilities(self) -> frozenset[Capability]:
@@ -225,7 +225,7 @@ class Combiner(Method):
     """
 
     family: ClassVar[str] = "combiner"
-    merges: ClassVar[MergeClass] = "never"
+    fuses: ClassVar[FuseClass] = "never"
 
     @cached_property
     def capabilities(self) -> frozenset[Capability]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from lorry.core.method.base import MergeClass, Method, MethodInfo
+from lorry.core.method.base import FuseClass, Method, MethodInfo
 from lorry.core.options import from_options
 from lorry.core.registry import Registry
 from lorry.core.sites.kinds import Kind
@@ -22,7 +22,7 @@ def register(
     paper: str,
     kinds: Callable[[Kind], bool] | Sequence[str] = lambda kind: not kind.whole,
     identity_at_start: bool = True,
-    merge: MergeClass | None = None,
+    fuse: FuseClass | None = None,
     linear_in_scale: bool = True,
     default: bool = False,
 ) -> Callable[[M], M]:
@@ -39,8 +39,8 @@ def register(
         weight if not given.
     identity_at_start
         Whether a fresh adapter leaves the model's output unchanged.
-    merge
-        Overrides the family's way of merging.
+    fuse
+        Overrides the family's way of fusing.
     linear_in_scale
         Whether weight k in the active set gives k times the update.
     default
@@ -50,8 +50,8 @@ def register(
     takes = kinds if callable(kinds) else lambda kind: kind.name in names
 
     def decorate(cls: M) -> M:
-        merges = merge or cls.merges
-        info = MethodInfo(slug, cls, paper, cls.family, takes, identity_at_start, merges, linear_in_scale)
+        fuses = fuse or cls.fuses
+        info = MethodInfo(slug, cls, paper, cls.family, takes, identity_at_start, fuses, linear_in_scale)
         cls.info = info
         METHODS.add(slug, info)
         if default:

@@ -22,8 +22,11 @@ def mix_seed(*parts: object) -> int:
 def joint_layout(chosen: Sequence[tuple[Site, Method]]) -> Layout:
     """Return the layout of sites that may use different methods; each method lays out its own sites together."""
     groups: dict[Method, list[Site]] = {}
+    last, group = None, list[Site]()
     for site, method in chosen:
-        groups.setdefault(method, []).append(site)
+        if method is not last:  # most often there is one method, and its hash is one of all its options
+            last, group = method, groups.setdefault(method, [])
+        group.append(site)
     joint = Layout({})
     for method, sites in groups.items():
         layout = method.layout(sites)

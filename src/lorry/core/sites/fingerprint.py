@@ -22,6 +22,7 @@ import hashlib
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -91,6 +92,8 @@ def compare_sites(one: str, other: str) -> Literal["match", "quantized", "differ
     """Compare the hashes of one site: the same, not the same, or of the same shape with weights that cannot be
     compared.
     """
+    if one == other and not one.endswith(":"):  # nothing after the shape: weights that cannot be read
+        return "match"
     shape, sample, marks = _parts(one)
     other_shape, other_sample, other_marks = _parts(other)
     if shape != other_shape:
@@ -139,13 +142,12 @@ class FingerprintCache:
         held = self._held.get(site.path)
         if held:
             return held[0]
-        shape = hashlib.sha256("x".join(map(str, site.shape)).encode()).hexdigest()[:8]
-        return f"{shape}:{self._of_weight(site)}"
+        return f"{_shape_mark(site.shape)}:{self._of_weight(site)}"
 
     def hold(self, sites: Iterable[Site]) -> None:
         """Keep the present hashes as those of the base, whatever is written into the weights, until `release`.
 
-        For what is merged into a base and can be taken out again: the base stays the one that it was.
+        For what is fused into a base and can be taken out again: the base stays the one that it was.
         """
         for site in sites:
             if site.parameter:
@@ -190,13 +192,19 @@ class _Entry:
         return self._weight() is weight and self._memory() is _memory(weight) and self._facts == _facts(weight)
 
 
+@lru_cache(maxsize=1024)
+def _shape_mark(shape: tuple[int, ...]) -> str:
+    """Return the hash of a shape."""
+    return hashlib.sha256("x".join(map(str, shape)).encode()).hexdigest()[:8]
+
+
 def _memory(weight: Tensor) -> torch.UntypedStorage | Tensor:
     """Return the memory of a weight; of a tensor subclass, which has none of its own, the weight."""
     return weight.untyped_storage() if type(weight) in (Tensor, torch.nn.Parameter) else weight
 
 
 def _facts(weight: Tensor) -> tuple[object, ...]:
-    return weight._version, weight.dtype, weight.device, tuple(weight.shape), weight.stride()
+    return weight._version, weight.dtype, weight.device, weight.shape, weight.stride()
 
 
 def _hash(site: Site) -> str:

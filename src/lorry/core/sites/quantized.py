@@ -203,7 +203,7 @@ class TorchAO(Storage):
     def _unknown(place: Stored, reason: str) -> SiteError:
         return SiteError(
             f"The weight of '{place.path}' is a torchao {type(place.stored).__name__} that cannot be quantised again "
-            f"in the same way ({reason}). Serve the adapter unmerged, or merge it into the base before quantising."
+            f"in the same way ({reason}). Serve the adapter unfused, or fuse it into the base before quantising."
         )
 
 

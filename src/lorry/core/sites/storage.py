@@ -1,7 +1,7 @@
 """Storage: how the base weight of a site is kept (dense, quantised), and how it is read and exchanged.
 
 The forward pass never asks: it calls the layer's own ``forward``. Only what needs the weight itself does, i.e.
-merging, norms, fingerprints and methods that start from the weight. A new storage is one class, registered by
+fusing, norms, fingerprints and methods that start from the weight. A new storage is one class, registered by
 `register_storage`.
 """
 
@@ -89,7 +89,7 @@ def storage_of(place: Stored) -> Storage:
     if storage is None:
         raise SiteError(
             f"The weight of '{place.path}' is a {type(weight).__name__} of {weight.dtype}, which no storage can read. "
-            f"Known: {', '.join(s.name for s in _STORAGES)}. Adapters still run on it; merging and weight-based starts "
+            f"Known: {', '.join(s.name for s in _STORAGES)}. Adapters still run on it; fusing and weight-based starts "
             "do not."
         )
     return storage

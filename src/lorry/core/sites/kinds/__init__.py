@@ -26,6 +26,8 @@ def kinds_in_order() -> list[Kind]:
 
 def current_name(name: str) -> str:
     """Return what the kind that was once called `name` is called now; other names are returned as they are."""
+    if name in KINDS:
+        return name
     return next((kind.name for kind in KINDS.values() if name in kind.aliases), name)
 
 

@@ -1,4 +1,4 @@
-"""Merging into the base and unmerging, against one in-place addmm for each weight, and PEFT."""
+"""Fusing into the base and unfusing, against one in-place addmm for each weight, and PEFT."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def run(
     dtype: str = "float32",
     peer: bool = True,
 ) -> dict[str, Any]:
-    """Measure merge and unmerge; Lorry's merge keeps the original weights, so that unmerging restores every byte.
+    """Measure fusing and unfusing; Lorry keeps the original weights, so that unfusing restores every byte.
 
     *addmm to new memory* is the least that keeping the originals costs: the same sum, written beside them; with
-    *keep=False* they are given up, and there is no unmerging.
+    *keep=False* they are given up, and there is no unfusing.
     """
     kind = getattr(torch, dtype)
     model = llama(layers, hidden, inner).to(kind)
@@ -37,31 +37,31 @@ def run(
     for parameter in adapter.parameters():
         parameter.data.normal_(0, 0.02)
     weights = [(e.site.stored, *e.tensors().values()) for e in adapter.entries.values()]
-    merges: list[Any] = [(lambda: _floor(weights), None)]
-    merges += [(lambda: adapter.merge(safe=False), adapter.unmerge), (adapter.merge, adapter.unmerge)]
+    ways: list[Any] = [(lambda: _floor(weights), None)]
+    ways += [(lambda: adapter.fuse(safe=False), adapter.unfuse), (adapter.fuse, adapter.unfuse)]
     names = ["addmm", "lorry", "lorry safe"]
     spare = _spare(llama(layers, hidden, inner).to(kind), rank, rounds + _WARM_UP)
-    merges.append((lambda: next(spare).merge(keep=False), None))
+    ways.append((lambda: next(spare).fuse(keep=False), None))
     names.append("lorry keep=False")
     kept: list[torch.Tensor] = []
-    merges.append((lambda: kept.extend(torch.addmm(w, b.to(kind), a.to(kind)) for w, a, b in weights), kept.clear))
+    ways.append((lambda: kept.extend(torch.addmm(w, b.to(kind), a.to(kind)) for w, a, b in weights), kept.clear))
     names.append("addmm to new memory")
     if peer:
         other = _peft(llama(layers, hidden, inner).to(kind), rank)
-        merges += [
+        ways += [
             (other.merge_adapter, other.unmerge_adapter),
             (lambda: other.merge_adapter(safe_merge=True), other.unmerge_adapter),
         ]
         names += ["peft", "peft safe"]
     result: dict[str, Any] = {"machine": machine("cpu"), "dtype": dtype}
     with threads(1), torch.no_grad():
-        seconds = _in_turn(dict(zip(names, merges, strict=True)), rounds)
+        seconds = _in_turn(dict(zip(names, ways, strict=True)), rounds)
     result["ratios"] = ratios(seconds, "addmm")
     return result
 
 
 def _spare(model: nn.Module, rank: int, count: int) -> Iterator[Adapter]:
-    """Return adapters of one model, each to be merged for good once."""
+    """Return adapters of one model, each to be fused for good once."""
     options = {"method": "lora", "rank": rank}
     adapters = [lorry.attach(model, options, name=f"spare{n}", activate=False) for n in range(count)]
     for adapter in adapters:
@@ -77,12 +77,12 @@ def _floor(weights: list[tuple[torch.Tensor, ...]]) -> None:
             weight.addmm_(b.to(weight.dtype), a.to(weight.dtype), alpha=1e-9)
 
 
-def _in_turn(merges: dict[str, tuple[Any, Any]], rounds: int) -> dict[str, list[float]]:
-    """Merge and unmerge each in turn, so that all find the allocator in the same state, and drop the warm-up rounds."""
+def _in_turn(ways: dict[str, tuple[Any, Any]], rounds: int) -> dict[str, list[float]]:
+    """Fuse and unfuse each in turn, so that all find the allocator in the same state, and drop the warm-up rounds."""
     seconds: dict[str, list[float]] = {}
     for _ in range(rounds + _WARM_UP):
-        for name, (merge, unmerge) in merges.items():
-            steps = {name: merge} if unmerge is None else {f"{name} merge": merge, f"{name} unmerge": unmerge}
+        for name, (fuse, unfuse) in ways.items():
+            steps = {name: fuse} if unfuse is None else {f"{name} fuse": fuse, f"{name} unfuse": unfuse}
             for what, action in steps.items():
                 start = time.process_time()
                 action()
@@ -98,9 +98,7 @@ def _peft(model: nn.Module, rank: int) -> Any:
 
 def table(result: dict[str, Any]) -> Any:
     """Return the ratios."""
-    return ratio_table(
-        f"Merging, {result['dtype']}, {result['machine']}", result["ratios"], "one addmm for each weight"
-    )
+    return ratio_table(f"Fusing, {result['dtype']}, {result['machine']}", result["ratios"], "one addmm for each weight")
 
 
-register("merge", run, table, help=__doc__)
+register("fuse", run, table, help=__doc__)

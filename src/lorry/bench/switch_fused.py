@@ -91,7 +91,7 @@ class _Sides:
         cases: dict[str, Case] = {
             "scatter": self._scatter,
             "add, subtract": self._add_subtract,
-            "lorry merge, unmerge": self._merge,
+            "lorry fuse, unfuse": self._fuse,
         }
         if self.peft is not None:
             cases["peft merge, unmerge"] = partial(_peft_merge, self.peft)
@@ -110,10 +110,10 @@ class _Sides:
                     own = entry.tensors()
                     add_product(weight, own["B"].to(weight.dtype), own["A"].to(weight.dtype), sign)  # type: ignore[arg-type]
 
-    def _merge(self) -> None:
+    def _fuse(self) -> None:
         for adapter in self.low_rank:
-            adapter.merge(safe=False)
-            adapter.unmerge()
+            adapter.fuse(safe=False)
+            adapter.unfuse()
 
     def nbytes(self) -> dict[str, int]:
         """Return the bytes that putting one adapter in reads and writes, and those of the base's cache lines among
@@ -213,4 +213,4 @@ def _spread(ratio: dict[str, float]) -> str:
     return f"{ratio['ratio']:.1f} ({ratio['least']:.1f} - {ratio['most']:.1f})"
 
 
-register("switch-merged", run, table, help=__doc__)
+register("switch-fused", run, table, help=__doc__)

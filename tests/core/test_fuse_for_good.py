@@ -1,4 +1,4 @@
-"""Merging with the original weights given up, and in parts, against dense sums in float64."""
+"""Fusing with the original weights given up, and in parts, against dense sums in float64."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def attached(base, method=None, name="default", std=0.05, **options):
 
 
 def sums(adapter):
-    """The merged weights as matrices (out, in), in float64."""
+    """The fused weights as matrices (out, in), in float64."""
     return {site.path: site.matrix().double() + delta.double() for site, delta in adapter.deltas()}
 
 
@@ -32,8 +32,8 @@ def test_weights_are_the_sum_rounded_once(dtype, keep, safe):
     base = model(dtype)
     adapter = attached(base)
     wanted = sums(adapter)
-    receipt = adapter.merge(safe=safe, keep=keep)
-    assert receipt.sites == 2 and adapter.merged
+    receipt = adapter.fuse(safe=safe, keep=keep)
+    assert receipt.sites == 2 and adapter.fused
     for path, exact in wanted.items():
         found = base.get_submodule(path).weight
         assert found.dtype == dtype
@@ -53,30 +53,30 @@ def test_without_the_originals_the_weights_stay_where_they_are_and_there_is_no_w
         wanted = base(x)
         places = [p.data_ptr() for p in (base[0].weight, base[2].weight)]
         parameters = [base[0].weight, base[2].weight]
-        adapter.merge(keep=False)
+        adapter.fuse(keep=False)
         assert [p.data_ptr() for p in (base[0].weight, base[2].weight)] == places
         assert base[0].weight is parameters[0] and base[2].weight is parameters[1]
         torch.testing.assert_close(base(x), wanted)
     with pytest.raises(lorry.AdapterError, match="keep=False.*load the base again"):
-        adapter.unmerge()
-    with pytest.raises(lorry.AdapterError, match="merged already"):
-        adapter.merge()
+        adapter.unfuse()
+    with pytest.raises(lorry.AdapterError, match="fused already"):
+        adapter.fuse()
 
 
 def test_one_kept_under_one_that_is_not():
     base = model()
     first, second = attached(base, name="first"), attached(base, name="second", activate=False)
-    first.merge()
-    second.merge(keep=False)
-    with pytest.raises(lorry.AdapterError, match="'second' was merged after 'first'"):
-        first.unmerge()
+    first.fuse()
+    second.fuse(keep=False)
+    with pytest.raises(lorry.AdapterError, match="'second' was fused after 'first'"):
+        first.unfuse()
 
 
 def test_more_than_a_product_of_factors_and_tied_weights_are_exchanged():
     base = model()
     adapter = attached(base, lorry.DoRA(rank=3))
     wanted = sums(adapter)
-    adapter.merge(keep=False)
+    adapter.fuse(keep=False)
     for path, exact in wanted.items():
         torch.testing.assert_close(base.get_submodule(path).weight.double(), exact, atol=1e-5, rtol=1e-5)
 
@@ -85,7 +85,7 @@ def test_more_than_a_product_of_factors_and_tied_weights_are_exchanged():
     before = tied["embedding"].weight.clone()
     adapter = attached(tied, targets=["head"])
     (exact,) = sums(adapter).values()
-    adapter.merge(keep=False)
+    adapter.fuse(keep=False)
     assert torch.equal(tied["embedding"].weight, before), "the other module keeps its values"
     torch.testing.assert_close(tied["head"].weight.double(), exact)
 
@@ -99,8 +99,8 @@ def test_what_is_not_finite_is_refused_before_anything_is_changed(keep, value):
     tensors = adapter.entries["2"].tensors()
     tensors["B"].data[-1, 0], tensors["A"].data[0, -1] = value, 1.0
     with pytest.raises(lorry.AdapterError, match="not finite|leaves the range of torch.float16"):
-        adapter.merge(keep=keep)
-    assert not adapter.merged
+        adapter.fuse(keep=keep)
+    assert not adapter.fused
     after = (base[0].weight, base[2].weight)
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
@@ -112,8 +112,21 @@ def test_weights_that_lie_the_other_way_round():
     for keep in (True, False):
         adapter = attached(base, name=f"keep {keep}".replace(" ", "-"))
         ((path, exact),) = sums(adapter).items()
-        adapter.merge(keep=keep)
+        adapter.fuse(keep=keep)
         assert base[0].weight.is_contiguous() and path == "0"
         torch.testing.assert_close(base[0].weight.t().double(), exact, atol=1e-5, rtol=1e-5)
         if keep:
             adapter.detach()
+
+
+def test_old_names_work_for_one_more_release_and_say_so():
+    base = model()
+    before = {name: p.clone() for name, p in base.state_dict().items()}
+    adapter = attached(base)
+    with pytest.warns(FutureWarning, match="fuse"):
+        adapter.merge()
+    with pytest.warns(FutureWarning, match="fused"):
+        assert adapter.merged
+    with pytest.warns(FutureWarning, match="unfuse"):
+        adapter.unmerge()
+    assert all(torch.equal(p, before[name]) for name, p in base.state_dict().items())

@@ -14,10 +14,12 @@ from lorry.core.errors import CheckpointError, some
 from lorry.core.life.state import ModelState
 from lorry.core.method.base import Method
 from lorry.core.method.declared import whole_module
+from lorry.core.method.families import Bottleneck
 from lorry.core.sites.fingerprint import Fingerprint
 from lorry.core.sites.site import Site
 from lorry.formats.file import AdapterFile
 from lorry.formats.names import Resolver
+from lorry.formats.resize import of_rank
 from lorry.formats.stored import StoredSite, doubled_by_peft
 
 
@@ -91,7 +93,7 @@ def _put(file: AdapterFile, part: StoredSite, site: Site, bound: Bound) -> None:
             f"'{file.where}' was made for a {part.kind} at '{part.path}', but the model has a {kind} there: "
             f"{site}. It is an adapter for another architecture."
         )
-    method = part.method
+    method = _method(file, part, site)
     values = {n: t for n, t in file.site_tensors(part, kind, site.lead).items() if n not in part.unsaved}
     form = method.peft_form
     if not file.native and form is not None and form.computed and not values.keys() & set(form.computed):
@@ -104,6 +106,33 @@ def _put(file: AdapterFile, part: StoredSite, site: Site, bound: Bound) -> None:
             raise CheckpointError(f"'{file.where}' holds two tensors for '{full}' of this model; nothing was loaded.")
         bound.values[full] = value
     bound.chosen.append((site, method))
+
+
+def _method(file: AdapterFile, part: StoredSite, site: Site) -> Method:
+    """Return the method at a site, where PEFT's config needs the model to tell it.
+
+    Raises
+    ------
+    CheckpointError
+        A start that changed a weight which other layers share.
+    """
+    if file.format != "peft" or file.config is None or part.values is not None:
+        return part.method
+    if file.config.parameter_targeted(parameter := f"{part.path}.{site.parameter}"):
+        return file.config.method(parameter, parameter=True)
+    form = part.method.peft_form
+    if form is None or not form.start:
+        return part.method
+    if site.tied:
+        raise CheckpointError(
+            f"'{file.where}' was trained with init_lora_weights='{file.config.start}' on '{site.path}', whose weight "
+            f"{some(site.tied)} shares. PEFT took the start out of it there, too, which no adapter at '{site.path}' "
+            "describes; nothing was loaded. Train it on a base with tie_word_embeddings=False, or without this target."
+        )
+    most = min(site.out_features, site.in_features)  # a decomposition has no more directions than the smaller side
+    if not isinstance(part.method, Bottleneck) or getattr(part.method, "rank", most) <= most:
+        return part.method
+    return of_rank(part.method, site, most, own=True)
 
 
 def _of_one_type(values: dict[str, Tensor], method: Method, site: Site) -> dict[str, Tensor]:
@@ -193,7 +222,7 @@ def _base_copies(file: AdapterFile, resolver: Resolver, bound: Bound) -> None:
                 f"this model has {tuple(own.shape)}. Resize it first: "
                 f"model.resize_token_embeddings({value.shape[0]})."
             )
-        if torch.equal(value.to(own.dtype), own.detach().to(value.device)):
+        if torch.equal(value.to(own.dtype), own.detach().to(value.device)) or _lacks_start(value, site, bound):
             bound.verified += 1
             bound.notes.append(f"'{key}' equals the base's own and was left out")
             continue
@@ -205,6 +234,22 @@ def _base_copies(file: AdapterFile, resolver: Resolver, bound: Bound) -> None:
         bound.values[f"{site.path}.{name}"] = value
         bound.chosen.append((site, full))
         bound.notes.append(f"'{site.path}' differs from the base and is carried whole")
+
+
+def _lacks_start(value: Tensor, module: Site, bound: Bound) -> bool:
+    """Whether a saved weight is the base's own without the start that an adapter took out of it, to rounding."""
+    for site, method in bound.chosen:
+        form = method.peft_form
+        if site.owner is not module.owner or form is None or not form.computed or not isinstance(method, Bottleneck):
+            continue
+        start = {n: bound.values[f"{site.path}.{n}"].float() for n in form.computed}
+        trained = {n: torch.zeros(spec.shape) for n, spec in method.tensors(site).items() if n not in start}
+        own = site.matrix().float().cpu()
+        left = own + method.delta({**trained, **{n: t.cpu() for n, t in start.items()}}, site)
+        apart = site.kind.to_matrix(site, value.float().cpu()) - left
+        rough = 1e-3 if value.dtype.itemsize > 2 else 2e-2
+        return bool(apart.norm() <= rough * own.norm())
+    return False
 
 
 def _is_embedding(module: nn.Module, root: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from lorry.core.method.declared import whole_module
 from lorry.core.method.families import Bottleneck
 from lorry.core.sites.fingerprint import Fingerprint
 from lorry.core.sites.site import Site
+from lorry.formats.convolutions import check_convolution
 from lorry.formats.file import AdapterFile
 from lorry.formats.names import Resolver
 from lorry.formats.resize import of_rank
@@ -98,8 +99,8 @@ def _put(file: AdapterFile, part: StoredSite, site: Site, bound: Bound) -> None:
     form = method.peft_form
     if not file.native and form is not None and form.computed and not values.keys() & set(form.computed):
         values.update(_taken_out(method, site, form.computed))
-    if not file.native and kind == "conv":
-        _check_convolution(file, site)
+    if not file.native:
+        check_convolution(file.where, site, factors=True)
     for name, value in _of_one_type(values, method, site).items():
         full = f"{site.path}.{name}"
         if full in bound.values:
@@ -156,18 +157,6 @@ def _taken_out(method: Method, site: Site, names: Sequence[str]) -> dict[str, Te
     with torch.no_grad():
         method.setup(fresh, site, Generator().manual_seed(0))
     return {name: fresh[name] for name in names}
-
-
-def _check_convolution(file: AdapterFile, site: Site) -> None:
-    """Refuse convolutions where PEFT's and kohya's own forward computes something that is no update of the
-    weight.
-    """
-    module = site.owner
-    if module.groups != 1:
-        raise CheckpointError(
-            f"'{file.where}': '{site.path}' is a convolution in {module.groups} groups. The factors that other tools "
-            "train there see all channels, which no update of its weight does; Lorry cannot carry them."
-        )
 
 
 def _check_targets(file: AdapterFile, state: ModelState, resolver: Resolver, bound: Bound) -> None:

@@ -20,6 +20,7 @@ from lorry.core.forward.entry import Entry
 from lorry.core.life.adapter import Adapter
 from lorry.core.life.api import attach
 from lorry.core.method.registry import method_from
+from lorry.formats.convolutions import check_convolution
 from lorry.formats.file import AdapterFile
 from lorry.formats.folders import MANIFEST, PEFT_CONFIG, TENSORS, located
 from lorry.formats.reader import READERS, Location, Reader
@@ -45,6 +46,8 @@ class _Tuner:
         Given PEFT's layer and the site's entry, tensors by Lorry's names.
     shared
         Given PEFT's model, tensors that the sites share.
+    update
+        Given PEFT's layer, what it adds to its weight, to hold Lorry's update against.
     """
 
     method: str
@@ -52,6 +55,7 @@ class _Tuner:
     site: Callable[[Any], dict[str, Any]]
     tensors: Callable[[Any, Entry], dict[str, Tensor]]
     shared: Callable[[Any], dict[str, Tensor]] = lambda model: {}
+    update: Callable[[Any], Tensor] = lambda layer: layer.get_delta_weight(_NAME)
 
 
 def load(
@@ -158,7 +162,7 @@ def load_tuner(
     tuner = _TUNERS[kind]
     file.check_method(expect)
     peer = _opened(file, kind, model)
-    adapter = _attached(model, tuner, peer, name or _NAME, dtype or torch.float32, activate)
+    adapter = _attached(model, tuner, peer, name or _NAME, dtype or torch.float32, activate, file.where)
     adapter.train(trainable)
     return adapter
 
@@ -166,7 +170,9 @@ def load_tuner(
 LOADERS.add("peft-tuner", load_tuner)
 
 
-def _attached(model: nn.Module, tuner: _Tuner, peer: Any, name: str, dtype: torch.dtype, activate: bool) -> Adapter:
+def _attached(
+    model: nn.Module, tuner: _Tuner, peer: Any, name: str, dtype: torch.dtype, activate: bool, place: str
+) -> Adapter:
     """Return an adapter on `model` that computes what PEFT's model does."""
     layers = {n: m for n, m in peer.base_model.model.named_modules() if _holds(m)}
     options = {"method": tuner.method, **tuner.options(peer.peft_config[_NAME])}
@@ -176,6 +182,7 @@ def _attached(model: nn.Module, tuner: _Tuner, peer: Any, name: str, dtype: torc
     )
     try:
         _fill(adapter, tuner, peer.base_model, layers)
+        _check_updates(adapter, tuner, layers, place)
     except BaseException:
         adapter.detach()
         raise
@@ -227,6 +234,25 @@ def _fill(adapter: Adapter, tuner: _Tuner, peer: Any, layers: Mapping[str, nn.Mo
                     f"'{name}' must be of shape {tuple(own[name].shape)}, found {tuple(value.shape)}."
                 )
             own[name].copy_(value.reshape(own[name].shape))
+
+
+def _check_updates(adapter: Adapter, tuner: _Tuner, layers: Mapping[str, nn.Module], where: str) -> None:
+    """Raise `CheckpointError` if Lorry's update of a weight is not PEFT's."""
+    for path, layer in layers.items():
+        entry = adapter.entries[path]
+        check_convolution(where, entry.site, factors=False)
+        with torch.no_grad():
+            ours, theirs = entry.delta(), tuner.update(layer)
+            rough = 1e-3 if min(ours.dtype.itemsize, theirs.dtype.itemsize) > 2 else 3e-2
+            ours, theirs = ours.float(), entry.site.kind.to_matrix(entry.site, theirs.float()).to(ours.device)
+            fits = theirs.shape == ours.shape and bool((theirs - ours).norm() <= rough * theirs.norm())
+        if not fits:
+            raise CheckpointError(
+                f"'{where}': at '{path}' ({entry.site.kind.name} of {tuple(entry.site.shape)}) PEFT makes another "
+                f"update of its tensors than {type(entry.method).__name__} does, so it cannot be carried as such; "
+                "nothing was loaded. Convert it to a plain LoRA with lorry.formats.peft_tuners.convert(path, "
+                "base_model, out)."
+            )
 
 
 def _plain(**names: str) -> Callable[[Any, Entry], dict[str, Tensor]]:
@@ -284,7 +310,13 @@ def _unilora_shared(model: Any) -> dict[str, Tensor]:
 
 _TUNERS: dict[str, _Tuner] = {
     "ADALORA": _Tuner("adalora", lambda c: {}, _adalora_site, _plain(A="lora_A", B="lora_B", E="lora_E")),
-    "HIRA": _Tuner("hira", lambda c: {"rank": c.r}, lambda m: {"rank": m.r[_NAME]}, _plain(A="hira_A", B="hira_B")),
+    "HIRA": _Tuner(
+        "hira",
+        lambda c: {"rank": c.r},
+        lambda m: {"rank": m.r[_NAME]},
+        _plain(A="hira_A", B="hira_B"),
+        update=lambda m: m.get_delta_weight(_NAME) * m.get_base_layer().weight,
+    ),
     "LOHA": _Tuner(
         "loha",
         lambda c: {"rank": c.r, "alpha": float(c.alpha)},
@@ -297,7 +329,13 @@ _TUNERS: dict[str, _Tuner] = {
         _rank_and_alpha,
         _lokr,
     ),
-    "SHIRA": _Tuner("shira", lambda c: {"rank": c.r}, _no_options, _shira),
+    "SHIRA": _Tuner(
+        "shira",
+        lambda c: {"rank": c.r},
+        _no_options,
+        _shira,
+        update=lambda m: m.get_delta_weight(_NAME).to_dense(),
+    ),
     "UNILORA": _Tuner(
         "uni-lora",
         lambda c: {"rank": c.r, "size": c.theta_d_length, "save_indices": True},

@@ -73,7 +73,7 @@ def bind(file: AdapterFile, state: ModelState) -> Bound:
             raise resolver.missing(part.path, file.where, some(part.keys.values(), 2))
         _put(file, part, site, bound)
         bound.paths[label] = site.path
-        if file.format == "peft" and doubled_by_peft(site.path, site.kind.name):
+        if file.format == "peft" and doubled_by_peft(site.path, site.kind.name) and ".base_layer." in part.keys["A"]:
             bound.notes.append(
                 f"PEFT adds the update at '{site.path}' twice; it was doubled, so that outputs are equal"
             )
@@ -101,12 +101,28 @@ def _put(file: AdapterFile, part: StoredSite, site: Site, bound: Bound) -> None:
         values.update(_taken_out(method, site, form.computed))
     if not file.native:
         check_convolution(file.where, site, factors=True)
+        _check_reached(file, part, site, values)
     for name, value in _of_one_type(values, method, site).items():
         full = f"{site.path}.{name}"
         if full in bound.values:
             raise CheckpointError(f"'{file.where}' holds two tensors for '{full}' of this model; nothing was loaded.")
         bound.values[full] = value
     bound.chosen.append((site, method))
+
+
+def _check_reached(file: AdapterFile, part: StoredSite, site: Site, values: Mapping[str, Tensor]) -> None:
+    """Refuse an update of an attention module's output projection that PEFT wrapped by itself: the module reads the
+    weight past PEFT's wrapper, so nothing of it was ever trained or applied there.
+    """
+    if file.format != "peft" or not doubled_by_peft(site.path, site.kind.name) or part.values is not None:
+        return
+    if ".base_layer." not in part.keys["A"] and bool(values["B"].any()):
+        raise CheckpointError(
+            f"'{file.where}' targets '{site.path}' by itself. PEFT does not apply an adapter there, since the attention "
+            "module around it reads the weight past PEFT's layer, yet this one's update is not zero; nothing was "
+            f"loaded. Target the attention module ('{site.path.rpartition('.')[0]}'), or merge it in PEFT "
+            "(merge_and_unload), which applies it."
+        )
 
 
 def _method(file: AdapterFile, part: StoredSite, site: Site) -> Method:

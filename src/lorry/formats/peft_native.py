@@ -251,7 +251,7 @@ def _check_updates(adapter: Adapter, tuner: _Tuner, layers: Mapping[str, nn.Modu
                 f"'{where}': at '{path}' ({entry.site.kind.name} of {tuple(entry.site.shape)}) PEFT makes another "
                 f"update of its tensors than {type(entry.method).__name__} does, so it cannot be carried as such; "
                 "nothing was loaded. Convert it to a plain LoRA with lorry.formats.peft_tuners.convert(path, "
-                "base_model, out)."
+                "base_model, out), or where PEFT has no conversion merge it there into its base (merge_and_unload)."
             )
 
 

@@ -118,9 +118,9 @@ def _check_reached(file: AdapterFile, part: StoredSite, site: Site, values: Mapp
         return
     if ".base_layer." not in part.keys["A"] and bool(values["B"].any()):
         raise CheckpointError(
-            f"'{file.where}' targets '{site.path}' by itself. PEFT does not apply an adapter there, since the attention "
-            "module around it reads the weight past PEFT's layer, yet this one's update is not zero; nothing was "
-            f"loaded. Target the attention module ('{site.path.rpartition('.')[0]}'), or merge it in PEFT "
+            f"'{file.where}' targets '{site.path}' by itself. PEFT does not apply an adapter there, since the "
+            "attention module around it reads the weight past PEFT's layer, yet this one's update is not zero; nothing "
+            f"was loaded. Target the attention module ('{site.path.rpartition('.')[0]}'), or merge it in PEFT "
             "(merge_and_unload), which applies it."
         )
 

@@ -67,6 +67,7 @@ def load(
     activate: bool = True,
     dtype: torch.dtype | None = None,
     expect: str | None = None,
+    check_base: bool = True,
 ) -> Adapter:
     """Load a PEFT folder of AdaLoRA, HiRA, LoHa, LoKr, SHiRA, Uni-LoRA or VeRA onto a model, as `lorry.load` does.
 
@@ -86,6 +87,8 @@ def load(
         Of the adapter's floating tensors; float32 if not given.
     expect
         Slug of the method that the folder must hold.
+    check_base
+        Refuse a folder that holds nothing of any layer, so that it would fit any base, unless it names this one.
 
     Raises
     ------
@@ -98,7 +101,16 @@ def load(
     if not location.has(PEFT_CONFIG) or not location.has(TENSORS):
         raise CheckpointError(f"'{location.path}' is no folder of PEFT's with {PEFT_CONFIG} and {TENSORS}.")
     with _READER.read(location) as file:
-        return load_tuner(file, model, name=name, trainable=trainable, activate=activate, dtype=dtype, expect=expect)
+        return load_tuner(
+            file,
+            model,
+            name=name,
+            trainable=trainable,
+            activate=activate,
+            dtype=dtype,
+            expect=expect,
+            check_base=check_base,
+        )
 
 
 class TunerFolder(Reader):
@@ -157,10 +169,14 @@ def load_tuner(
     check_base: bool = True,
     transient: bool = False,
 ) -> Adapter:
-    """Load an opened folder of another tuner; options as in `load`. PEFT's folders carry no fingerprint to check."""
+    """Load an opened folder of another tuner; options as in `load`. PEFT's folders carry no fingerprint to check, so
+    `check_base` asks for no more than that something in the file belongs to this base.
+    """
     kind = str(file.metadata["peft_type"])
     tuner = _TUNERS[kind]
     file.check_method(expect)
+    if check_base:
+        _check_drawn(file, model)
     peer = _opened(file, kind, model)
     adapter = _attached(model, tuner, peer, name or _NAME, dtype or torch.float32, activate, file.where)
     adapter.train(trainable)
@@ -168,6 +184,22 @@ def load_tuner(
 
 
 LOADERS.add("peft-tuner", load_tuner)
+
+
+def _check_drawn(file: AdapterFile, model: nn.Module) -> None:
+    """Raise `CheckpointError` if nothing ties the file to this base: with no tensor at any site, PEFT draws what it
+    lacks for a base of any width and depth.
+    """
+    places = file.file.places if file.file is not None else {}
+    sites = {name.rpartition(".")[0] for name in places} - {"", "base_model"}
+    own = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    if sites or (file.base and file.base == own):
+        return
+    raise CheckpointError(
+        f"'{file.where}' holds vectors that all layers share and nothing of a layer, so it would fit a base of any "
+        f"width and depth. It says that its base is '{file.base}', and this model is called '{own}'. Save it in PEFT "
+        "with save_indices=True; or, if this is surely the base, load it with check_base=False."
+    )
 
 
 def _attached(
@@ -226,14 +258,15 @@ def _fill(adapter: Adapter, tuner: _Tuner, peer: Any, layers: Mapping[str, nn.Mo
     values = {f"shared.{n}": t for n, t in tuner.shared(peer).items()}
     for path, layer in layers.items():
         values |= {f"{path}.{n}": t for n, t in tuner.tensors(layer, adapter.entries[path]).items()}
-    own = {name: tensor for name, tensor, _ in adapter.named_tensors()}
+    own = {name: (tensor, spec) for name, tensor, spec in adapter.named_tensors()}
     with torch.no_grad():
         for name, value in values.items():
-            if own[name].numel() != value.numel():
-                raise CheckpointError(
-                    f"'{name}' must be of shape {tuple(own[name].shape)}, found {tuple(value.shape)}."
-                )
-            own[name].copy_(value.reshape(own[name].shape))
+            tensor, spec = own[name]
+            if tensor.numel() != value.numel():
+                raise CheckpointError(f"'{name}' must be of shape {tuple(tensor.shape)}, found {tuple(value.shape)}.")
+            if (wrong := spec.misplaced(value)) is not None:
+                raise CheckpointError(f"'{name}' must hold {wrong}; nothing was loaded. The file is damaged.")
+            tensor.copy_(value.reshape(tensor.shape))
 
 
 def _check_updates(adapter: Adapter, tuner: _Tuner, layers: Mapping[str, nn.Module], where: str) -> None:
@@ -288,6 +321,11 @@ def _lokr(layer: Any, entry: Entry) -> dict[str, Tensor]:
 def _shira(layer: Any, entry: Entry) -> dict[str, Tensor]:
     """Positions in ascending order, with their values."""
     rows, columns = layer.shira_indices[_NAME].long()
+    if bool(((columns < 0) | (columns >= layer.in_features)).any()):
+        raise CheckpointError(
+            f"'{entry.site.path}' has {layer.in_features} columns, and the file names columns {int(columns.min())} to "
+            f"{int(columns.max())}; nothing was loaded. The file is damaged."
+        )
     index, order = (rows * layer.in_features + columns).sort()
     return {"index": index, "values": layer.shira_weight[_NAME].detach()[order]}
 

@@ -3,8 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
 
 import lorry
+from lorry.core.life.switch import make_switch
 
 
 def model(dtype=torch.float32):
@@ -119,14 +122,25 @@ def test_weights_that_lie_the_other_way_round():
             adapter.detach()
 
 
-def test_old_names_work_for_one_more_release_and_say_so():
-    base = model()
-    before = {name: p.clone() for name, p in base.state_dict().items()}
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_weight_that_is_worked_out_from_others_is_not_merged_into(keep):
+    torch.manual_seed(0)
+    base, x = nn.Sequential(weight_norm(nn.Linear(6, 5)), nn.Linear(5, 4)), torch.randn(3, 6)
     adapter = attached(base)
-    with pytest.warns(FutureWarning, match="fuse"):
-        adapter.merge()
-    with pytest.warns(FutureWarning, match="fused"):
-        assert adapter.merged
-    with pytest.warns(FutureWarning, match="unfuse"):
-        adapter.unmerge()
-    assert all(torch.equal(p, before[name]) for name, p in base.state_dict().items())
+    before, own = base(x), base[1].weight.clone()
+    with pytest.raises(lorry.AdapterError, match="'0' is worked out from other parameters.*remove_parametrizations"):
+        adapter.fuse(keep=keep)
+    assert torch.equal(base(x), before) and torch.equal(base[1].weight, own)
+    adapter.detach()
+    parametrize.remove_parametrizations(base[0], "weight")
+    adapter = attached(base)
+    before = base(x)
+    adapter.fuse(keep=keep)
+    torch.testing.assert_close(base(x), before)
+
+
+def test_nothing_is_switched_into_a_weight_that_is_worked_out_from_others():
+    base = nn.Sequential(weight_norm(nn.Linear(6, 5)))
+    adapter = attached(base, {"method": "shira", "rank": 1})
+    with pytest.raises(lorry.AdapterError, match="worked out from other parameters"):
+        make_switch(adapter)

@@ -33,12 +33,11 @@ def gpt2() -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=32)).eval()
 
 
-def mixtral() -> nn.Module:
+def mixtral(**changes) -> nn.Module:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(2)
-    config = MixtralConfig(
-        vocab_size=VOCABULARY,
+    sizes = dict(
         hidden_size=16,
         intermediate_size=12,
         num_hidden_layers=2,
@@ -46,7 +45,7 @@ def mixtral() -> nn.Module:
         num_key_value_heads=1,
         num_local_experts=3,
     )
-    return MixtralForCausalLM(config).eval()
+    return MixtralForCausalLM(MixtralConfig(vocab_size=VOCABULARY, **{**sizes, **changes})).eval()
 
 
 def classifier() -> nn.Module:

@@ -14,10 +14,13 @@ from lorry.core.errors import CheckpointError, some
 from lorry.core.life.state import ModelState
 from lorry.core.method.base import Method
 from lorry.core.method.declared import whole_module
+from lorry.core.method.families import Bottleneck
 from lorry.core.sites.fingerprint import Fingerprint
 from lorry.core.sites.site import Site
+from lorry.formats.convolutions import check_convolution
 from lorry.formats.file import AdapterFile
 from lorry.formats.names import Resolver
+from lorry.formats.resize import of_rank
 from lorry.formats.stored import StoredSite, doubled_by_peft
 
 
@@ -70,7 +73,7 @@ def bind(file: AdapterFile, state: ModelState) -> Bound:
             raise resolver.missing(part.path, file.where, some(part.keys.values(), 2))
         _put(file, part, site, bound)
         bound.paths[label] = site.path
-        if file.format == "peft" and doubled_by_peft(site.path, site.kind.name):
+        if file.format == "peft" and doubled_by_peft(site.path, site.kind.name) and ".base_layer." in part.keys["A"]:
             bound.notes.append(
                 f"PEFT adds the update at '{site.path}' twice; it was doubled, so that outputs are equal"
             )
@@ -91,19 +94,62 @@ def _put(file: AdapterFile, part: StoredSite, site: Site, bound: Bound) -> None:
             f"'{file.where}' was made for a {part.kind} at '{part.path}', but the model has a {kind} there: "
             f"{site}. It is an adapter for another architecture."
         )
-    method = part.method
+    method = _method(file, part, site)
     values = {n: t for n, t in file.site_tensors(part, kind, site.lead).items() if n not in part.unsaved}
     form = method.peft_form
     if not file.native and form is not None and form.computed and not values.keys() & set(form.computed):
         values.update(_taken_out(method, site, form.computed))
-    if not file.native and kind == "conv":
-        _check_convolution(file, site)
+    if not file.native:
+        check_convolution(file.where, site, factors=True)
+        _check_reached(file, part, site, values)
     for name, value in _of_one_type(values, method, site).items():
         full = f"{site.path}.{name}"
         if full in bound.values:
             raise CheckpointError(f"'{file.where}' holds two tensors for '{full}' of this model; nothing was loaded.")
         bound.values[full] = value
     bound.chosen.append((site, method))
+
+
+def _check_reached(file: AdapterFile, part: StoredSite, site: Site, values: Mapping[str, Tensor]) -> None:
+    """Refuse an update of an attention module's output projection that PEFT wrapped by itself: the module reads the
+    weight past PEFT's wrapper, so nothing of it was ever trained or applied there.
+    """
+    if file.format != "peft" or not doubled_by_peft(site.path, site.kind.name) or part.values is not None:
+        return
+    if ".base_layer." not in part.keys["A"] and bool(values["B"].any()):
+        raise CheckpointError(
+            f"'{file.where}' targets '{site.path}' by itself. PEFT does not apply an adapter there, since the "
+            "attention module around it reads the weight past PEFT's layer, yet this one's update is not zero; nothing "
+            f"was loaded. Target the attention module ('{site.path.rpartition('.')[0]}'), or merge it in PEFT "
+            "(merge_and_unload), which applies it."
+        )
+
+
+def _method(file: AdapterFile, part: StoredSite, site: Site) -> Method:
+    """Return the method at a site, where PEFT's config needs the model to tell it.
+
+    Raises
+    ------
+    CheckpointError
+        A start that changed a weight which other layers share.
+    """
+    if file.format != "peft" or file.config is None or part.values is not None:
+        return part.method
+    if file.config.parameter_targeted(parameter := f"{part.path}.{site.parameter}"):
+        return file.config.method(parameter, parameter=True)
+    form = part.method.peft_form
+    if form is None or not form.start:
+        return part.method
+    if site.tied:
+        raise CheckpointError(
+            f"'{file.where}' was trained with init_lora_weights='{file.config.start}' on '{site.path}', whose weight "
+            f"{some(site.tied)} shares. PEFT took the start out of it there, too, which no adapter at '{site.path}' "
+            "describes; nothing was loaded. Train it on a base with tie_word_embeddings=False, or without this target."
+        )
+    most = min(site.out_features, site.in_features)  # a decomposition has no more directions than the smaller side
+    if not isinstance(part.method, Bottleneck) or getattr(part.method, "rank", most) <= most:
+        return part.method
+    return of_rank(part.method, site, most, own=True)
 
 
 def _of_one_type(values: dict[str, Tensor], method: Method, site: Site) -> dict[str, Tensor]:
@@ -127,18 +173,6 @@ def _taken_out(method: Method, site: Site, names: Sequence[str]) -> dict[str, Te
     with torch.no_grad():
         method.setup(fresh, site, Generator().manual_seed(0))
     return {name: fresh[name] for name in names}
-
-
-def _check_convolution(file: AdapterFile, site: Site) -> None:
-    """Refuse convolutions where PEFT's and kohya's own forward computes something that is no update of the
-    weight.
-    """
-    module = site.owner
-    if module.groups != 1:
-        raise CheckpointError(
-            f"'{file.where}': '{site.path}' is a convolution in {module.groups} groups. The factors that other tools "
-            "train there see all channels, which no update of its weight does; Lorry cannot carry them."
-        )
 
 
 def _check_targets(file: AdapterFile, state: ModelState, resolver: Resolver, bound: Bound) -> None:
@@ -193,7 +227,7 @@ def _base_copies(file: AdapterFile, resolver: Resolver, bound: Bound) -> None:
                 f"this model has {tuple(own.shape)}. Resize it first: "
                 f"model.resize_token_embeddings({value.shape[0]})."
             )
-        if torch.equal(value.to(own.dtype), own.detach().to(value.device)):
+        if torch.equal(value.to(own.dtype), own.detach().to(value.device)) or _lacks_start(value, site, bound):
             bound.verified += 1
             bound.notes.append(f"'{key}' equals the base's own and was left out")
             continue
@@ -205,6 +239,22 @@ def _base_copies(file: AdapterFile, resolver: Resolver, bound: Bound) -> None:
         bound.values[f"{site.path}.{name}"] = value
         bound.chosen.append((site, full))
         bound.notes.append(f"'{site.path}' differs from the base and is carried whole")
+
+
+def _lacks_start(value: Tensor, module: Site, bound: Bound) -> bool:
+    """Whether a saved weight is the base's own without the start that an adapter took out of it, to rounding."""
+    for site, method in bound.chosen:
+        form = method.peft_form
+        if site.owner is not module.owner or form is None or not form.computed or not isinstance(method, Bottleneck):
+            continue
+        start = {n: bound.values[f"{site.path}.{n}"].float() for n in form.computed}
+        trained = {n: torch.zeros(spec.shape) for n, spec in method.tensors(site).items() if n not in start}
+        own = site.matrix().float().cpu()
+        left = own + method.delta({**trained, **{n: t.cpu() for n, t in start.items()}}, site)
+        apart = site.kind.to_matrix(site, value.float().cpu()) - left
+        rough = 1e-3 if value.dtype.itemsize > 2 else 2e-2
+        return bool(apart.norm() <= rough * own.norm())
+    return False
 
 
 def _is_embedding(module: nn.Module, root: nn.Module) -> bool:

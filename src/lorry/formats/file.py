@@ -270,7 +270,7 @@ class AdapterFile:
             return SiteFacts(stored.kind, stored.shape, kernel if stored.kind == "conv" else ())
         if a is None or b is None or stored.kind == "qkv":
             raise NeedsBase(f"'{self.where}' does not say the shape of '{path}'")
-        if stored.depth or a[0] != getattr(stored.method, "rank", a[0]) or "mid" in stored.keys:
+        if stored.parameter or a[0] != getattr(stored.method, "rank", a[0]) or "mid" in stored.keys:
             raise NeedsBase(
                 f"'{self.where}' holds a bank or a three-step convolution at '{path}', whose layout only the model "
                 "tells"

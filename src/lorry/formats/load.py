@@ -196,6 +196,11 @@ class _Values:
         if spec.dtype is not None:
             if value.dtype != spec.dtype:
                 raise CheckpointError(f"'{self.where}': the tensor '{full}' must be {spec.dtype}, found {value.dtype}.")
+            if (wrong := spec.misplaced(value)) is not None:
+                raise CheckpointError(
+                    f"'{self.where}': the tensor '{full}' must hold {wrong}; nothing was loaded. The file is damaged, "
+                    "or it is for a model of another width."
+                )
         elif not value.is_floating_point():
             raise CheckpointError(f"'{self.where}': the tensor '{full}' must be floating, found {value.dtype}.")
         elif value.dtype != (dtype := self.wanted or _computable(value.dtype)):

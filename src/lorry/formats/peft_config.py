@@ -93,22 +93,23 @@ class PeftConfig:
         return float(next((v for p, v in self._alphas if p.fullmatch(path)), self.values.get("lora_alpha", 8)))
 
     @cached_property
-    def _made(self) -> dict[tuple[int, float, bool], Method]:
+    def _made(self) -> dict[tuple[int, float, bool, str], Method]:
         return {}
 
-    def method(self, path: str, *, parameter: bool = False) -> Method:
-        """Return the method at a module (`parameter` if a parameter is targeted, which PEFT never drops
-        out).
+    def method(self, path: str, *, parameter: bool = False, start: bool = True) -> Method:
+        """Return the method at a module.
+
+        `parameter` says that `path` is a parameter which is targeted itself (by its whole path, ``module.name``): PEFT
+        never drops out there. Without `start` the layer is one of those whose weight PEFT's starts leave alone.
         """
-        rank, alpha = self.rank(path), self.alpha(path)
-        key = (rank, alpha, parameter)
+        rank, alpha, begun = self.rank(path), self.alpha(path), self.start if start and not parameter else ""
+        key = (rank, alpha, parameter, begun)
         found = self._made.get(key)
         if found is None:
             options = {"rank": rank, "alpha": alpha, "rank_stabilized": bool(self.values.get("use_rslora"))}
             dropout = 0.0 if parameter else float(self.values.get("lora_dropout") or 0.0)
-            start = "" if parameter else self.start
             try:
-                found = self._made[key] = peft_method(self.values, {"dropout": dropout, **options}, start)
+                found = self._made[key] = peft_method(self.values, {"dropout": dropout, **options}, begun)
             except OptionError as error:
                 raise CheckpointError(f"The PEFT config cannot be followed at '{path}': {error}") from None
         return found
@@ -285,7 +286,12 @@ def understood(values: Mapping[str, Any], where: str) -> PeftConfig:
             raise CheckpointError(
                 f"'{where}' combines use_dora with init_lora_weights='{start}', which Lorry cannot carry."
             )
+        if "_niter_" in start:
+            raise CheckpointError(
+                f"'{where}' was trained with init_lora_weights='{start}', a randomised SVD whose draw is not in the "
+                "file, and was saved unconverted: what it took out of the base cannot be computed again. Where it was "
+                "trained, save it with path_initial_model_for_weight_conversion, which makes it a plain LoRA; or, if "
+                "the base was saved as it was left, set init_lora_weights to true and load it onto that base."
+            )
         notes.append(f"{start} saved unconverted: what it took out of each weight was computed again from this base")
-        if start.startswith("pissa_niter"):
-            notes.append("it was made with a randomised SVD whose draw is not in the file; the exact one was used")
     return replace(config, notes=tuple(notes))

@@ -36,11 +36,14 @@ class PeftFolder(Reader):
             if len(names) != len(wanted):
                 check_complete(names, module, wanted, where)
             label = module if not depth else module + ".base_layer" * depth
-            method = config.method(module, parameter=parameters and (depth > 0 or not config.targeted(module)))
             kind = "conv" if len(file.places[names["A"]].shape) > 2 else None
+            if "lora_embedding_A" in names["A"]:
+                kind = "embedding"
+            parameter = parameters and (depth > 0 or not config.targeted(module))
+            method = config.method(module, parameter=parameter, start=kind != "embedding")
             if names["A"].find(".base_layer.") > 0 and module.endswith(".out_proj"):
                 kind = "qkv"
-            sites[label] = StoredSite(module, method, names, depth, kind)
+            sites[label] = StoredSite(module, method, names, depth, kind, parameter=parameter)
         for label in [p for p, s in sites.items() if s.kind == "qkv"]:
             owner = sites.get(label.removesuffix(".out_proj"))
             if owner is not None:

@@ -20,6 +20,7 @@ from lorry.core.forward.entry import Entry
 from lorry.core.life.adapter import Adapter
 from lorry.core.life.api import attach
 from lorry.core.method.registry import method_from
+from lorry.formats.convolutions import check_convolution
 from lorry.formats.file import AdapterFile
 from lorry.formats.folders import MANIFEST, PEFT_CONFIG, TENSORS, located
 from lorry.formats.reader import READERS, Location, Reader
@@ -45,6 +46,8 @@ class _Tuner:
         Given PEFT's layer and the site's entry, tensors by Lorry's names.
     shared
         Given PEFT's model, tensors that the sites share.
+    update
+        Given PEFT's layer, what it adds to its weight, to hold Lorry's update against.
     """
 
     method: str
@@ -52,6 +55,7 @@ class _Tuner:
     site: Callable[[Any], dict[str, Any]]
     tensors: Callable[[Any, Entry], dict[str, Tensor]]
     shared: Callable[[Any], dict[str, Tensor]] = lambda model: {}
+    update: Callable[[Any], Tensor] = lambda layer: layer.get_delta_weight(_NAME)
 
 
 def load(
@@ -63,6 +67,7 @@ def load(
     activate: bool = True,
     dtype: torch.dtype | None = None,
     expect: str | None = None,
+    check_base: bool = True,
 ) -> Adapter:
     """Load a PEFT folder of AdaLoRA, HiRA, LoHa, LoKr, SHiRA, Uni-LoRA or VeRA onto a model, as `lorry.load` does.
 
@@ -82,6 +87,8 @@ def load(
         Of the adapter's floating tensors; float32 if not given.
     expect
         Slug of the method that the folder must hold.
+    check_base
+        Refuse a folder that holds nothing of any layer, so that it would fit any base, unless it names this one.
 
     Raises
     ------
@@ -94,7 +101,16 @@ def load(
     if not location.has(PEFT_CONFIG) or not location.has(TENSORS):
         raise CheckpointError(f"'{location.path}' is no folder of PEFT's with {PEFT_CONFIG} and {TENSORS}.")
     with _READER.read(location) as file:
-        return load_tuner(file, model, name=name, trainable=trainable, activate=activate, dtype=dtype, expect=expect)
+        return load_tuner(
+            file,
+            model,
+            name=name,
+            trainable=trainable,
+            activate=activate,
+            dtype=dtype,
+            expect=expect,
+            check_base=check_base,
+        )
 
 
 class TunerFolder(Reader):
@@ -153,12 +169,16 @@ def load_tuner(
     check_base: bool = True,
     transient: bool = False,
 ) -> Adapter:
-    """Load an opened folder of another tuner; options as in `load`. PEFT's folders carry no fingerprint to check."""
+    """Load an opened folder of another tuner; options as in `load`. PEFT's folders carry no fingerprint to check, so
+    `check_base` asks for no more than that something in the file belongs to this base.
+    """
     kind = str(file.metadata["peft_type"])
     tuner = _TUNERS[kind]
     file.check_method(expect)
+    if check_base:
+        _check_drawn(file, model)
     peer = _opened(file, kind, model)
-    adapter = _attached(model, tuner, peer, name or _NAME, dtype or torch.float32, activate)
+    adapter = _attached(model, tuner, peer, name or _NAME, dtype or torch.float32, activate, file.where)
     adapter.train(trainable)
     return adapter
 
@@ -166,7 +186,25 @@ def load_tuner(
 LOADERS.add("peft-tuner", load_tuner)
 
 
-def _attached(model: nn.Module, tuner: _Tuner, peer: Any, name: str, dtype: torch.dtype, activate: bool) -> Adapter:
+def _check_drawn(file: AdapterFile, model: nn.Module) -> None:
+    """Raise `CheckpointError` if nothing ties the file to this base: with no tensor at any site, PEFT draws what it
+    lacks for a base of any width and depth.
+    """
+    places = file.file.places if file.file is not None else {}
+    sites = {name.rpartition(".")[0] for name in places} - {"", "base_model"}
+    own = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    if sites or (file.base and file.base == own):
+        return
+    raise CheckpointError(
+        f"'{file.where}' holds vectors that all layers share and nothing of a layer, so it would fit a base of any "
+        f"width and depth. It says that its base is '{file.base}', and this model is called '{own}'. Save it in PEFT "
+        "with save_indices=True; or, if this is surely the base, load it with check_base=False."
+    )
+
+
+def _attached(
+    model: nn.Module, tuner: _Tuner, peer: Any, name: str, dtype: torch.dtype, activate: bool, place: str
+) -> Adapter:
     """Return an adapter on `model` that computes what PEFT's model does."""
     layers = {n: m for n, m in peer.base_model.model.named_modules() if _holds(m)}
     options = {"method": tuner.method, **tuner.options(peer.peft_config[_NAME])}
@@ -176,6 +214,7 @@ def _attached(model: nn.Module, tuner: _Tuner, peer: Any, name: str, dtype: torc
     )
     try:
         _fill(adapter, tuner, peer.base_model, layers)
+        _check_updates(adapter, tuner, layers, place)
     except BaseException:
         adapter.detach()
         raise
@@ -219,14 +258,34 @@ def _fill(adapter: Adapter, tuner: _Tuner, peer: Any, layers: Mapping[str, nn.Mo
     values = {f"shared.{n}": t for n, t in tuner.shared(peer).items()}
     for path, layer in layers.items():
         values |= {f"{path}.{n}": t for n, t in tuner.tensors(layer, adapter.entries[path]).items()}
-    own = {name: tensor for name, tensor, _ in adapter.named_tensors()}
+    own = {name: (tensor, spec) for name, tensor, spec in adapter.named_tensors()}
     with torch.no_grad():
         for name, value in values.items():
-            if own[name].numel() != value.numel():
-                raise CheckpointError(
-                    f"'{name}' must be of shape {tuple(own[name].shape)}, found {tuple(value.shape)}."
-                )
-            own[name].copy_(value.reshape(own[name].shape))
+            tensor, spec = own[name]
+            if tensor.numel() != value.numel():
+                raise CheckpointError(f"'{name}' must be of shape {tuple(tensor.shape)}, found {tuple(value.shape)}.")
+            if (wrong := spec.misplaced(value)) is not None:
+                raise CheckpointError(f"'{name}' must hold {wrong}; nothing was loaded. The file is damaged.")
+            tensor.copy_(value.reshape(tensor.shape))
+
+
+def _check_updates(adapter: Adapter, tuner: _Tuner, layers: Mapping[str, nn.Module], where: str) -> None:
+    """Raise `CheckpointError` if Lorry's update of a weight is not PEFT's."""
+    for path, layer in layers.items():
+        entry = adapter.entries[path]
+        check_convolution(where, entry.site, factors=False)
+        with torch.no_grad():
+            ours, theirs = entry.delta(), tuner.update(layer)
+            rough = 1e-3 if min(ours.dtype.itemsize, theirs.dtype.itemsize) > 2 else 3e-2
+            ours, theirs = ours.float(), entry.site.kind.to_matrix(entry.site, theirs.float()).to(ours.device)
+            fits = theirs.shape == ours.shape and bool((theirs - ours).norm() <= rough * theirs.norm())
+        if not fits:
+            raise CheckpointError(
+                f"'{where}': at '{path}' ({entry.site.kind.name} of {tuple(entry.site.shape)}) PEFT makes another "
+                f"update of its tensors than {type(entry.method).__name__} does, so it cannot be carried as such; "
+                "nothing was loaded. Convert it to a plain LoRA with lorry.formats.peft_tuners.convert(path, "
+                "base_model, out), or where PEFT has no conversion merge it there into its base (merge_and_unload)."
+            )
 
 
 def _plain(**names: str) -> Callable[[Any, Entry], dict[str, Tensor]]:
@@ -262,6 +321,11 @@ def _lokr(layer: Any, entry: Entry) -> dict[str, Tensor]:
 def _shira(layer: Any, entry: Entry) -> dict[str, Tensor]:
     """Positions in ascending order, with their values."""
     rows, columns = layer.shira_indices[_NAME].long()
+    if bool(((columns < 0) | (columns >= layer.in_features)).any()):
+        raise CheckpointError(
+            f"'{entry.site.path}' has {layer.in_features} columns, and the file names columns {int(columns.min())} to "
+            f"{int(columns.max())}; nothing was loaded. The file is damaged."
+        )
     index, order = (rows * layer.in_features + columns).sort()
     return {"index": index, "values": layer.shira_weight[_NAME].detach()[order]}
 
@@ -284,7 +348,13 @@ def _unilora_shared(model: Any) -> dict[str, Tensor]:
 
 _TUNERS: dict[str, _Tuner] = {
     "ADALORA": _Tuner("adalora", lambda c: {}, _adalora_site, _plain(A="lora_A", B="lora_B", E="lora_E")),
-    "HIRA": _Tuner("hira", lambda c: {"rank": c.r}, lambda m: {"rank": m.r[_NAME]}, _plain(A="hira_A", B="hira_B")),
+    "HIRA": _Tuner(
+        "hira",
+        lambda c: {"rank": c.r},
+        lambda m: {"rank": m.r[_NAME]},
+        _plain(A="hira_A", B="hira_B"),
+        update=lambda m: m.get_delta_weight(_NAME) * m.get_base_layer().weight,
+    ),
     "LOHA": _Tuner(
         "loha",
         lambda c: {"rank": c.r, "alpha": float(c.alpha)},
@@ -297,7 +367,13 @@ _TUNERS: dict[str, _Tuner] = {
         _rank_and_alpha,
         _lokr,
     ),
-    "SHIRA": _Tuner("shira", lambda c: {"rank": c.r}, _no_options, _shira),
+    "SHIRA": _Tuner(
+        "shira",
+        lambda c: {"rank": c.r},
+        _no_options,
+        _shira,
+        update=lambda m: m.get_delta_weight(_NAME).to_dense(),
+    ),
     "UNILORA": _Tuner(
         "uni-lora",
         lambda c: {"rank": c.r, "size": c.theta_d_length, "save_indices": True},

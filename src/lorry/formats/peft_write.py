@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorry.core.sites.site import Site
+from lorry.formats.peft_moves import PeftMoves
 from lorry.formats.stored import (
     OUT_PROJ_TIMES,
     PEFT_EMBEDDING,
@@ -88,15 +89,15 @@ def peft_folder(
     NotPlain
         Some site or name cannot be said exactly in PEFT's format.
     """
-    fields = dict(fields or {})
+    fields, moves = dict(fields or {}), PeftMoves(root)
     for item in plain:
-        _check(item.site, bool(fields))
+        _check(item.site, bool(fields), moves)
     tensors = _tensors(plain)
     for path, values in whole.items():
         tensors |= {f"{PREFIX}{path}.{name}": value for name, value in values.items()}
-    keys = [(_config_key(p.site), p) for p in plain]
+    keys = [(_config_key(p.site, moves), p) for p in plain]
     config: dict[str, Any] = {"peft_type": "LORA", "bias": "none", "inference_mode": True, **fields}
-    config |= _selection(root, plain, list(whole), chosen) | _numbers(keys, dropout)
+    config |= _selection(root, moves, plain, list(whole), chosen) | _numbers(keys, dropout)
     if stabilized:
         config["use_rslora"] = True
     config = {k: v for k, v in config.items() if v not in ({}, None) or k == "target_modules"}
@@ -104,7 +105,7 @@ def peft_folder(
     if task:
         config["task_type"] = task
     notes = []
-    if any(p.site.kind.name in ("qkv", "experts") for p in plain) and dropout:
+    if any(p.site.kind.name in ("qkv", "experts") or moves.moved(p.site) for p in plain) and dropout:
         config["lora_dropout"] = 0.0
         notes.append(f"dropout {dropout} is in lorry.json only: PEFT has none on parameters")
     return PeftFolder(tensors, config, notes)
@@ -125,8 +126,12 @@ def _tensors(plain: Sequence[Plain]) -> dict[str, Tensor]:
     return tensors
 
 
-def _check(site: Site, special: bool) -> None:
+def _check(site: Site, special: bool, moves: PeftMoves) -> None:
     kind, owner = site.kind.name, site.owner
+    if refused := moves.refused(site):
+        raise NotPlain(refused)
+    if special and moves.moved(site):
+        raise NotPlain(f"PEFT takes '{site.path}' for experts in this model and has nothing but plain LoRA there")
     if not site.path:
         raise NotPlain("the adapted layer is the model itself")
     if kind == "conv" and (owner.groups != 1 or max(owner.dilation) != 1 or owner.padding_mode != "zeros"):  # type: ignore[arg-type]
@@ -150,17 +155,21 @@ _CHOICES = (
 
 
 def _selection(
-    root: nn.Module | None, plain: Sequence[Plain], whole: list[str], chosen: Mapping[str, Any] | None
+    root: nn.Module | None,
+    moves: PeftMoves,
+    plain: Sequence[Plain],
+    whole: list[str],
+    chosen: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Return the fields that select the sites: as exact as is known."""
     if root is not None:
-        return _targets(root, plain, whole)
+        return _targets(root, moves, plain, whole)
     return _whole_paths(plain, whole) if chosen is None else {k: chosen[k] for k in _CHOICES if chosen.get(k)}
 
 
-def _targets(root: nn.Module, plain: Sequence[Plain], whole: list[str]) -> dict[str, Any]:
+def _targets(root: nn.Module, moves: PeftMoves, plain: Sequence[Plain], whole: list[str]) -> dict[str, Any]:
     """Return the fields that select these sites of a model and no others."""
-    targets, parameters = _target_names(plain)
+    targets, parameters = _target_names(plain, moves)
     every = [path for path, _ in root.named_modules() if path]
     config: dict[str, Any] = {}
     if whole:
@@ -171,6 +180,8 @@ def _targets(root: nn.Module, plain: Sequence[Plain], whole: list[str]) -> dict[
         if inside:
             raise NotPlain(f"PEFT cannot adapt '{inside[0]}' inside a module that is trained whole")
     config["target_modules"] = _exact_targets(targets, every)
+    if moves.banks and isinstance(config["target_modules"], str):
+        raise NotPlain("PEFT reduces a regular expression to the last names of modules in models with experts")
     if parameters:
         config["target_parameters"] = _exact_parameters(parameters, [n for n, _ in root.named_parameters()])
     if any(type(p.site.owner).__name__ == "Conv1D" for p in plain):
@@ -185,6 +196,8 @@ def _whole_paths(plain: Sequence[Plain], whole: list[str]) -> dict[str, Any]:
             "banks, packed weights and whole modules are written in PEFT's format only beside their model, or with the "
             "config that chose them"
         )
+    if any("expert" in p.site.path for p in plain):
+        raise NotPlain("PEFT moves targets to experts in such a model, so it is written only beside the model")
     return {"target_modules": [p.site.path for p in plain]}
 
 
@@ -201,23 +214,25 @@ def _numbers(keys: Sequence[tuple[str, Plain]], dropout: float) -> dict[str, Any
     }
 
 
-def _config_key(site: Site) -> str:
+def _config_key(site: Site, moves: PeftMoves) -> str:
     """Return the path by which PEFT looks up rank and alpha of a site: an attention module answers for both
-    its matrices.
+    its matrices, a targeted parameter for itself.
     """
+    if moves.moved(site):
+        return f"{site.path}.{site.parameter}"
     return site.path.rpartition(".")[0] if site.kind.name == "qkv" else site.path
 
 
-def _target_names(plain: Sequence[Plain]) -> tuple[list[str], list[str]]:
+def _target_names(plain: Sequence[Plain], moves: PeftMoves) -> tuple[list[str], list[str]]:
     targets: list[str] = []
     parameters: list[str] = []
     packed: dict[str, list[Plain]] = {}
     for item in plain:
         site = item.site
-        if site.kind.name == "experts":
-            parameters.append(site.path)
+        if site.kind.name == "experts" or moves.moved(site):
+            parameters.append(_config_key(site, moves))
         elif site.kind.name == "qkv":
-            packed.setdefault(_config_key(site), []).append(item)
+            packed.setdefault(_config_key(site, moves), []).append(item)
         else:
             targets.append(site.path)
     for owner, items in packed.items():

@@ -115,7 +115,7 @@ def resized(
         a, b, lost, size, largest = _truncated(method, tensors, site, rank)
     own = method.peft_form is not None and method.peft_form.exact and {_DOWN, _UP} <= tensors.keys()
     kept = {n: t for n, t in tensors.items() if n not in (_DOWN, _UP)} if own else {}
-    return Changed(_of_rank(method, site, rank, own), {**kept, _DOWN: a, _UP: b}, lost, size, largest)
+    return Changed(of_rank(method, site, rank, own=own), {**kept, _DOWN: a, _UP: b}, lost, size, largest)
 
 
 def _padded(a: Tensor, b: Tensor, rank: int, generator: Generator | None) -> tuple[Tensor, Tensor]:
@@ -145,7 +145,7 @@ def _truncated(
     return small_a, small_b, float(gap.square().sum()), total, float(gap.abs().max())
 
 
-def _of_rank(method: Bottleneck, site: Site, rank: int, own: bool) -> Method:
+def of_rank(method: Bottleneck, site: Site, rank: int, *, own: bool) -> Method:
     """Return the method at another rank with the same scale: of its own sort if `own`, else plain LoRA."""
     made = method.with_options(rank=rank) if own else plain_lora(rank, dropout=method.dropout)
     assert isinstance(made, Bottleneck)

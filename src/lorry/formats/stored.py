@@ -33,6 +33,9 @@ class StoredSite:
         Lorry's name of each tensor -> the file's.
     depth
         How many further parameters of the same module PEFT wrapped outside of this one.
+    parameter
+        Whether PEFT targeted a parameter of the module, so that rank and alpha are looked up by the parameter's name,
+        which only the model tells.
     kind, shape, kernel
         Of the site, where the file tells (Lorry's own does); the kernel is a convolution's ``(channels, *size)``.
     component
@@ -57,6 +60,7 @@ class StoredSite:
     values: dict[str, Tensor] | None = None
     unsaved: frozenset[str] = frozenset()
     site: Site | None = None
+    parameter: bool = False
 
 
 def canonical(name: str, value: Tensor, kind: str | None, lead: tuple[int, ...]) -> Tensor:

@@ -42,4 +42,4 @@ class DoRA(LoRA):
         """Return ``m / ‖W + ΔW‖`` for each output channel."""
         with torch.no_grad():
             norms = norms_of_sum(site, a, b, self.scale(site))
-        return tensors["magnitude"] / norms.to(tensors["magnitude"].dtype)
+        return tensors["magnitude"].to(norms.dtype) / norms  # rounded once, where it is used

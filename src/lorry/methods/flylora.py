@@ -69,7 +69,13 @@ class FlyLoRA(Bottleneck):
         """
         shape = (self.rank, self.nonzeros(site))
         return {
-            "positions": TensorSpec(shape, distinct_columns(site.in_features), trained=False, dtype=torch.int32),
+            "positions": TensorSpec(
+                shape,
+                distinct_columns(site.in_features),
+                trained=False,
+                dtype=torch.int32,
+                within=range(site.in_features),
+            ),
             "values": TensorSpec(shape, lambda t, g: t.normal_(0, 1 / self.rank, generator=g), trained=False),
             "B": TensorSpec((site.out_features, self.rank)),
             "bias": TensorSpec((self.rank,), trained=False, dtype=torch.float32),

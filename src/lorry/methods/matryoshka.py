@@ -84,7 +84,7 @@ class Matryoshka(Nested):
 
     def layout(self, sites: Sequence[Site]) -> Layout:
         """Return A and B of each site, and for DyLoRA the rank drawn for all of them."""
-        drawn = TensorSpec((1,), constant(self._draw(0)), trained=False, dtype=torch.int64)
+        drawn = TensorSpec((1,), constant(self._draw(0)), False, torch.int64, within=range(1, self.rank + 1))
         return Layout({s.path: self.tensors(s) for s in sites}, {"drawn": drawn} if self.mode == "dylora" else {})
 
     def _draw(self, step: int) -> int:

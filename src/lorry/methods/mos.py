@@ -85,7 +85,7 @@ class MoS(Bottleneck):
             layout.shared[f"{name}.B"] = TensorSpec((*first.lead, rows, outer))
             for number, site in enumerate(members):
                 choice = self._choice(rank, count, number, shards)
-                spec = TensorSpec((rank * shards,), choice, trained=False, dtype=torch.int64)
+                spec = TensorSpec((rank * shards,), choice, False, torch.int64, within=range(rows))
                 layout.sites[site.path].update({f"index_{f}": spec for f in ("AB" if self.dissociated else "A")})
         return layout
 

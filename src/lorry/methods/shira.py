@@ -119,7 +119,7 @@ class SHiRA(WeightDelta):
         dtype = torch.int32 if math.prod(site.shape) < 2**31 else torch.int64
         return {
             "values": TensorSpec((total,)),
-            "index": TensorSpec((total,), trained=False, dtype=dtype),
+            "index": TensorSpec((total,), trained=False, dtype=dtype, within=range(math.prod(site.shape)), rising=True),
         }
 
     def setup(self, tensors: dict[str, Tensor], site: Site, generator: Generator) -> None:

@@ -50,7 +50,13 @@ class SHiRADoRA(WeightDelta):
             "A": TensorSpec((*site.lead, self.rank, site.in_features), kaiming),
             "B": TensorSpec((*site.lead, site.out_features, self.rank)),
             "magnitude": TensorSpec((*site.lead, site.out_features), ones),
-            "index": TensorSpec((math.prod(site.lead) * self._count(site),), trained=False, dtype=kind),
+            "index": TensorSpec(
+                (math.prod(site.lead) * self._count(site),),
+                trained=False,
+                dtype=kind,
+                within=range(math.prod(site.shape)),
+                rising=True,
+            ),
         }
 
     def setup(self, tensors: dict[str, Tensor], site: Site, generator: Generator) -> None:

@@ -72,7 +72,7 @@ class UniLoRA(Bottleneck):
         dtype = torch.int32 if length < 2**31 else torch.int64
         own = {
             path: {
-                "index": TensorSpec((n,), assignment.part(path), trained=False, dtype=dtype, saved=self.save_indices)
+                "index": TensorSpec((n,), assignment.part(path), False, dtype, self.save_indices, within=range(length))
             }
             for path, n in sizes.items()
         }

@@ -15,6 +15,7 @@ from lorry.core.life.base_edits import Edit, Exchanged, changed_since
 from lorry.core.memory import LargePages
 from lorry.core.method.families import Bottleneck
 from lorry.core.receipt import Receipt
+from lorry.core.sites.site import Site
 from lorry.core.sites.storage import Storage, storage_of
 
 #: A (rank, in), B (out, rank) and the scale of an update that is nothing but their product.
@@ -57,6 +58,8 @@ def fuse_into_base(
             f"Adapter '{name}' cannot be fused: {', '.join(never)} depends on the input of the layer or replaces its "
             "forward, so there is no weight that does the same. Serve it unfused."
         )
+    for entry in entries:
+        check_kept(entry.site)
     fresh: list[tuple[Entry, nn.Parameter]] = []
     places: list[tuple[Tensor, Thin]] = []
     notes: list[str] = []
@@ -81,6 +84,17 @@ def fuse_into_base(
     at = tuple((entry.site.holder, entry.site.parameter) for entry in entries)
     edit = Edit(name, 1.0, partial(_put_back, name, exchanged) if keep else None, at, exchanged)
     return edit, _receipt(name, entries, deviations, notes)
+
+
+def check_kept(site: Site) -> None:
+    """Raise `AdapterError` if the weight of a site is no parameter, so that nothing can be put in its place."""
+    if site.parameter and not site.kept:
+        raise AdapterError(
+            f"The weight of '{site.path}' is worked out from other parameters at each use (a parametrisation such as "
+            "weight norm), so no update can be added to it; nothing was fused. Serve the adapter unfused, or make "
+            "the weight a parameter first: torch.nn.utils.parametrize.remove_parametrizations(module, "
+            f"'{site.parameter}'), then attach or load the adapter."
+        )
 
 
 def _exchange(entry: Entry, fused: nn.Parameter, keep: bool) -> Exchanged:

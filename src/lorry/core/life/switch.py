@@ -14,6 +14,7 @@ from torch import Tensor
 from lorry.core.errors import AdapterError
 from lorry.core.life.adapter import Adapter
 from lorry.core.life.base_edits import Edit
+from lorry.core.life.fuse import check_kept
 from lorry.core.method.families import WeightDelta
 from lorry.core.sites.site import Site
 from lorry.core.sites.storage import Dense, storage_of
@@ -143,6 +144,7 @@ def make_switch(adapter: Adapter, weight: float = 1.0) -> Switch:
     patches = []
     for entry in adapter.entries.values():
         method, site = entry.method, entry.site
+        check_kept(site)
         found = cast(WeightDelta, method).sparse(entry.tensors(), site) if "sparse" in method.capabilities else None
         if found is None or not isinstance(storage_of(site), Dense):
             raise AdapterError(f"The update at '{site.path}' is not sparse on a dense weight; use adapter.fuse().")

@@ -113,7 +113,7 @@ class Bottleneck(Method):
             h = self.mid(kind.down(site, x, a.to(dtype)), call, tensors)
             update = kind.up(site, h if scale == 1.0 else h * scale, b.to(dtype))
         gain = self.gain(a, b, tensors, site)
-        return update if gain is None else _with_gain(call, update, gain.to(dtype))
+        return update if gain is None else _with_gain(call, update, gain)
 
     def delta(self, tensors: Tensors, site: Site) -> Tensor:
         """Return ``scale · B A``, with DoRA's gain ``g ⊙ (W + ΔW) - W``, as ``(*lead, out, in)`` in float32 or
@@ -148,7 +148,9 @@ def _with_gain(call: Call, update: Tensor, gain: Tensor) -> Tensor:
     kind, site = call.site.kind, call.site
     base, bias = kind.channels_last(site, call.output), kind.bias(site)
     base = base if bias is None else base - bias
-    result = (gain - 1) * base + gain * kind.channels_last(site, update)
+    # what is added to y has the relative error of g - 1 and not of g, so that a gain near 1 costs no precision
+    more, gain = (gain - 1).to(base.dtype), gain.to(base.dtype)
+    result = more * base + gain * kind.channels_last(site, update)
     return kind.channels_back(site, result)
 
 
@@ -280,7 +282,8 @@ def norms_of_sum(site: Site, a: Tensor | None, b: Tensor | None, scale: float) -
     # float32 for each step would cost more than they do; a frozen adapter gets its norms in full
     rounded = (a.requires_grad or b.requires_grad) and weight.dtype == torch.bfloat16 and not emulated(weight)
     a, b = a.detach(), b.detach()
-    kind, exact = weight.dtype if rounded else a.dtype, torch.promote_types(a.dtype, squares.dtype)
+    exact = torch.promote_types(a.dtype, squares.dtype)
+    kind = weight.dtype if rounded else exact
     # rank units in rows, so that the products run along contiguous memory
     cross = (a.to(kind) @ weight.to(kind).mT).to(exact)
     a, bt = a.to(exact), b.to(exact).mT

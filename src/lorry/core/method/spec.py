@@ -60,7 +60,9 @@ class TensorSpec:
     """A tensor that a method owns: its shape, how it starts, whether it is trained.
 
     `dtype` None means the adapter's own; indices and masks name theirs and keep it through every cast. Tensors with
-    ``saved=False`` are rebuilt from the seed and not written to the checkpoint.
+    ``saved=False`` are rebuilt from the seed and not written to the checkpoint. `within` are the whole numbers that an
+    index may hold, which `rising` says rise strictly: what is read from a file is checked against them, since a wrong
+    one would crash later or change another weight.
     """
 
     shape: tuple[int, ...]
@@ -68,10 +70,24 @@ class TensorSpec:
     trained: bool = True
     dtype: torch.dtype | None = None
     saved: bool = True
+    within: range | None = None
+    rising: bool = False
 
     def __reduce__(self) -> tuple[object, ...]:
         """Return what a pickled or copied model takes along; a start is often a closure, which cannot be pickled."""
-        return TensorSpec, (self.shape, forgotten, self.trained, self.dtype, self.saved)
+        return TensorSpec, (self.shape, forgotten, self.trained, self.dtype, self.saved, self.within, self.rising)
+
+    def misplaced(self, value: Tensor) -> str | None:
+        """Return what is wrong with the whole numbers that a file gives for this tensor, or None."""
+        if self.within is None or not value.numel():
+            return None
+        low, high = int(value.min()), int(value.max())
+        if low < self.within.start or high >= self.within.stop:
+            return f"whole numbers from {self.within.start} to {self.within.stop - 1}, found {low} to {high}"
+        flat = value.flatten()
+        if self.rising and not bool((flat[1:] > flat[:-1]).all()):
+            return "whole numbers that rise, found some twice or out of order"
+        return None
 
     @property
     def numel(self) -> int:

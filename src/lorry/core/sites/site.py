@@ -198,6 +198,13 @@ class Site:
         return weight
 
     @property
+    def kept(self) -> bool:
+        """Whether the weight is a parameter of its own, which can be written and exchanged; one that is worked out from
+        others at each use (`torch.nn.utils.parametrizations`) is none.
+        """
+        return self.holder._parameters.get(self.parameter) is not None
+
+    @property
     def storage(self) -> Storage:
         """How the weight is stored.
 

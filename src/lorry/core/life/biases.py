@@ -37,7 +37,7 @@ class _BiasKind(Kind):
 class _Known(WeightDelta):
     """An update that was worked out already."""
 
-    merging: MergeClass = "exact"  # type: ignore[assignment]
+    merging: MergeClass = "exact"
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         """Return the update itself."""

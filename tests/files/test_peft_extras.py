@@ -20,6 +20,20 @@ def biased():
     return llama(attention_bias=True)
 
 
+def deepseek():
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    torch.manual_seed(6)
+    sizes = dict(hidden_size=16, intermediate_size=24, moe_intermediate_size=12, num_hidden_layers=2, vocab_size=48)
+    heads = dict(num_attention_heads=2, num_key_value_heads=2, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4)
+    heads |= dict(qk_nope_head_dim=4, v_head_dim=8)
+    routes = dict(n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, n_shared_experts=1)
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, **heads, **routes, first_k_dense_replace=1)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.3)
+    return model
+
+
 def tied():
     return llama(tie_word_embeddings=True)
 
@@ -53,6 +67,13 @@ CASES = {
             alpha_pattern={"experts.down_proj": 9},
         ),
     ),
+    "a router": (mixtral, lambda: lora(target_modules=[], target_parameters=["mlp.gate.weight"])),
+    "a router and banks": (
+        deepseek,
+        lambda: lora(
+            target_modules=["o_proj"], target_parameters=["mlp.gate.weight", *BANKS], rank_pattern={"gate.weight": 3}
+        ),
+    ),
     "norm tuning": (gpt2, lambda: peft.LNTuningConfig(target_modules=["ln_1", "ln_f"])),
     "norm tuning, head saved": (
         llama,
@@ -64,7 +85,7 @@ CASES = {
 
 
 #: transformers multiplies banks of experts in single precision only.
-SINGLE = ("patterns of parameters",)
+SINGLE = ("patterns of parameters", "a router", "a router and banks")
 
 
 def base(case):

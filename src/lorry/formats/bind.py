@@ -90,7 +90,7 @@ def _of_parameter(file: AdapterFile, part: StoredSite, site: Site, resolver: Res
     """Return what is stored for a site; PEFT's patterns mean a bank by the path of its parameter, which only the model
     tells.
     """
-    if file.config is None or file.format != "peft" or site.kind.name != "experts":
+    if file.config is None or file.format != "peft" or site.kind.name not in ("experts", "router"):
         return part
     return replace(part, method=file.config.method(resolver.original(site.path), parameter=True))
 
@@ -161,7 +161,7 @@ def _check_targets(file: AdapterFile, state: ModelState, resolver: Resolver, bou
     have = {site.path for site, _ in bound.chosen}
     missing = []
     for path, site in state.sites.items():
-        if path in have or site.kind.name == "experts":
+        if path in have or site.kind.name in ("experts", "router"):
             continue
         if site.kind.name == "qkv":
             if not path.endswith(".in_proj_weight"):

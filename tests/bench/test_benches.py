@@ -59,7 +59,7 @@ def test_switching_in_the_weights_restores_every_byte_and_adding_does_not():
         assert found["changed"][dtype]["scatter"] == 0
         assert found["changed"][dtype]["lorry fuse, unfuse"] == 0
         assert 0 < found["changed"][dtype]["add, subtract"] < 1
-        assert 0 < found["changed"][dtype]["peft merge, unfuse"] < 1
+        assert 0 < found["changed"][dtype]["peft merge, unmerge"] < 1
     entries = 2 * round(0.05 * 64 * 64)
     assert found["bytes"]["scatter"] == entries * (8 + 4 + 4)
     assert found["bytes"]["fuse"] == 2 * (2 * 64 * 64 + 2 * 4 * 64) * 4

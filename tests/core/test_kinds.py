@@ -162,7 +162,7 @@ def test_a_new_kind_may_claim_what_another_one_would_take():
 
 def test_kinds_are_asked_by_priority_and_methods_say_what_they_need():
     names = [kind.name for kind in kinds_in_order()]
-    assert names == ["block", "experts", "qkv", "embedding", "conv", "linear"]
+    assert names == ["block", "experts", "router", "qkv", "embedding", "conv", "linear"]
     kinds = {slug: set(info.kinds) for slug, info in lorry.methods().items()}
     assert kinds["lora"] == set(names) - {"block"} and kinds["mixlora"] == {"block"}
     assert kinds["flylora"] == {"linear", "conv", "embedding"} and kinds["eva"] == {"linear"}

@@ -58,10 +58,10 @@ def test_other_tuners_and_other_folders_are_refused_by_name(tmp_path):
     peft_model(stack(), CONFIGS["loha"]).save_pretrained(str(tmp_path / "loha"))
     with pytest.raises(lorry.CheckpointError, match="method 'loha', expected was 'lokr'"):
         lorry.load(stack(), tmp_path / "loha", expect="lokr")
-    whole = peft.LoHaConfig(r=3, target_modules=["up"], modules_to_save=["down"])
-    peft_model(stack(), whole).save_pretrained(str(tmp_path / "whole"))
-    with pytest.raises(lorry.CheckpointError, match="modules_to_save=\\['down'\\], which Lorry cannot carry for LOHA"):
-        lorry.load(stack(), tmp_path / "whole")
+    biased = peft.BOFTConfig(boft_block_size=4, target_modules=["up"], bias="boft_only")
+    peft_model(stack(), biased).save_pretrained(str(tmp_path / "biased"))
+    with pytest.raises(lorry.CheckpointError, match="bias='boft_only', which Lorry cannot carry for BOFT"):
+        lorry.load(stack(), tmp_path / "biased")
 
 
 @pytest.mark.parametrize("damage", ["missing", "surplus", "nan", "another base", "another tuner"])

@@ -103,7 +103,9 @@ def output(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         if type(base).__name__ == "UNet2DConditionModel":
             x = torch.randn(2, 4, 8, 8, generator=generator)
-            return model(x, torch.tensor([3, 7]), torch.randn(2, 5, 8, generator=generator)).sample
+            kind = next(base.parameters()).dtype
+            text = torch.randn(2, 5, 8, generator=generator).to(kind)
+            return model(x.to(kind), torch.tensor([3, 7]), text).sample
         if type(base).__name__ == "Attention":
             return model(torch.randn(2, 5, 16, generator=generator))
         result = model(IDS)

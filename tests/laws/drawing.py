@@ -53,6 +53,8 @@ def values_of(field: dataclasses.Field[Any]) -> st.SearchStrategy[Any]:
         drawn = st.lists(st.integers(1, 4), min_size=1, max_size=4).map(tuple)
     elif declared.startswith("tuple[str"):
         drawn = st.lists(st.sampled_from(PROJECTIONS), unique=True).map(tuple)
+    elif declared == "Method":
+        drawn = st.sampled_from(["lora", "loha"])
     else:
         raise AssertionError(f"say how '{field.name}' of type {kind} is drawn")
     return st.one_of(st.none(), drawn) if "None" in kind else drawn

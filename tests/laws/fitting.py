@@ -12,7 +12,16 @@ from lorry.core.method.base import Method
 from lorry.core.method.registry import presets
 
 #: Options that are sizes, with values small enough for layers of a few dozen channels.
-SMALL = {"rank": 2, "initial_rank": 3, "target_rank": 2, "experts": 3, "top_k": 2, "kernels": (2, 2, 4), "dropout": 0.0}
+SMALL = {
+    "rank": 2,
+    "initial_rank": 3,
+    "target_rank": 2,
+    "experts": 3,
+    "top_k": 2,
+    "kernels": (2, 2, 4),
+    "tokens": tuple(range(16)),
+    "dropout": 0.0,
+}
 
 
 def small(slug: str, **more: Any) -> Method:
@@ -36,6 +45,12 @@ def with_dense_updates(plain: Any, adapter: lorry.Adapter, weight: float = 1.0) 
             holder = plain.get_submodule(owner)
             stored = getattr(holder, site.parameter)
             stored.add_(site.kind.to_weight(site, weight * delta).to(stored.dtype))
+        for entry in adapter.entries.values():
+            update = entry.method.bias_delta(entry.tensors(), entry.site)
+            if update is not None:
+                holder = plain.get_submodule(entry.site.path)
+                own = torch.zeros((), dtype=stored.dtype) if holder.bias is None else holder.bias
+                holder.bias = torch.nn.Parameter((own + weight * update).to(stored.dtype), requires_grad=False)
     return plain
 
 

@@ -121,6 +121,7 @@ def small(slug: str) -> lorry.core.method.base.Method:
     """The method with its defaults, narrow enough for tiny layers."""
     fields = {f.name: f for f in dataclasses.fields(lorry.methods()[slug].cls)}
     rank = {"rank": 2} if "rank" in fields and isinstance(fields["rank"].default, int) else {}
+    rank |= {"tokens": tuple(range(16))} if "tokens" in fields else {}
     for values in ({**rank, "dropout": 0.0} if "dropout" in fields else rank, rank, {}):
         try:
             return lorry.method_from({"method": slug, **values})

@@ -94,7 +94,7 @@ class _Sides:
             "lorry fuse, unfuse": self._fuse,
         }
         if self.peft is not None:
-            cases["peft merge, unfuse"] = partial(_peft_merge, self.peft)
+            cases["peft merge, unmerge"] = partial(_peft_merge, self.peft)
         return cases
 
     def _scatter(self) -> None:
@@ -131,7 +131,7 @@ class _Sides:
 
     def changed(self) -> dict[str, float]:
         """Return the share of entries that are not what they were, bit for bit, after each way of switching."""
-        bases = {"add, subtract": self.plain, "peft merge, unfuse": self.peft}
+        bases = {"add, subtract": self.plain, "peft merge, unmerge": self.peft}
         found = {}
         for name, case in self.cases().items():
             model = bases.get(name, self.model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 
 import torch
@@ -20,6 +20,7 @@ from lorry.core.sites.site import Site
 from lorry.formats.convolutions import check_convolution
 from lorry.formats.file import AdapterFile
 from lorry.formats.names import Resolver
+from lorry.formats.peft_extras import bind_extras
 from lorry.formats.resize import of_rank
 from lorry.formats.stored import StoredSite, doubled_by_peft
 
@@ -71,7 +72,7 @@ def bind(file: AdapterFile, state: ModelState) -> Bound:
             site = resolver.find(part.path, part.depth, targeted)
         if site is None:
             raise resolver.missing(part.path, file.where, some(part.keys.values(), 2))
-        _put(file, part, site, bound)
+        _put(file, _of_parameter(file, part, site, resolver), site, bound)
         bound.paths[label] = site.path
         if file.format == "peft" and doubled_by_peft(site.path, site.kind.name) and ".base_layer." in part.keys["A"]:
             bound.notes.append(
@@ -81,10 +82,20 @@ def bind(file: AdapterFile, state: ModelState) -> Bound:
         if name not in file.shared_unsaved:
             bound.values[f"shared.{name}"] = value
     if file.config is not None and file.format == "peft":
+        left = bind_extras(file, resolver, bound.chosen, bound.values)
         _check_targets(file, state, resolver, bound)
-        _base_copies(file, resolver, bound)
+        _base_copies(file, left, resolver, bound)
     bound.notes += resolver.notes
     return bound
+
+
+def _of_parameter(file: AdapterFile, part: StoredSite, site: Site, resolver: Resolver) -> StoredSite:
+    """Return what is stored for a site; PEFT's patterns mean a bank by the path of its parameter, which only the model
+    tells.
+    """
+    if file.config is None or file.format != "peft" or site.kind.name not in ("experts", "router"):
+        return part
+    return replace(part, method=file.config.method(resolver.original(site.path), parameter=True))
 
 
 def _put(file: AdapterFile, part: StoredSite, site: Site, bound: Bound) -> None:
@@ -184,7 +195,7 @@ def _check_targets(file: AdapterFile, state: ModelState, resolver: Resolver, bou
     have = {site.path for site, _ in bound.chosen}
     missing = []
     for path, site in state.sites.items():
-        if path in have or site.kind.name == "experts":
+        if path in have or site.kind.name in ("experts", "router"):
             continue
         if site.kind.name == "qkv":
             if not path.endswith(".in_proj_weight"):
@@ -198,20 +209,20 @@ def _check_targets(file: AdapterFile, state: ModelState, resolver: Resolver, bou
             f"{some(missing)}. The file is incomplete, or it is for another model; nothing was loaded."
         )
     for name in config.values.get("modules_to_save") or ():
-        if not any(p == name or p.endswith(f".{name}") for p in (s.path for s, m in bound.chosen if m.whole)):
-            found = [p for p, _ in state.root.named_modules() if p == name or p.endswith(f".{name}")]
+        if not any(s.path.endswith(name) for s, m in bound.chosen if m.whole):
+            found = [p for p, _ in state.root.named_modules() if p.endswith(name)]
             if found:
                 raise CheckpointError(
                     f"'{file.where}' lists '{name}' in modules_to_save but holds no tensors for {some(found)}."
                 )
 
 
-def _base_copies(file: AdapterFile, resolver: Resolver, bound: Bound) -> None:
+def _base_copies(file: AdapterFile, copies: Mapping[str, str], resolver: Resolver, bound: Bound) -> None:
     """Check embeddings that were saved along with an adapter against the base, and carry those that differ
     as whole modules.
     """
     full = whole_module()
-    for path, key in file.base_copies.items():
+    for path, key in copies.items():
         module_path, _, name = path.rpartition(".")
         site = resolver.whole(module_path)
         own = site.owner._parameters.get(name) if site is not None else None

@@ -65,7 +65,7 @@ class Resolver:
         if self._banks is None:
             self._banks = {}
             for site in self.sites.values():
-                if site.kind.name == "experts":
+                if site.kind.name in ("experts", "router"):
                     self._banks.setdefault(site.path.rpartition(".")[0], []).append(site)
         bank = [s for s in self._banks.get(path, ()) if targeted is None or targeted(s.path)]
         place = len(bank) - 1 - depth

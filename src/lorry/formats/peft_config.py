@@ -28,14 +28,12 @@ _NEUTRAL = frozenset(
     "qalora_group_size ensure_weight_tying velora_config exclude_modules".split()
 )
 _UNDERSTOOD = frozenset(
-    "r lora_alpha lora_dropout use_rslora use_dora rank_pattern alpha_pattern target_modules target_parameters "
-    "modules_to_save layers_to_transform layers_pattern init_lora_weights bias".split()
+    "r lora_alpha lora_dropout use_rslora use_dora rank_pattern alpha_pattern target_modules target_parameters bias "
+    "lora_bias modules_to_save layers_to_transform layers_pattern init_lora_weights trainable_token_indices".split()
 )
 #: Options that change the arithmetic and are refused, with what they are.
 _REFUSED = {
-    "lora_bias": "a bias on lora_B",
     "layer_replication": "replicated layers of the base",
-    "trainable_token_indices": "single trained rows of the embedding",
     "alora_invocation_tokens": "activation from a token on (aLoRA)",
     "use_qalora": "pooled inputs (QALoRA)",
     "monteclora_config": "sampled factors (MonteCLoRA)",
@@ -208,6 +206,11 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _are_tokens(value: Any) -> bool:
+    lists = value.values() if isinstance(value, dict) else [value]
+    return all(isinstance(tokens, list) and all(map(_is_whole, tokens)) for tokens in lists)
+
+
 #: What the options that Lorry reads must be, beside null.
 _TYPES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("peft_type", "bias"), ("text", lambda v: isinstance(v, str))),
@@ -216,7 +219,8 @@ _TYPES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
         ("a text or a list of texts", lambda v: isinstance(v, str) or _is_texts(v)),
     ),
     **dict.fromkeys(("modules_to_save", "target_parameters"), ("a list of texts", _is_texts)),
-    **dict.fromkeys(("use_rslora", "use_dora"), ("true or false", lambda v: isinstance(v, bool))),
+    "trainable_token_indices": ("a list of whole numbers, or such a list for each module", _are_tokens),
+    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), ("true or false", lambda v: isinstance(v, bool))),
     **dict.fromkeys(("lora_alpha", "lora_dropout"), ("a number", _is_number)),
     "r": ("a whole number", _is_whole),
     "init_lora_weights": ("true, false or a text", lambda v: isinstance(v, bool | str)),
@@ -266,9 +270,12 @@ def understood(values: Mapping[str, Any], where: str) -> PeftConfig:
             f"'{where}' sets the unknown option {name}={value!r}, which may change the arithmetic."
             f"{near_misses(name, _UNDERSTOOD | _NEUTRAL)} Understood are: {', '.join(sorted(_UNDERSTOOD))}."
         )
-    if values.get("bias", "none") != "none":
+    if values.get("bias") not in (None, "none", "all", "lora_only") or (
+        values.get("lora_bias") and values.get("use_dora")
+    ):
         raise CheckpointError(
-            f"'{where}' sets bias={values['bias']!r}: trained biases of the base, which Lorry cannot carry yet."
+            f"'{where}' sets bias={values.get('bias')!r} and lora_bias={values.get('lora_bias')!r}; known are none, "
+            "all and lora_only for the first, and true without use_dora for the second."
         )
     start = str(values.get("init_lora_weights", True)).lower()
     if start.startswith(_CHANGED_BASE):

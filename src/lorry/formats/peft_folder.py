@@ -9,8 +9,9 @@ from lorry.core.method.declared import whole_module
 from lorry.formats.file import AdapterFile
 from lorry.formats.folders import MANIFEST, PEFT_CONFIG, TENSORS
 from lorry.formats.peft_config import PeftConfig, understood
+from lorry.formats.peft_extras import EXTRAS, has_extras
 from lorry.formats.reader import READERS, Location, Reader
-from lorry.formats.stored import StoredSite, check_complete, sort_peft_keys
+from lorry.formats.stored import LORA_BIAS, StoredSite, check_complete, sort_peft_keys
 
 
 class PeftFolder(Reader):
@@ -31,7 +32,8 @@ class PeftFolder(Reader):
             raise CheckpointError(f"'{file.path}' holds no tensors.")
         sites: dict[str, StoredSite] = {}
         parameters = bool(config.values.get("target_parameters"))
-        wanted = ("A", "B", "magnitude") if config.values.get("use_dora") else ("A", "B")
+        wanted: tuple[str, ...] = ("A", "B", "magnitude") if config.values.get("use_dora") else ("A", "B")
+        wanted += (LORA_BIAS,) if config.values.get("lora_bias") else ()
         for (module, depth), names in keys.sites.items():
             if len(names) != len(wanted):
                 check_complete(names, module, wanted, where)
@@ -48,7 +50,7 @@ class PeftFolder(Reader):
             owner = sites.get(label.removesuffix(".out_proj"))
             if owner is not None:
                 owner.kind = "qkv"
-        copies = _whole_sites(config, keys.whole, sites)
+        copies = whole_sites(config, keys.whole, sites)
         values = config.values
         facts = {"source": "peft", **{k: values[k] for k in ("task_type", "peft_version") if values.get(k)}}
         return AdapterFile(
@@ -65,14 +67,19 @@ class PeftFolder(Reader):
             config=config,
             base_copies=copies,
             targets=lambda: config.values,
+            needs_model=EXTRAS if has_extras(config) else "",
         )
 
 
 READERS.add("peft", PeftFolder())
 
 
-def _whole_sites(config: PeftConfig, whole: Mapping[str, str], sites: dict[str, StoredSite]) -> dict[str, str]:
-    """Add the modules that were trained whole to `sites`; return the parameters that are none of theirs."""
+def whole_sites(config: PeftConfig, whole: Mapping[str, str], sites: dict[str, StoredSite]) -> dict[str, str]:
+    """Add the modules that were trained whole to `sites`; return the parameters that are none of theirs.
+
+    As in PEFT, an entry of ``modules_to_save`` is the end of a path, of its last name too: ``norm`` means
+    ``input_layernorm`` as well.
+    """
     saved = tuple(config.values.get("modules_to_save") or ())
     full = whole_module()
     copies = {}
@@ -80,7 +87,7 @@ def _whole_sites(config: PeftConfig, whole: Mapping[str, str], sites: dict[str, 
         words = path.replace(".base_layer.", ".").split(".")
         for size in range(1, len(words)):
             module = ".".join(words[:size])
-            if any(module == s or module.endswith(f".{s}") for s in saved):
+            if module.endswith(saved):
                 stored = sites.setdefault(module, StoredSite(module, full, kind="block", shape=(0, 0)))
                 stored.keys[".".join(words[size:])] = key
                 break

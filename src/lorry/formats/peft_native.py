@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,36 +25,9 @@ from lorry.formats.folders import MANIFEST, PEFT_CONFIG, TENSORS, located
 from lorry.formats.reader import READERS, Location, Reader
 from lorry.formats.registry import LOADERS
 from lorry.formats.tensors import check_finite
-
-_NAME = "default"
-
-
-@dataclass(frozen=True)
-class _Tuner:
-    """How a tuner of PEFT's becomes a method.
-
-    Attributes
-    ----------
-    method
-        Slug.
-    options
-        Given PEFT's config, the method's options.
-    site
-        Given PEFT's layer, the options that differ from site to site.
-    tensors
-        Given PEFT's layer and the site's entry, tensors by Lorry's names.
-    shared
-        Given PEFT's model, tensors that the sites share.
-    update
-        Given PEFT's layer, what it adds to its weight, to hold Lorry's update against.
-    """
-
-    method: str
-    options: Callable[[Any], dict[str, Any]]
-    site: Callable[[Any], dict[str, Any]]
-    tensors: Callable[[Any, Entry], dict[str, Tensor]]
-    shared: Callable[[Any], dict[str, Tensor]] = lambda model: {}
-    update: Callable[[Any], Tensor] = lambda layer: layer.get_delta_weight(_NAME)
+from lorry.formats.tuners import NAME as _NAME
+from lorry.formats.tuners import TUNERS, no_options, plain, rank_and_alpha
+from lorry.formats.tuners import Tuner as _Tuner
 
 
 def load(
@@ -69,7 +41,7 @@ def load(
     expect: str | None = None,
     check_base: bool = True,
 ) -> Adapter:
-    """Load a PEFT folder of AdaLoRA, HiRA, LoHa, LoKr, SHiRA, Uni-LoRA or VeRA onto a model, as `lorry.load` does.
+    """Load a PEFT folder of another tuner than LoRA (AdaLoRA, LoHa, OFT, ...) onto a model, as `lorry.load` does.
 
     Parameters
     ----------
@@ -93,7 +65,7 @@ def load(
     Raises
     ------
     AdapterError
-        PEFT is not installed, or the tuner is none of these.
+        PEFT is not installed, or the tuner is none that Lorry knows.
     CheckpointError
         The folder is missing, unsafe or no adapter, or its tensors do not fit. The model is as it was.
     """
@@ -132,7 +104,7 @@ class TunerFolder(Reader):
                 f"'{place}' is an adapter of PEFT's tuner {kind}; exactly loaded are {', '.join(sorted(_TUNERS))}, a "
                 "LoRA by lorry.load, and others as far as lorry.formats.peft_tuners.convert can."
             )
-        left_out = {"modules_to_save": (None, []), "bias": (None, "none"), "use_effective_conv2d": (None, False)}
+        left_out = {"bias": (None, "none"), "use_effective_conv2d": (None, False)}
         for option, unset in left_out.items():
             if values.get(option) not in unset:
                 raise CheckpointError(
@@ -206,14 +178,23 @@ def _attached(
     model: nn.Module, tuner: _Tuner, peer: Any, name: str, dtype: torch.dtype, activate: bool, place: str
 ) -> Adapter:
     """Return an adapter on `model` that computes what PEFT's model does."""
-    layers = {n: m for n, m in peer.base_model.model.named_modules() if _holds(m)}
+    inside = dict(peer.base_model.model.named_modules())
+    whole = {n: m.modules_to_save[_NAME] for n, m in inside.items() if _NAME in getattr(m, "modules_to_save", ())}
+    layers = {n: m for n, m in inside.items() if _holds(m) and n not in whole}
     options = {"method": tuner.method, **tuner.options(peer.peft_config[_NAME])}
     sites = {n: tuner.site(m) for n, m in layers.items()}
     adapter = attach(
-        model, options, targets=list(layers), name=name, site_options=sites, dtype=dtype, activate=activate
+        model,
+        options,
+        targets=list(layers),
+        name=name,
+        site_options=sites,
+        train_also=list(whole),
+        dtype=dtype,
+        activate=activate,
     )
     try:
-        _fill(adapter, tuner, peer.base_model, layers)
+        _fill(adapter, tuner, peer.base_model, layers, whole)
         _check_updates(adapter, tuner, layers, place)
     except BaseException:
         adapter.detach()
@@ -252,12 +233,17 @@ def _holds(module: nn.Module) -> bool:
     return any(_NAME in getattr(module, n, {}) for n in getattr(module, "adapter_layer_names", ()))
 
 
-def _fill(adapter: Adapter, tuner: _Tuner, peer: Any, layers: Mapping[str, nn.Module]) -> None:
-    if adapter.entries.keys() != layers.keys():
-        raise CheckpointError(f"PEFT has layers at {sorted(layers)}, the model has sites at {sorted(adapter.entries)}.")
+def _fill(
+    adapter: Adapter, tuner: _Tuner, peer: Any, layers: Mapping[str, nn.Module], whole: Mapping[str, nn.Module]
+) -> None:
+    theirs = layers.keys() | whole.keys()
+    if adapter.entries.keys() != theirs:
+        raise CheckpointError(f"PEFT has layers at {sorted(theirs)}, the model has sites at {sorted(adapter.entries)}.")
     values = {f"shared.{n}": t for n, t in tuner.shared(peer).items()}
     for path, layer in layers.items():
         values |= {f"{path}.{n}": t for n, t in tuner.tensors(layer, adapter.entries[path]).items()}
+    for path, module in whole.items():
+        values |= {f"{path}.{n}": t for n, t in module.named_parameters()}
     own = {name: (tensor, spec) for name, tensor, spec in adapter.named_tensors()}
     with torch.no_grad():
         for name, value in values.items():
@@ -271,6 +257,8 @@ def _fill(adapter: Adapter, tuner: _Tuner, peer: Any, layers: Mapping[str, nn.Mo
 
 def _check_updates(adapter: Adapter, tuner: _Tuner, layers: Mapping[str, nn.Module], where: str) -> None:
     """Raise `CheckpointError` if Lorry's update of a weight is not PEFT's."""
+    if tuner.update is None:
+        return
     for path, layer in layers.items():
         entry = adapter.entries[path]
         check_convolution(where, entry.site, factors=False)
@@ -286,19 +274,6 @@ def _check_updates(adapter: Adapter, tuner: _Tuner, layers: Mapping[str, nn.Modu
                 "nothing was loaded. Convert it to a plain LoRA with lorry.formats.peft_tuners.convert(path, "
                 "base_model, out), or where PEFT has no conversion merge it there into its base (merge_and_unload)."
             )
-
-
-def _plain(**names: str) -> Callable[[Any, Entry], dict[str, Tensor]]:
-    """Return a reader of tensors by their attribute at PEFT's layer."""
-    return lambda layer, entry: {ours: getattr(layer, theirs)[_NAME].detach() for ours, theirs in names.items()}
-
-
-def _no_options(layer: Any) -> dict[str, Any]:
-    return {}
-
-
-def _rank_and_alpha(layer: Any) -> dict[str, Any]:
-    return {"rank": layer.r[_NAME], "alpha": float(layer.alpha[_NAME])}
 
 
 def _adalora_site(layer: Any) -> dict[str, Any]:
@@ -347,45 +322,46 @@ def _unilora_shared(model: Any) -> dict[str, Tensor]:
 
 
 _TUNERS: dict[str, _Tuner] = {
-    "ADALORA": _Tuner("adalora", lambda c: {}, _adalora_site, _plain(A="lora_A", B="lora_B", E="lora_E")),
+    **TUNERS,
+    "ADALORA": _Tuner("adalora", lambda c: {}, _adalora_site, plain(A="lora_A", B="lora_B", E="lora_E")),
     "HIRA": _Tuner(
         "hira",
         lambda c: {"rank": c.r},
         lambda m: {"rank": m.r[_NAME]},
-        _plain(A="hira_A", B="hira_B"),
+        plain(A="hira_A", B="hira_B"),
         update=lambda m: m.get_delta_weight(_NAME) * m.get_base_layer().weight,
     ),
     "LOHA": _Tuner(
         "loha",
         lambda c: {"rank": c.r, "alpha": float(c.alpha)},
-        _rank_and_alpha,
-        _plain(B1="hada_w1_a", A1="hada_w1_b", B2="hada_w2_a", A2="hada_w2_b"),
+        rank_and_alpha,
+        plain(B1="hada_w1_a", A1="hada_w1_b", B2="hada_w2_a", A2="hada_w2_b"),
     ),
     "LOKR": _Tuner(
         "lokr",
         lambda c: {"rank": c.r, "factor": c.decompose_factor, "decompose_both": c.decompose_both},
-        _rank_and_alpha,
+        rank_and_alpha,
         _lokr,
     ),
     "SHIRA": _Tuner(
         "shira",
         lambda c: {"rank": c.r},
-        _no_options,
+        no_options,
         _shira,
         update=lambda m: m.get_delta_weight(_NAME).to_dense(),
     ),
     "UNILORA": _Tuner(
         "uni-lora",
         lambda c: {"rank": c.r, "size": c.theta_d_length, "save_indices": True},
-        _no_options,
+        no_options,
         _unilora,
         _unilora_shared,
     ),
     "VERA": _Tuner(
         "vera",
         lambda c: {"rank": c.r, "save_projection": True},
-        _no_options,
-        _plain(lambda_b="vera_lambda_b", lambda_d="vera_lambda_d"),
+        no_options,
+        plain(lambda_b="vera_lambda_b", lambda_d="vera_lambda_d"),
         lambda model: {"projection_A": model.vera_A[_NAME], "projection_B": model.vera_B[_NAME]},
     ),
 }

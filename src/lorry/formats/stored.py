@@ -137,6 +137,8 @@ _READ = {
     "lora_magnitude_vector": "magnitude",
 }
 PREFIX = "base_model.model."
+#: What a bias of lora_B is called until it is bound to a model.
+LORA_BIAS = "lora_bias"
 #: PEFT 0.21 adds the update of an attention module's output projection twice: it merges it itself and lets
 #: the inner layer merge it too. So that outputs are equal, B is halved there on writing, doubled on reading.
 OUT_PROJ_TIMES = 2.0
@@ -176,10 +178,12 @@ def sort_peft_keys(keys: Mapping[str, Any], where: str) -> PeftKeys:
             continue
         first, _, rest = tail.partition(".")
         name = _READ.get("lora_" + first)
-        if name is None or rest.endswith("bias"):
+        if name == "B" and rest == "bias":
+            name = LORA_BIAS
+        elif name is None or rest.endswith("bias"):
             raise CheckpointError(
                 f"'{where}' holds the tensor '{key}', which belongs to a variant of LoRA that Lorry does "
-                f"not carry. Known are {', '.join(_READ)} without bias."
+                f"not carry. Known are {', '.join(_READ)}, with a bias of lora_B alone."
             )
         depth = 0
         if "base_layer" in module:

@@ -117,7 +117,13 @@ def exact_delta(method: Method, tensors: Mapping[str, Tensor], site: Site) -> Te
             f"{type(method).__name__} at '{site.path}' depends on the input of the layer (gates for each token, or "
             "its own forward), so it has no update of the weight to merge. Serve such adapters side by side instead."
         )
-    return method.delta(doubled(tensors), site).double()
+    exact = doubled(tensors)
+    if method.bias_delta(exact, site) is not None:
+        raise AdapterError(
+            f"{type(method).__name__} changes the bias at '{site.path}' too, which an update of the weight leaves out. "
+            "Fuse it into the base (adapter.fuse()), or serve it beside the others."
+        )
+    return method.delta(exact, site).double()
 
 
 def doubled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

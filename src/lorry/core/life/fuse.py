@@ -12,6 +12,7 @@ from torch.linalg import vector_norm
 from lorry.core.errors import AdapterError
 from lorry.core.forward.entry import Entry
 from lorry.core.life.base_edits import Edit, Exchanged, changed_since
+from lorry.core.life.biases import AddedBias, added_notes, with_biases
 from lorry.core.memory import LargePages
 from lorry.core.method.families import Bottleneck
 from lorry.core.receipt import Receipt
@@ -66,7 +67,8 @@ def fuse_into_base(
     deviations: list[Deviation | None] = []
     memory = LargePages()
     with torch.no_grad():
-        for entry in entries:
+        parts = with_biases(entries)
+        for entry in parts:
             storage = storage_of(entry.site)
             place = None if keep else _place(entry, storage)
             if place is not None:
@@ -81,9 +83,9 @@ def fuse_into_base(
         # from here on nothing is refused any more
         deviations += [_write_sum(matrix, matrix, thin, check) for matrix, thin in places]
     exchanged = tuple(_exchange(entry, fused, keep) for entry, fused in fresh)
-    at = tuple((entry.site.holder, entry.site.parameter) for entry in entries)
+    at = tuple((entry.site.holder, entry.site.parameter) for entry in parts)
     edit = Edit(name, 1.0, partial(_put_back, name, exchanged) if keep else None, at, exchanged)
-    return edit, _receipt(name, entries, deviations, notes)
+    return edit, _receipt(name, entries, deviations, notes + added_notes(parts))
 
 
 def check_kept(site: Site) -> None:
@@ -102,6 +104,8 @@ def _exchange(entry: Entry, fused: nn.Parameter, keep: bool) -> Exchanged:
     holder, parameter = entry.site.holder, entry.site.parameter
     original = holder._parameters[parameter]
     holder._parameters[parameter] = fused
+    if original is None:
+        return AddedBias(holder, parameter, fused, keep)
     return Exchanged(holder, parameter, original if keep else None, fused)
 
 

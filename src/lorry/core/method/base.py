@@ -216,6 +216,10 @@ class Method(ABC):
             f"{type(self).__name__} has no weight update: it depends on the input, so it cannot be fused."
         )
 
+    def bias_delta(self, tensors: Tensors, site: Site) -> Tensor | None:
+        """Return the update of the layer's bias ``(out,)`` that goes with `delta`; None if the bias stays."""
+        return None
+
     def to_dict(self) -> dict[str, Any]:
         """Return slug and options as plain data for a checkpoint or a YAML file."""
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}  # type: ignore[arg-type]

@@ -1,11 +1,12 @@
 """The ledger itself: records survive writing, verdicts follow from figures, rates are chosen on validation."""
 
 import json
+import math
 import statistics
 
 import pytest
 
-from lorry.claims import Finding, Panel, Setting, compare, ledger, read_records, tune
+from lorry.claims import Finding, Panel, Setting, compare, ledger, read_records, tune, verdicts
 from lorry.claims.verdicts import together
 from lorry.core.errors import LorryError, OptionError
 
@@ -25,6 +26,7 @@ def test_a_record_survives_writing(tmp_path):
     (found,) = read_records(tmp_path)
     assert found.name == "thing/works" and found.seeds == (3, 4) and found.effort == 0.5
     assert found.finding.panels[0].series["a"][1][1] == pytest.approx(1 / 3, rel=1e-4)
+    assert found.code == record.code and list(found.code) == ["test_ledger.py"]
     assert found.finding.panels[0].log_x and found.finding.notes == ["A note."]
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
@@ -50,8 +52,9 @@ def test_a_newer_file_is_refused(tmp_path):
 
 
 def test_unknown_verdicts_and_series_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="verdict"):
-        Finding("maybe", "", [])
+    for verdict in ("maybe", compare([0.3, -0.1])):
+        with pytest.raises(ValueError, match="verdict"):
+            Finding(verdict, "", [])
     with pytest.raises(ValueError, match="places"):
         Panel("x", "y", {"a": [[1.0]]}, (1, 2))
 
@@ -83,16 +86,64 @@ def test_each_contender_gets_the_rate_that_is_best_on_validation():
     assert trial.rates == {"low": 1.0, "middle": 2.0}
     assert trial.metrics["middle"]["test"] == [20.0, 21.0]
     assert trial.gain("middle", "low") == [10.0, 10.0]
-    assert len(trial.notes) == 1 and "low" in trial.notes[0]
+    assert not trial.notes
 
 
-def test_verdicts():
+def peak(best, tried):
+    """A contender whose best rate is `best`; notes the rates that it is run at."""
+
+    def once(rate, seed):
+        tried.append(rate)
+        return {"validation": -abs(math.log(rate / best)), "test": rate}
+
+    return once
+
+
+def test_a_grid_whose_best_rate_is_at_an_end_is_widened_by_itself():
+    tried = {name: [] for name in ("inside", "low", "high")}
+    best = {"inside": 1e-2, "low": 1e-3, "high": 0.9}
+    trial = tune({name: peak(best[name], rates) for name, rates in tried.items()}, (3e-3, 1e-2, 3e-2, 1e-1), (0,))
+    assert tried["inside"] == [3e-3, 1e-2, 3e-2, 1e-1]
+    assert tried["low"] == [3e-3, 1e-2, 3e-2, 1e-1, 1e-3, 3e-4]
+    assert tried["high"] == [3e-3, 1e-2, 3e-2, 1e-1, 0.3, 1, 3]
+    assert trial.rates == {"inside": 1e-2, "low": 1e-3, "high": 1} and trial.notes == ()
+
+
+def test_a_grid_is_not_widened_for_ever_and_what_is_left_at_the_edge_is_said():
+    tried = []
+    trial = tune({"hot": peak(1e9, tried)}, (1.0, 10.0), (0,))
+    assert tried == [10.0**power for power in range(2 + verdicts.WIDEST)]
+    assert trial.notes == ("The best rate of hot, 100000, is at the edge of its grid.",)
+
+
+def test_single_rates_and_ties_are_not_widened():
+    tried = []
+    tune({"one": peak(1e9, tried)}, (0.1,), (0,))
+    assert tried == [0.1]
+    assert tune({"flat": lambda rate, seed: {"validation": 0.5}}, (1.0, 2.0, 3.0), (0,)).rates == {"flat": 2.0}
+
+
+def test_statements():
     assert compare([0.1, 0.2]) == "reproduced"
-    assert compare([0.3, -0.1]) == "partly"
+    assert compare([0.3, -0.1]) == "on average"
     assert compare([0.1, -0.2]) == "not reproduced"
     assert compare([0.1, 0.2], margin=0.16) == "not reproduced"
-    assert together(["reproduced", "reproduced"]) == "reproduced"
-    assert together(["reproduced", "not reproduced"]) == "partly"
+
+
+@pytest.mark.parametrize(
+    "statements, verdict",
+    [
+        (("reproduced", "reproduced"), "reproduced"),
+        (("reproduced", "not reproduced"), "partly"),
+        (("on average", "reproduced"), "partly"),
+        (("on average", "not reproduced"), "not reproduced"),
+        (("on average", "on average"), "not reproduced"),
+        (("on average",), "not reproduced"),
+        ((), "not reproduced"),
+    ],
+)
+def test_partly_needs_a_statement_that_held_on_every_seed(statements, verdict):
+    assert together(statements) == verdict
 
 
 def test_every_record_of_the_package_belongs_to_a_claim_and_was_run_in_full():

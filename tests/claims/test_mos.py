@@ -46,5 +46,6 @@ def test_recorded_verdict_follows_from_the_figures():
             for seed in range(len(record.seeds))
         ]
 
-    verdict = mos.together([mos.compare(gain("+ shards", "LoRA")), mos.compare(gain("+ shards", "LoRA, 8 x"), -0.01)])
+    assert mos.CONTENDERS[mos.FULL] == mos.MoS(budget=mos.BUDGET, rank=mos.RANK, shards=4, private=1)
+    verdict = mos.together([mos.compare(gain(mos.FULL, "LoRA")), mos.compare(gain(mos.FULL, "LoRA, 8 x"), -0.01)])
     assert record.finding.verdict == verdict

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import lorry
 from lorry.claims.ledger import VERDICTS, Setting, claims, read_records, run
 from lorry.claims.studies import smora
 from lorry.claims.verdicts import compare, together
@@ -24,11 +25,19 @@ def quick_base(monkeypatch):
 def test_contenders_and_counts_of_finer_experts():
     found = run(TRIALS["finer-experts"], LOOK).finding
     (panel,) = found.panels
-    assert list(panel.series) == ["LoRA r=8", "LoRA r=32", *(f"SMoRA c={size}" for size in (8, 4, 2, 1))]
+    assert list(panel.series) == ["LoRA r=8", "LoRA r=32", "LoRA r=46", *(f"SMoRA c={size}" for size in (8, 4, 2, 1))]
     assert found.verdict in VERDICTS
     inner, outer = 64 + 128 + 128, 3 * 128
     assert f"LoRA r=32 {32 * (inner + outer)}, " in found.notes[0]
     assert f"SMoRA c=4 {32 * (inner + outer) + 8 * inner}, " in found.notes[0]
+
+
+def test_the_matched_lora_is_the_largest_with_no_more_values():
+    def values(method):
+        network = smora.digits.new_network(hidden=smora.HIDDEN)
+        return lorry.attach(network, method, targets=smora.TARGETS).count()
+
+    assert values(smora.lora(smora.EQUAL)) <= values(smora.smora(1)) < values(smora.lora(smora.EQUAL + 1))
 
 
 def test_balance_reports_loads():
@@ -51,6 +60,6 @@ def test_verdicts_follow_from_the_records():
     series = records["finer-experts"].finding.panels[0].series
     gains = [
         [a - b for a, b in zip(series["SMoRA c=1"][0], series[other][0], strict=True)]
-        for other in ("LoRA r=32", "SMoRA c=4")
+        for other in ("LoRA r=46", "SMoRA c=4")
     ]
     assert records["finer-experts"].finding.verdict == together([compare(one) for one in gains])

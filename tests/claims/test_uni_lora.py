@@ -4,7 +4,7 @@ import pytest
 
 from lorry.claims.ledger import Finding, Setting, claims, read_records
 from lorry.claims.studies import uni_lora
-from lorry.claims.verdicts import compare
+from lorry.claims.verdicts import compare, together
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def test_counts_are_equal_where_they_are_compared(findings):
     counts = findings["equal-count"].notes[0]
     size = uni_lora.SIZE
     assert f"LoRA, rank 1 {size:,}, Uni-LoRA {size:,}, Uni-LoRA, a quarter {size // 4:,}" in counts
-    assert findings["projection"].notes[0].count(f"{size:,}") == 3
+    assert findings["projection"].notes[0].count(f"{size:,}") == len(uni_lora.PROJECTIONS) == 5
 
 
 def test_all_contenders_are_tried_on_both_tasks(findings):
@@ -39,4 +39,4 @@ def test_recorded_verdict_follows_from_the_figures():
         sum(p.series["Uni-LoRA"][0][seed] - p.series["LoRA, rank 1"][0][seed] for p in panels)
         for seed in range(len(record.seeds))
     ]
-    assert record.finding.verdict == compare(gains)
+    assert record.finding.verdict == together([compare(gains)])

@@ -17,12 +17,14 @@ import torch
 from lorry.core.errors import LorryError, OptionError, near_misses
 from lorry.core.registry import Registry
 
+from .code import changed, code_of
+
 #: Where the records of this version lie: part of the package, so that ``lorry claims`` shows them anywhere.
 RECORDS = Path(__file__).parent / "records"
-VERSION = 1
+VERSION = 2  # 1 had no code
 
-#: What can become of a claim. ``partly``: some of its statements hold, or the direction holds but not on every seed.
-#: ``reported``: the source does not say what to expect, so that there is nothing to confirm.
+#: What can become of a claim. ``partly``: some of its statements hold on every seed, at least one. ``reported``: the
+#: source does not say what to expect, so that there is nothing to confirm.
 VERDICTS = ("reproduced", "partly", "not reproduced", "reported")
 
 
@@ -152,7 +154,24 @@ class Claim:
 
 @dataclass(frozen=True)
 class Record:
-    """A claim's last run, as it is written."""
+    """A claim's last run, as it is written.
+
+    Attributes
+    ----------
+    slug, key, says, source, trial
+        Of the `Claim`.
+    finding
+        What came out.
+    seeds, effort
+        Of the `Setting`.
+    seconds
+        Processor time.
+    machine
+        What it ran on.
+    code
+        Digest of each file that decided the result, as it was at the start of the run; see `lorry.claims.code`. Records
+        of version 1 have none.
+    """
 
     slug: str
     key: str
@@ -164,6 +183,7 @@ class Record:
     effort: float
     seconds: float
     machine: str
+    code: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -212,9 +232,18 @@ def slugs() -> list[str]:
     return list(dict.fromkeys(one.slug for one in CLAIMS.values()))
 
 
+def changed_since(record: Record) -> list[str]:
+    """Return the files whose code differs from what a record was made with; it is older than the code if there are any.
+
+    A record whose claim is gone, or that does not know its code, differs in every file.
+    """
+    one = CLAIMS.get(record.name)
+    return changed(record.code, {} if one is None else code_of(one.study))
+
+
 def run(one: Claim, setting: Setting) -> Record:
     """Run a claim's study; what it draws from torch's own generator (routes of ReMix) is seeded too."""
-    began = time.process_time()
+    began, code = time.process_time(), code_of(one.study)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tiny models run fastest so
     try:
@@ -234,6 +263,7 @@ def run(one: Claim, setting: Setting) -> Record:
         effort=setting.effort,
         seconds=round(time.process_time() - began, 1),
         machine=f"{platform.machine()} CPU, one thread, torch {torch.__version__.partition('+')[0]}",
+        code=code,
     )
 
 

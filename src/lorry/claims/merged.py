@@ -250,7 +250,9 @@ def finding(result: Mapping[str, Any], unit: str, notes: Sequence[str]) -> Findi
     """Say which methods beat tuned task arithmetic, on every seed or on average, and which do not."""
     everything, plain = result["all"], "task-arithmetic"
     verdicts, mixed = _verdicts(everything), _verdicts(result["unseen"])
-    groups = {v: sorted(n for n in verdicts if verdicts[n] == v) for v in ("reproduced", "partly", "not reproduced")}
+    groups = {
+        v: sorted(n for n in verdicts if verdicts[n] == v) for v in ("reproduced", "on average", "not reproduced")
+    }
     on_mixtures = sorted(
         (n for n in mixed if mixed[n] == "reproduced"), key=lambda name: -statistics.fmean(result["unseen"][name])
     )
@@ -259,8 +261,8 @@ def finding(result: Mapping[str, Any], unit: str, notes: Sequence[str]) -> Findi
     summary = (
         f"Mean over tasks: base {means['base']:.3f}, own adapters {means['own adapter']:.3f}, tuned task arithmetic "
         f"{means[plain]:.3f}. Better on every seed: {_listed(groups['reproduced'])}. Better on average only: "
-        f"{_listed(groups['partly'])}. The other {len(groups['not reproduced'])} of {len(verdicts)} are not better. On "
-        f"the mixtures, where a strength tuned for all tasks is kept, task arithmetic has "
+        f"{_listed(groups['on average'])}. The other {len(groups['not reproduced'])} of {len(verdicts)} are not "
+        f"better. On the mixtures, where a strength tuned for all tasks is kept, task arithmetic has "
         f"{statistics.fmean(result['unseen'][plain]):.3f}, and better on every seed are {_scored(on_mixtures, result)}."
     )
     settings = "Chosen settings: " + "; ".join(f"{slug}: {one}" for slug, one in result["chosen"].items()) + "."

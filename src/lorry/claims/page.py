@@ -8,31 +8,43 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .ledger import Panel, Record
+from .ledger import Panel, Record, changed_since
 
 #: Places on a logarithmic axis that have room for labels of their own.
 _MOST_TICKS = 6
+
+#: What follows a verdict in a table.
+OLDER = " (older than the code)"
 
 INTRODUCTION = """# What was claimed, and what came out here
 
 Every entry tries a published claim in miniature: frozen networks on scikit-learn's digits, the pocket model and its
 skills, synthetic teachers. Contenders share seeds, data order and budget, and each has its own learning rate from the
-same grid, chosen on validation data.
+same grid, chosen on validation data; where the best rate of a contender lies at an end of the grid, its grid is widened
+until it does not, by at most four rates.
 
-- *Reproduced*: the claimed difference holds on every seed.
-- *Partly*: on average only, or some of several statements.
-- *Not reproduced*: neither.
+- *Reproduced*: every statement of the claim holds on every seed.
+- *Partly*: at least one of several statements does.
+- *Not reproduced*: none does. What holds on the mean of seeds that disagree confirms nothing.
 - *Reported*: the source does not say what to expect.
 
 A miniature can contradict an explanation; it cannot refute figures that were measured on other models.
+
+A record carries digests of the code that it ran: the study and its helpers, the methods and merges that it tries with
+what they import of their own packages, and what it uses of training and of the pocket model. The core is held by the
+laws instead, and comments and layout do not count. An entry whose code has changed since is marked *older than the
+code*; its figures are those of the code that it ran.
 
 `lorry claims` prints the table, `lorry claims run SLUG` repeats an entry, and this page and its plots are made from
 the records by `lorry claims page`."""
 
 
 def table_rows(records: Sequence[Record]) -> list[tuple[str, str, str]]:
-    """Name, verdict and summary of each record."""
-    return [(record.name, record.finding.verdict, record.finding.summary) for record in records]
+    """Name, verdict and summary of each record; the verdict says whether the record is older than the code."""
+    return [
+        (record.name, record.finding.verdict + (OLDER if changed_since(record) else ""), record.finding.summary)
+        for record in records
+    ]
 
 
 def markdown(records: Sequence[Record], pictures: str = "claims") -> str:
@@ -63,6 +75,7 @@ def _section(record: Record, pictures: str) -> list[str]:
         "",
         f"**Trial.** {record.trial} {seeds}.{effort}",
         "",
+        *_older(record),
         f"**{found.verdict.capitalize()}.** {found.summary}",
         "",
     ]
@@ -72,6 +85,14 @@ def _section(record: Record, pictures: str) -> list[str]:
     for panel in found.panels:
         lines += [*_figures(panel), ""]
     return [*lines, f"![{record.name}]({pictures}/{picture_name(record)})"]
+
+
+def _older(record: Record) -> list[str]:
+    """A paragraph on what has changed since the record was made, if anything has."""
+    if not record.code:
+        return ["**Older than the code.** It was recorded before records kept the code that they ran.", ""]
+    files = ", ".join(f"`{path}`" for path in changed_since(record))
+    return [f"**Older than the code.** Changed since: {files}.", ""] if files else []
 
 
 def _figures(panel: Panel) -> list[str]:

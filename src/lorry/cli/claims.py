@@ -19,17 +19,19 @@ Records = Annotated[
 
 @group.callback(invoke_without_command=True)
 def claims(context: typer.Context, records: Records = None, as_json: Json = False) -> None:
-    """Show published claims with what came out here; `run` tries them again, `page` makes the document."""
+    """Show published claims with what came out here, and which records are older than the code that they ran; `run`
+    tries them again, `page` makes the document.
+    """
     if context.invoked_subcommand is not None:
         return
     from dataclasses import asdict
 
-    from lorry.claims.ledger import RECORDS, read_records
+    from lorry.claims.ledger import RECORDS, changed_since, read_records
     from lorry.claims.page import table_rows
 
     found = read_records(records or RECORDS)
     if as_json:
-        print_json({"records": [asdict(record) for record in found]})
+        print_json({"records": [{**asdict(record), "changed_since": changed_since(record)} for record in found]})
     else:
         out().print(table("Claims", ("claim", "verdict", "what came out"), table_rows(found)))
 

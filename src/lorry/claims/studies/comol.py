@@ -161,7 +161,7 @@ def separate_subspaces(setting: Setting) -> Finding:
         separate_teacher,
     )
     own, wide = f"CoMoL r={RANK}", f"CoMoL r={4 * RANK}"
-    verdict = compare(trial.gain(own, whole))
+    verdict = together([compare(trial.gain(own, whole))])
     summary = (
         f"CoMoL of rank {RANK} leaves {trial.mean(own):.3f} of the bare layer's error, the mixture of whole LoRAs "
         f"{trial.mean(whole):.3f}, LoRA of rank {4 * RANK} {trial.mean(f'LoRA r={4 * RANK}'):.3f}; given the rank of "

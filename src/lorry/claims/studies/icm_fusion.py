@@ -57,7 +57,7 @@ def reconstruction(setting: Setting) -> Finding:
     ratios = [a / b for a, b in zip(found["rebuilt"], found["original"], strict=True)]
     means = {name: statistics.fmean(values) for name, values in found.items()}
     return Finding(
-        compare([ratio - 0.95 for ratio in ratios]),
+        together([compare([ratio - 0.95 for ratio in ratios])]),
         f"Rebuilt {means['rebuilt']:.3f} of {means['original']:.3f} ({statistics.fmean(ratios):.1%}, at least "
         f"{min(ratios):.1%}), a checkpoint not seen {means[names[2]]:.3f}; base {means['base']:.3f}.",
         [Panel("Each on its own task", "mean test accuracy", {name: [values] for name, values in found.items()})],

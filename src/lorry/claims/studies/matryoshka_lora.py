@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
 
 from lorry.claims import digits
 from lorry.claims.ledger import Finding, Panel, Setting, claim
-from lorry.claims.verdicts import Trial, chosen, compare, together
+from lorry.claims.verdicts import Rows, Trial, chosen, compare, together, widened
 from lorry.core.life.adapter import Adapter
 from lorry.methods.matryoshka import Matryoshka
 from lorry.methods.parts.nested import at_rank, aurac
@@ -68,17 +68,30 @@ def _trials(setting: Setting) -> dict[str, Trial]:
     found = {}
     for task in TASKS:
         tried = digits.task(task)
-        results: dict[str, dict[float, list[Mapping[str, float]]]] = {}
+        results: dict[str, dict[float, Rows]] = {}
         for name in TRAINED:
-            for rate in RATES:
-                for seed in setting.seeds:
-                    network, method = digits.base(seed), _method(name, seed)
-                    adapter = digits.adapt(network, method, tried.train, setting.much(STEPS, 2), rate, seed, TARGETS)
-                    for who, rule in _rules(name).items():
-                        row = _row(network, adapter, rule, tried)
-                        results.setdefault(who, {}).setdefault(rate, []).append(row)
+            results |= _by_rate(name, tried, setting)
         found[task] = chosen(results)
     return found
+
+
+def _by_rate(name: str, tried: digits.Task, setting: Setting) -> dict[str, dict[float, Rows]]:
+    """Train one contender at every rate and cut it by every rule; for each of them the grid is as wide as it needs."""
+
+    @cache
+    def rows(rate: float) -> dict[str, list[dict[str, float]]]:
+        found: dict[str, list[dict[str, float]]] = {}
+        for seed in setting.seeds:
+            network, method = digits.base(seed), _method(name, seed)
+            adapter = digits.adapt(network, method, tried.train, setting.much(STEPS, 2), rate, seed, TARGETS)
+            for who, rule in _rules(name).items():
+                found.setdefault(who, []).append(_row(network, adapter, rule, tried))
+        return found
+
+    def cut(who: str, rate: float) -> list[dict[str, float]]:
+        return rows(rate)[who]
+
+    return {who: widened(partial(cut, who), RATES) for who in _rules(name)}
 
 
 def _rules(name: str) -> dict[str, str]:

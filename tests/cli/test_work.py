@@ -288,6 +288,43 @@ def test_convert_to_peft_and_back(run_json, lorry, base, adapter, tmp_path):
     assert lorry("convert", tmp_path / "nothing", tmp_path / "x", "--to", "peft").exit_code == MISUSE
 
 
+@pytest.mark.parametrize(
+    "to, goal, first",
+    [
+        ("gguf", "a.gguf", "python convert_hf_to_gguf.py {base} --outfile base.gguf"),
+        ("ollama", "out", "ollama create next -f {goal}/Modelfile"),
+        ("vllm", "out", "vllm serve {base} --enable-lora --max-lora-rank 8 --lora-modules next={goal}"),
+        ("plain", "out", "python -c 'from peft import"),
+        ("kohya", "a.safetensors", "python -c 'from diffusers import"),
+        ("diffusers", "a.safetensors", "python -c 'from diffusers import"),
+    ],
+)
+def test_convert_knows_every_writer_and_says_how_to_use_it(run_json, lorry, base, adapter, tmp_path, to, goal, first):
+    if to in ("gguf", "ollama"):
+        pytest.importorskip("gguf")
+    path = tmp_path / goal
+    report = run_json("convert", adapter, path, "--to", to, "--base", base)
+    assert path.exists() and report["receipts"][0]["tensors_applied"] > 0
+    assert report["commands"][0].startswith(first.format(base=base, goal=path))
+    assert report["commands"][0] in lorry("convert", adapter, path, "--to", to, "--base", base, "--overwrite").stdout
+    assert lorry("convert", adapter, path, "--to", to, "--base", base).exit_code == MISUSE  # it is there
+
+
+def test_convert_refuses_another_base_and_unknown_options(lorry, base, adapter, tmp_path):
+    pytest.importorskip("gguf")
+    (tmp_path / "other").mkdir()
+    config = json.loads((base / "config.json").read_text()) | {"hidden_size": 32}
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    goal = tmp_path / "a.gguf"
+    result = lorry("convert", adapter, goal, "--to", "gguf", "--base", tmp_path / "other")
+    assert result.exit_code == MISUSE and "(out, in) = (16, 16)" in result.stderr
+    result = lorry("convert", adapter, goal, "--to", "gguf", "--base", base, "-o", "dtyp=float16")
+    assert result.exit_code == MISUSE and "dtype" in result.stderr
+    result = lorry("convert", adapter, goal, "--to", "ggfu")
+    assert result.exit_code == MISUSE and "gguf" in result.stderr
+    assert not goal.exists()
+
+
 def test_inspect_equals_the_dense_updates(run_json, base, adapter, tmp_path):
     from transformers import AutoModelForCausalLM
 

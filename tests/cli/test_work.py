@@ -137,6 +137,16 @@ def test_the_schema_covers_every_option(run_json, lorry):
     assert job["schedule"]["enum"] and schema["properties"]["jobs"]["items"] == {"$ref": "#/$defs/job"}
 
 
+def test_finding_a_rate_trains_nothing_and_says_the_best(run_json, lorry, base, data, tmp_path):
+    flags = ("train", "--base", base, "--data", data, "--out", tmp_path / "run", "--objective", "completion",
+             "--steps", 8, "--batch-size", 5, "--find-rate")  # fmt: skip
+    (advice,) = run_json(*flags)["jobs"].values()
+    best = min((t for t in advice["trials"] if t["loss"] is not None), key=lambda t: t["loss"])
+    assert advice["rate"] == best["rate"] and advice["steps"] == 8
+    assert f"--learning-rate {best['rate']:g}" in lorry(*flags).stdout
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["rates"]
+
+
 def test_flags_that_do_not_go_together(lorry, base, data, tmp_path):
     assert "--data" in lorry("train", "--base", base, "--out", tmp_path / "o").stderr
     (tmp_path / "r.yaml").write_text("{}", encoding="utf-8")

@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-EXTRAS := dev,train,diffusion,quantized
+EXTRAS := dev,train,diffusion,quantized,gguf
 CODE   := src tests tools
 
 # Nothing here needs a network once .venv exists, and tiny models are fastest on one thread.

@@ -103,6 +103,31 @@ def test_plan_agrees_with_attaching(run_json, base):
     assert found["trained"] == attached.count()
 
 
+def test_plan_estimates_memory_and_the_largest_batch(run_json, lorry, base):
+    flags = ("--batch-size", 2, "--length", 16, "--requests", 3, "--dtype", "float32")
+    found = run_json("plan", base, *flags, "--memory", "2MB", "--flops", "1e12", "--bandwidth", "1e11")["estimate"]
+    for given in found.values():
+        parts = dict(given["bytes"])
+        assert parts.pop("total") == sum(parts.values()) and parts["weights"] == 4 * (14 * 16 + 2 * 2592 + 16) + 32
+    kept, recomputed = (found[n]["bytes"]["total"] for n in ("training", "training, checkpointing"))
+    assert recomputed < kept and found["serving"]["bytes"]["cache"] == 3 * 16 * 2 * 2 * 16 * 4
+    assert found["training"]["seconds"] > 0 and found["serving"]["token_seconds"] > 0
+    most = found["training"]["largest_batch"]
+    fits, over = (
+        run_json("plan", base, *flags[2:], "--batch-size", n)["estimate"]["training"]["bytes"]["total"]
+        for n in (most, most + 1)
+    )
+    assert fits <= 2_000_000 < over
+    assert f"up to {most} rows" in lorry("plan", base, *flags, "--memory", "2MB").stdout
+    assert "24GiB" in lorry("plan", base, "--memory", "much").stderr
+    assert "belong together" in lorry("plan", base, "--flops", "1e12").stderr
+
+
+def test_plan_says_why_it_cannot_estimate(run_json, base):
+    found = run_json("plan", base, "-m", "shira")["estimate"]
+    assert "cannot be estimated" in found["training"]["not_estimated"]
+
+
 def test_plan_table_groups_sites(lorry, base):
     shown = lorry("plan", base).stdout
     assert "model.layers.[0..1].self_attn.q_proj" in shown

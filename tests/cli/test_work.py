@@ -137,6 +137,16 @@ def test_the_schema_covers_every_option(run_json, lorry):
     assert job["schedule"]["enum"] and schema["properties"]["jobs"]["items"] == {"$ref": "#/$defs/job"}
 
 
+def test_finding_a_rate_trains_nothing_and_says_the_best(run_json, lorry, base, data, tmp_path):
+    flags = ("train", "--base", base, "--data", data, "--out", tmp_path / "run", "--objective", "completion",
+             "--steps", 8, "--batch-size", 5, "--find-rate")  # fmt: skip
+    (advice,) = run_json(*flags)["jobs"].values()
+    best = min((t for t in advice["trials"] if t["loss"] is not None), key=lambda t: t["loss"])
+    assert advice["rate"] == best["rate"] and advice["steps"] == 8
+    assert f"--learning-rate {best['rate']:g}" in lorry(*flags).stdout
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["rates"]
+
+
 def test_flags_that_do_not_go_together(lorry, base, data, tmp_path):
     assert "--data" in lorry("train", "--base", base, "--out", tmp_path / "o").stderr
     (tmp_path / "r.yaml").write_text("{}", encoding="utf-8")
@@ -286,6 +296,43 @@ def test_convert_to_peft_and_back(run_json, lorry, base, adapter, tmp_path):
     assert lorry("convert", adapter, tmp_path / "x", "--to", "lorry").exit_code == MISUSE
     assert lorry("convert", adapter, tmp_path / "peft", "--to", "peft").exit_code == MISUSE
     assert lorry("convert", tmp_path / "nothing", tmp_path / "x", "--to", "peft").exit_code == MISUSE
+
+
+@pytest.mark.parametrize(
+    "to, goal, first",
+    [
+        ("gguf", "a.gguf", "python convert_hf_to_gguf.py {base} --outfile base.gguf"),
+        ("ollama", "out", "ollama create next -f {goal}/Modelfile"),
+        ("vllm", "out", "vllm serve {base} --enable-lora --max-lora-rank 8 --lora-modules next={goal}"),
+        ("plain", "out", "python -c 'from peft import"),
+        ("kohya", "a.safetensors", "python -c 'from diffusers import"),
+        ("diffusers", "a.safetensors", "python -c 'from diffusers import"),
+    ],
+)
+def test_convert_knows_every_writer_and_says_how_to_use_it(run_json, lorry, base, adapter, tmp_path, to, goal, first):
+    if to in ("gguf", "ollama"):
+        pytest.importorskip("gguf")
+    path = tmp_path / goal
+    report = run_json("convert", adapter, path, "--to", to, "--base", base)
+    assert path.exists() and report["receipts"][0]["tensors_applied"] > 0
+    assert report["commands"][0].startswith(first.format(base=base, goal=path))
+    assert report["commands"][0] in lorry("convert", adapter, path, "--to", to, "--base", base, "--overwrite").stdout
+    assert lorry("convert", adapter, path, "--to", to, "--base", base).exit_code == MISUSE  # it is there
+
+
+def test_convert_refuses_another_base_and_unknown_options(lorry, base, adapter, tmp_path):
+    pytest.importorskip("gguf")
+    (tmp_path / "other").mkdir()
+    config = json.loads((base / "config.json").read_text()) | {"hidden_size": 32}
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    goal = tmp_path / "a.gguf"
+    result = lorry("convert", adapter, goal, "--to", "gguf", "--base", tmp_path / "other")
+    assert result.exit_code == MISUSE and "(out, in) = (16, 16)" in result.stderr
+    result = lorry("convert", adapter, goal, "--to", "gguf", "--base", base, "-o", "dtyp=float16")
+    assert result.exit_code == MISUSE and "dtype" in result.stderr
+    result = lorry("convert", adapter, goal, "--to", "ggfu")
+    assert result.exit_code == MISUSE and "gguf" in result.stderr
+    assert not goal.exists()
 
 
 def test_inspect_equals_the_dense_updates(run_json, base, adapter, tmp_path):

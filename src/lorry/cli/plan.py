@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorry.cli.arguments import (
+    Dtype,
     ExcludeOption,
     Json,
     LayersOption,
@@ -37,11 +38,27 @@ def plan(
     task: Annotated[
         str, typer.Option(help="Head: auto (the config's), causal-lm, sequence-classification or features.")
     ] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a micro-batch of each job, in training.")] = 8,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a row or of a request.")] = 512,
+    jobs: Annotated[int, typer.Option(min=1, help="Adapters of this sort that are trained or served at once.")] = 1,
+    requests: Annotated[int, typer.Option(min=1, help="Requests that are served at once.")] = 8,
+    memory: Annotated[
+        str | None, typer.Option(help="Say the largest batch that fits, e.g. 24GiB; rows in training, requests.")
+    ] = None,
+    optimizer: Annotated[str, typer.Option(help="As of `lorry train`.")] = "adamw",
+    dtype: Dtype = "auto",
+    flops: Annotated[
+        float | None,
+        typer.Option(help="Operations a second of a device, e.g. 312e12, for an estimate of time."),
+    ] = None,
+    bandwidth: Annotated[float | None, typer.Option(help="Bytes a second of the device's memory, e.g. 2.0e12.")] = None,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Estimate time on this machine; measures it.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show what an adapter would sit on and what it would cost, without reading any weights."""
     from lorry.cli.arguments import names
-    from lorry.cli.bases import skeleton
+    from lorry.cli.bases import dtype_of, skeleton
+    from lorry.cli.sizes import Asked, byte_count, estimates, show
     from lorry.core.life.plan import plan as work_out
     from lorry.core.method.registry import method_from
 
@@ -49,12 +66,20 @@ def plan(
     selection = site_selection(targets, exclude, layers)
     base = skeleton(model, task)
     result = work_out(base, chosen, **selection, train_also=names(train_also))
+    wanted = dtype_of(dtype)
+    kind = None if isinstance(wanted, str) else wanted
+    sizes = (batch_size, length, jobs, requests, byte_count(memory), kind, optimizer, flops, bandwidth, calibrate)
+    job = {"method": chosen, **selection, "modules_to_save": names(train_also)}
+    asked = Asked(*sizes)
+    found = estimates(base, job, asked)
     stored = sum(p.numel() * p.element_size() for p in base.parameters())
     if as_json:
         facts = {"model": model, "class": type(base).__name__, "base_bytes": stored, **result.to_dict()}
+        facts["estimate"] = found
         print_json(facts)
     else:
         _print(type(base).__name__, result, stored)
+        show(found, asked)
 
 
 def _print(kind: str, result: Plan, stored: int) -> None:
@@ -81,10 +106,6 @@ def _print(kind: str, result: Plan, stored: int) -> None:
         ("base", f"{result.base:,} parameters, {size(stored)}"),
         ("trained", f"{result.trained:,} parameters at {len(result.sites)} sites ({share:.2%} of the base)"),
         ("stored, not trained", f"{result.frozen:,} elements"),
-        (
-            "training memory",
-            f"{size(result.training_bytes)} for weights, gradients and AdamW moments; activations not counted",
-        ),
         ("checkpoint", f"{size(result.checkpoint_bytes)} in float32"),
     ]
     shown = [f for f in facts if result.frozen or f[0] != "stored, not trained"]

@@ -44,6 +44,10 @@ def _signature(
         bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run in the output folder.")] = False,
+    find_rate: Annotated[
+        bool,
+        typer.Option("--find-rate", help="Try several learning rates at once for a few steps and say the best."),
+    ] = False,
     show_schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of the YAML and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON document on stdout.")] = False,
 ) -> None:
@@ -62,6 +66,10 @@ def train(**flags: Any) -> None:
     from lorry.training.report import print_table
 
     run = _run_of(own, job_values(flags))
+    if own["find_rate"]:
+        from lorry.cli.find_rate import advise
+
+        return advise(run, *_base_and_jobs(run), own["as_json"])
     report = execute(run, resume=own["resume"], overwrite=own["overwrite"])
     if own["as_json"]:
         print_json(report)

@@ -57,17 +57,7 @@ def export_plain(
     CheckpointError
         PEFT has no place for a site, or the folder cannot be written.
     """
-    methods = [e.method for e in adapter.entries.values()] if isinstance(adapter, Adapter) else adapter.methods.values()
-    never = sorted({type(m).__name__ for m in methods if _never(m)})
-    if never:
-        raise AdapterError(
-            f"Adapter '{adapter.name}' cannot be exported as a plain LoRA: {', '.join(never)} depends on "
-            "the input of the layer or replaces its forward. Serve it with Lorry."
-        )
-    if is_sharded(adapter):
-        raise AdapterError("Export needs whole tensors: save the adapter, load it in one process, export it there.")
-    file = as_file(adapter, copy=False)
-    plain, error, notes = _plain(file, rank)
+    file, plain, error, notes = plain_updates(adapter, rank)
     whole = {p: saved_tensors(file, p) for p, m in file.methods.items() if m.whole}
     chosen = file.targets() if file.targets is not None else None
     task = file.metadata.get("task_type")
@@ -86,10 +76,28 @@ def export_plain(
 WRITERS.add("plain", export_plain)
 
 
-def _plain(file: AdapterFile, rank: int | None) -> tuple[list[Plain], tuple[float, float], list[str]]:
-    """Return every low-rank site as a plain LoRA, the largest and the relative error, and a note for each
-    inexact site.
+def plain_updates(
+    adapter: Adapter | AdapterFile, rank: int | None
+) -> tuple[AdapterFile, list[Plain], tuple[float, float], list[str]]:
+    """Return an adapter with each of its low-rank sites as a plain LoRA; modules that were trained whole are left out.
+
+    Parameters and errors are those of `export_plain`.
+
+    Returns
+    -------
+    tuple
+        The adapter as data, its sites, the largest and the relative error, and a note for each inexact site.
     """
+    methods = [e.method for e in adapter.entries.values()] if isinstance(adapter, Adapter) else adapter.methods.values()
+    never = sorted({type(m).__name__ for m in methods if _never(m)})
+    if never:
+        raise AdapterError(
+            f"Adapter '{adapter.name}' cannot be exported as a plain LoRA: {', '.join(never)} depends on "
+            "the input of the layer or replaces its forward. Serve it with Lorry."
+        )
+    if is_sharded(adapter):
+        raise AdapterError("Export needs whole tensors: save the adapter, load it in one process, export it there.")
+    file = as_file(adapter, copy=False)
     plain: list[Plain] = []
     notes: list[str] = []
     lost = size = worst = 0.0
@@ -105,7 +113,7 @@ def _plain(file: AdapterFile, rank: int | None) -> tuple[list[Plain], tuple[floa
             lost, size, worst = lost + error, size + norm, max(worst, highest)
             relative = math.sqrt(error / norm) if norm else 0.0
             notes.append(f"'{path}': rank {item.rank}, relative error {relative:.2e}")
-    return plain, (worst, math.sqrt(lost / size) if size else 0.0), notes
+    return file, plain, (worst, math.sqrt(lost / size) if size else 0.0), notes
 
 
 def _never(method: Method) -> bool:

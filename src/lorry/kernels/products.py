@@ -20,6 +20,11 @@ def emulated(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not _native_bfloat16()
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast acts on x; it knows nothing of the meta device."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def product(left: Tensor, right: Tensor) -> Tensor:
     """Return ``left right``, in float32 and rounded once where the type is emulated."""
     if emulated(left):

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorry.kernels.products import product
+from lorry.kernels.products import autocasts, product
 
 
 def thin_linear(x: Tensor, weight: Tensor) -> Tensor:
     """Return ``x weightᵀ`` for x ``(..., in)`` and a weight ``(out, in)`` of which one side is much the smaller."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+    if torch.compiler.is_compiling() or autocasts(x):
         return F.linear(x, weight)
     result: Tensor = _ThinLinear.apply(x, weight)  # type: ignore[no-untyped-call]
     return result

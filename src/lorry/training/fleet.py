@@ -149,7 +149,7 @@ class Fleet:
         """Attach all adapters, and read all data; a job with bad data fails here, alone."""
         try:
             for run in self.runs:
-                run.adapter = _attach(self.model, run.job)
+                run.adapter = attach_job(self.model, run.job)
         except BaseException:
             self._detach()
             raise
@@ -391,7 +391,8 @@ def train(
     return Fleet(model, tokenizer, [jobs] if isinstance(jobs, Job) else jobs, output, **options).train()
 
 
-def _attach(model: nn.Module, job: Job) -> Adapter:
+def attach_job(model: nn.Module, job: Job) -> Adapter:
+    """Attach the adapter of a job to its base, not active."""
     return attach(
         model,
         job.make_method(),

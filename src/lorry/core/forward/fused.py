@@ -15,6 +15,7 @@ from lorry.core.forward.weights import BySite
 from lorry.core.method.families import Bottleneck, WeightDelta
 from lorry.kernels.gathered import Stacked, add_stacked, stack, worth_stacking
 from lorry.kernels.lowrank import low_rank_linear
+from lorry.kernels.products import autocasts
 from lorry.kernels.ready import ReadyLinear
 from lorry.kernels.segments import LowRankPair, Segment
 from lorry.kernels.sparse import changed_linear
@@ -141,7 +142,7 @@ def _low_rank(
     # one composition for all rows is asked for with every length; only rows of their own last as they are
     lasting = frozen and active.layout is not None and not terms.tokens and not active.varying
     if lasting and not torch.is_grad_enabled() and worth_stacking(x, segments, factors):
-        dtype = x.dtype if not torch.is_autocast_enabled(x.device.type) else torch.get_autocast_dtype(x.device.type)
+        dtype = x.dtype if not autocasts(x) else torch.get_autocast_dtype(x.device.type)
         made = active.kept[STACKED, layer.sites[0].path] = stack(x, segments, factors, dtype)
         return _add_stacked(made, base, x, args, kwargs)
     if dense:
@@ -200,5 +201,5 @@ def _fusable(owner: nn.Module, x: Tensor) -> bool:
         and weight.device == x.device
         and (bias is None or not bias.requires_grad)
         and type(x) in (Tensor, nn.Parameter)
-        and not torch.is_autocast_enabled(x.device.type)
+        and not autocasts(x)
     )

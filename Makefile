@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-EXTRAS := dev,train,diffusion,quantized,gguf
+EXTRAS := dev,docs,train,diffusion,quantized,gguf
 CODE   := src tests tools
 
 # Nothing here needs a network once .venv exists, and tiny models are fastest on one thread.
@@ -12,11 +12,12 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types tests format clean
+.PHONY: help setup demo docs test lint types tests format clean
 
 help:
 	@echo "make demo    set up $(VENV), run the main job, report in out/demo/"
 	@echo "make test    set up $(VENV), then lint, types and tests"
+	@echo "make docs    set up $(VENV), build the documentation into out/site/"
 	@echo "make lint | types | tests | format | clean"
 
 setup: $(READY)
@@ -32,6 +33,10 @@ $(READY): pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/lorry demo --out out/demo
+
+# The variable keeps the theme from advertising its successor in every build.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 test: lint types tests
 

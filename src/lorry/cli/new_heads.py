@@ -33,6 +33,8 @@ def load_for_training(name: str, dtype: str, task: str, labels: int | None) -> t
         )
     except (OSError, ValueError) as error:
         raise CheckpointError(f"Cannot load {folder_of(name)} for {task}: {str(error).splitlines()[0]}") from error
+    if name == POCKET:
+        model.config._name_or_path = POCKET  # adapters note the name of their base, not where this installation lies
     if model.config.pad_token_id is None:
         # a classifier finds the last token of a row by its padding
         model.config.pad_token_id = load_tokenizer(name).pad_token_id

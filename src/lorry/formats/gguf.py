@@ -249,7 +249,7 @@ def family_of(facts: Mapping[str, Any]) -> Family:
     if found is None:
         raise CheckpointError(
             f"Adapters for bases of the class {kind} cannot be written for llama.cpp; known are "
-            f"{', '.join(FAMILIES)}. Merge the adapter into the base and convert that with convert_hf_to_gguf.py."
+            f"{', '.join(FAMILIES)}. Fuse the adapter into the base and convert that with convert_hf_to_gguf.py."
         )
     return found
 
@@ -323,7 +323,7 @@ def _refuse_foreign(file: AdapterFile, plain: Sequence[Plain], facts: Mapping[st
         if path == "lm_head" and facts.get("tie_word_embeddings"):
             raise CheckpointError(
                 "The base has one matrix for 'lm_head' and the embedding, and llama.cpp keeps no head to adapt then. "
-                "Train without lm_head, or merge the adapter into the base."
+                "Train without lm_head, or fuse the adapter into the base."
             )
 
 

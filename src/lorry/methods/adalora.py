@@ -28,6 +28,9 @@ class AdaLoRA(Bottleneck):
     A triplet's importance is the smoothed sensitivity ``|w · ∂L/∂w|`` times its smoothed uncertainty, of E
     plus the means over A and B (equations 8 to 11). The budget falls from ``initial_rank`` to ``target_rank``
     for each site by a cubic (equation 12), and is spent on the most important triplets of all sites together.
+
+    Use it where you do not know which layers need rank: the budget goes there by itself. Give it the length of the
+    run, since the budget falls over the steps.
     """
 
     initial_rank: int = option(12, "Rank of every site at the start.", at_least=1)

@@ -32,6 +32,9 @@ class CoMoL(Bottleneck):
     `lorry.merging.mixture.from_adapters` makes one from LoRAs: A and B are the singular vectors of the first,
     and each M_j the projection of LoRA j, exact for the first alone. A single core is a plain LoRA and fuses
     exactly.
+
+    Use it for several tasks in one adapter where whole experts would be too many values: a further expert costs
+    rank squared.
     """
 
     rank: int = option(16, "Width of the shared code.", at_least=1)

@@ -26,6 +26,9 @@ from lorry.methods.lora import LoRA
 class DoRA(LoRA):
     """``W' = m ⊙ (W + scale · B A) / ‖W + scale · B A‖`` by output channel, the norm constant in the gradient (section
     4.3).
+
+    Use it in LoRA's place at small ranks, where a little more work in each step is no hindrance; in use it costs
+    nothing once it is fused.
     """
 
     peft_form: ClassVar[PeftForm | None] = PeftForm({"use_dora": True})

@@ -33,6 +33,8 @@ class EPT(Bottleneck):
     and its row's task embedding, or the task alone. A task gate with `serve_task` is one matrix and fuses exactly; the
     published claim of fusing holds for that case alone. Rows with task_ids (`lorry.context`) leave a contrastive loss
     between task embeddings and the mean-pooled input of the last adapted layer that is as wide as they are.
+
+    Use it for several tasks at once that ask for updates of different granularity; with one task, LoRA is simpler.
     """
 
     rank: int = option(8, "Rank of the shared seed.", at_least=1)

@@ -21,11 +21,15 @@ from lorry.methods.lora import LoRA
 @register("eva", paper="arXiv 2410.07170", kinds=lambda kind: kind.plain_product)
 @dataclass(frozen=True)
 class EVA(LoRA):
-    """A starts at the top right-singular vectors of the layer's centred inputs, B at zero (section 3).
+    """``ΔW = scale · B A``: A starts at the top right-singular vectors of the layer's centred inputs, B at zero
+    (section 3).
 
     Calibration also hands the rank budget out anew: the components of all layers are ranked by the share of
     variance that they explain, and each layer gets as many as it has among the first ``rank · layers``.
     Before calibration it is LoRA.
+
+    Use it where some batches of the training data can be shown first: training then begins in the directions that
+    the data use.
     """
 
     rho: float = option(2.0, "A layer gets at most rho times the rank; 1 keeps all ranks equal.", at_least=1)

@@ -40,6 +40,9 @@ class FlyLoRA(Bottleneck):
     the program of the experiments by signed value (default; a bias cannot balance magnitudes); that program
     also computes A x without a gradient to x (``grad_to_input=False``), against equation 6. Loads are counted
     in training and d moves once after an optimizer step, not in each forward as there.
+
+    Use it where several adapters will be merged later or must disturb each other little, and where only B should be
+    trained.
     """
 
     rank: int = option(32, "Rank units, each an expert.", at_least=1)

@@ -19,7 +19,12 @@ from lorry.core.sites.site import Site
 @register("full", paper="none", kinds=lambda kind: kind.whole)
 @dataclass(frozen=True)
 class Full(Block):
-    """Every parameter of a module is trained in a copy that takes the original's place while the adapter is active."""
+    """``y = f(x; θ')`` in place of ``f(x; θ)``: every parameter of a module is trained in a copy that takes the
+    original's place while the adapter is active.
+
+    Use it for new heads and embeddings, which have nothing to be adapted, or as the yardstick that an adapter is
+    held against.
+    """
 
     whole: ClassVar[bool] = True
 

@@ -18,6 +18,9 @@ from lorry.core.sites.site import Site
 class HiRA(WeightDelta):
     """``ΔW = W ⊙ (scale · B A)`` with A ``(rank, in)`` random and B ``(out, rank)`` zero at the start
     (equation 2).
+
+    Use it where a low-rank update is too narrow (much new knowledge) and the base weight is a good pattern for the
+    change.
     """
 
     rank: int = option(32, "Rank of the modulation.", at_least=1)

@@ -21,6 +21,8 @@ class LoHa(WeightDelta):
     The product is at the same time the LoRA of rank² whose units are the products of a unit of each pair,
     ``(B1_i ⊙ B2_j)(A1_i ⊙ A2_j)ᵀ``. It is applied in that form where rank² is small beside the widths, so no
     dense matrix is built. A2 alone starts at zero: with both B at zero nothing would ever learn.
+
+    Use it for an update of higher rank at LoRA's count of values; common for diffusion models.
     """
 
     rank: int = option(8, "Rank of each of the two products.", at_least=1)

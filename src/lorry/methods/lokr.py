@@ -24,6 +24,8 @@ class LoKr(WeightDelta):
     The widths are cut as ``out = a·b``, ``in = c·d`` with C ``(a, c)`` and D ``(b, d)``; of a convolution the
     channels are cut and D has the kernel. D is dense where its rank would reach half of its larger side, as
     in LyCORIS and peft. C starts at zero.
+
+    Use it for very small files, with layers whose widths have good divisors; common for diffusion models.
     """
 
     rank: int = option(8, "Rank of the factored matrices.", at_least=1)

@@ -19,7 +19,11 @@ from lorry.core.sites.site import Site
 @register("lora", paper="arXiv 2106.09685", default=True)
 @dataclass(frozen=True)
 class LoRA(Bottleneck):
-    """``ΔW = scale · B A`` with A ``(rank, in)`` random, B ``(out, rank)`` zero at the start (section 4.1)."""
+    """``ΔW = scale · B A`` with A ``(rank, in)`` random, B ``(out, rank)`` zero at the start (section 4.1).
+
+    Use it first: every tool reads it, it fuses exactly, and most other methods must first show that they are better
+    on your task.
+    """
 
     peft_form: ClassVar[PeftForm | None] = PeftForm()
 

@@ -18,6 +18,8 @@ class LoRAFA(LoRA):
 
     Of an activation only ``A x`` ``(tokens, rank)`` is needed for the gradient (section 3). A is written to
     the checkpoint, so that it loads as a plain LoRA everywhere.
+
+    Use it where the memory of activations is the limit: of the input only the product with A is kept.
     """
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:

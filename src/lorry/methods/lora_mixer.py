@@ -36,6 +36,8 @@ class LoRAMixer(Bottleneck):
     "paper_formula" is as printed.
     f̄ is the share of tokens whose best expert it is (equation 3), or the mass in the first k, as a later passage has
     it. One expert is a plain LoRA in every mode.
+
+    Use it for several tasks with labelled examples, or to route between LoRAs that exist already.
     """
 
     experts: int = option(4, "Number of LoRAs at each layer.", at_least=1)

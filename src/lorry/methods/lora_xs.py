@@ -23,6 +23,9 @@ class LoRAXS(LoRA):
     The paper starts R at random values of deviation 1e-5. A zero core learns as well, since neither factor is
     zero, and leaves the model unchanged; it is the default. The factors are written to the checkpoint,
     because an SVD on another machine may differ in signs.
+
+    Use it where very many adapters are kept: one has rank squared trained values for each site, whatever the widths
+    are.
     """
 
     core_std: float = option(0.0, "Deviation of the core's random start (the paper's is 1e-5).", at_least=0)

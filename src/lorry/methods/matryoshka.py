@@ -29,6 +29,8 @@ class Matryoshka(Nested):
     used, fused and exported then is ``B_r A_r`` with the official scale s_r (``cut_scale="rank"``), which
     differs from the function trained even at the full rank, or with the first r of P (for DyLoRA, whose P is another
     one for each drawn rank, the two are the same).
+
+    Use it where the rank is decided after training, such as one for the server and a smaller one for the phone.
     """
 
     rank: int = option(16, "Rank R that is stored.", at_least=1)

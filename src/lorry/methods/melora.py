@@ -23,6 +23,9 @@ class MELoRA(LoRA):
     (section 3.2).
 
     The rank of the update is `rank`, at ``rank · (in + out) / k`` trained values. With one block it is LoRA.
+
+    Use it for a higher rank of the update at the same count of values, where inputs and outputs may be cut into
+    groups.
     """
 
     blocks: int = option(2, "Number k of small LoRAs; it divides the rank and both widths of every layer.", at_least=1)

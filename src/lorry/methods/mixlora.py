@@ -45,6 +45,9 @@ class MixLoRA(Block):
     capacity), whose weights are probabilities that do not sum to 1, so a fresh adapter changes the model. The published
     switch lets tokens beyond the capacity keep the block's input and, in inference, never applies the experts; here the
     experts always apply, and such tokens get the frozen block's output.
+
+    Use it for several tasks at once in a model with ordinary feed-forward blocks, where slower steps and no fusing
+    are acceptable.
     """
 
     gathers = ("linear",)

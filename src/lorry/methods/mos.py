@@ -19,13 +19,15 @@ from lorry.core.sites.site import Site
 @register("mos", paper="arXiv 2410.00938")
 @dataclass(frozen=True)
 class MoS(Bottleneck):
-    """A and B of rank `rank` whose vectors are concatenations of `shards` rows of pools that sites of one
-    type share (section 3).
+    """``ΔW = scale · B A``: A and B of rank `rank` whose vectors are concatenations of `shards` rows of pools that
+    sites of one type share (section 3).
 
     Sites are of one type if their paths differ in numbers of layers only and their shapes are equal. The pools of a
     type with L sites have as many values as L LoRAs of rank `budget`, whatever `rank` is. Which rows a site
     uses is drawn once; the last ``private`` ranks of each site are rows that no other site uses. Nothing
     depends on the input.
+
+    Use it where the count of trained values is the limit and sites are alike, as in deep models with equal blocks.
     """
 
     budget: int = option(2, "Rank e of the LoRA that has as many parameters.", at_least=1)

@@ -33,6 +33,9 @@ STARTS: dict[str, Init] = {"kaiming": kaiming, "orthogonal": orthogonal, "identi
 class MoSLoRA(LoRA):
     """``ΔW = scale · B M A`` with a trained mixer M ``(rank, rank)`` of the rank-one subspaces; with M the
     identity it is LoRA.
+
+    Use it in LoRA's place for rank squared further values at each site; as a plain product it fuses and is exported
+    all the same.
     """
 
     mixer: str = option("orthogonal", "Start of the mixer.", choices=tuple(STARTS))

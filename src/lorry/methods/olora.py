@@ -18,12 +18,14 @@ from lorry.methods.lora import LoRA
 @register("olora", paper="arXiv 2406.01775")
 @dataclass(frozen=True)
 class OLoRA(LoRA):
-    """B starts at the first columns of Q and A at the first rows of R of ``W = Q R``; the start is subtracted
-    again (algorithm 1).
+    """``ΔW = scale · (B A - B_0 A_0)``: B starts at the first columns of Q and A at the first rows of R of ``W = Q
+    R``; the start is subtracted again (algorithm 1).
 
     The paper changes the base weight to ``W - scale · Q_r R_r``. Here the start is kept as a frozen pair
     beside the base, so the base is shared; as a plain LoRA this is rank 2r: ``[A; A0]`` and ``[B, -B0]``.
     Trained pairs agree with peft's.
+
+    Use it for a quicker start than LoRA's without an SVD; it reads the base's weights once.
     """
 
     peft_form: ClassVar[PeftForm | None] = PeftForm(start="olora", computed=("A0", "B0"))

@@ -19,11 +19,14 @@ from lorry.methods.lora import LoRA
 @register("pissa", paper="arXiv 2404.02948")
 @dataclass(frozen=True)
 class PiSSA(LoRA):
-    """A and B start at the top singular triples of W; the same product is subtracted as a frozen offset (equations 2
-    to 4).
+    """``ΔW = scale · (B A - B_0 A_0)``: A and B start at the top singular triples of W; the same product is subtracted
+    as a frozen offset (equations 2 to 4).
 
     The offset is kept as a second, frozen pair of factors beside the base, so the base stays as it is and is shared.
     As a plain LoRA this is rank 2r: ``[A; A0]`` and ``[B, -B0]``.
+
+    Use it for a quicker start than LoRA's where an SVD of each weight is affordable; not on a weight so coarse
+    (quantised) that its SVD says little.
     """
 
     peft_form: ClassVar[PeftForm | None] = PeftForm(start="pissa", computed=("A0", "B0"))

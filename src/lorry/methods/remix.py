@@ -31,6 +31,9 @@ class ReMix(Bottleneck):
     Sources leave open whether tokens or sequences are routed; both are here, sequences only where a model reads them
     whole: in a language model later tokens would change what was said of earlier ones. All experts active (``top_k =
     experts``) is one LoRA of rank experts · rank and fuses exactly.
+
+    Use it where the experts' weights must not collapse onto one, and where two or more passes for each row are
+    affordable.
     """
 
     experts: int = option(8, "Number of LoRAs at each layer.", at_least=1)

@@ -31,6 +31,9 @@ class SHiRA(WeightDelta):
     "given", since the positions lie there. `part` t > 0 takes the next K positions instead of the first, so that
     several adapters do not overlap. K is that of the density, or of a LoRA of `rank`; struct takes the densest grid
     that has no more.
+
+    Use it where adapters are switched inside the weights quickly, or where several are added to one base: a few
+    entries change, and those of two adapters seldom meet.
     """
 
     mask: str | Callable[[Site], Tensor] = option(

@@ -25,6 +25,8 @@ class SHiRADoRA(WeightDelta):
     The paper gives one sentence: a DoRA of high rank (6.25 % of the weights are trained) whose change is multiplied by
     a mask (1 % of the weights change). The norms are constant in the gradient, as in DoRA. What is trained is the DoRA;
     what fuses, switches and disturbs other adapters is sparse.
+
+    Use it in SHiRA's place where a dense update should be trained and only the result be sparse.
     """
 
     rank: int = option(32, "Rank of the DoRA.", at_least=1)

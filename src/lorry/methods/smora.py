@@ -29,6 +29,8 @@ class SMoRA(Bottleneck):
     balance bias d enters the gates and not only the choice; gates are kept positive here, and
     ``bias_in_gate=False`` leaves d out of them. There d has an entry for each rank and moves in every
     forward; here it has one for each expert and moves once after an optimizer step.
+
+    Use it for many tasks at once: experts as fine as single ranks, at the cost of one LoRA and a router.
     """
 
     rank: int = option(64, "Ranks of all experts together.", at_least=1)

@@ -31,6 +31,9 @@ class UniLoRA(Bottleneck):
     paper's comparison keep them in expectation. The order of θ_D is
     that of the sites' paths, A before B, row by row, whatever order the model lists them in. The update does
     not start at zero: with θ_d = 0 neither factor would get a gradient.
+
+    Use it where the count of trained values must be a number of your choice, down to some hundreds for the whole
+    model.
     """
 
     rank: int = option(4, "Rank of the matrices that are built.", at_least=1)

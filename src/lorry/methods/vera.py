@@ -29,6 +29,9 @@ class VeRA(Bottleneck):
 
     The shared pair has the largest widths of all sites; each site uses its first rows and columns. ``out +
     rank`` values are trained at each site.
+
+    Use it where very many adapters are kept and a large shared random pair is no hindrance; it wants a high rank
+    and a high rate.
     """
 
     rank: int = option(256, "Rank of the shared projections; it may exceed the widths of the layers.", at_least=1)

@@ -74,7 +74,7 @@ def method_page() -> str:
                     f"[`{slug}`](#{slug})",
                     info.family,
                     "yes" if info.identity_at_start else "no",
-                    info.merge,
+                    info.fuse,
                     headline(info.cls),
                 )
                 for slug, info in METHODS.items()

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lorry as package
+from lorry import merging
 
 
 @pytest.fixture
@@ -52,6 +53,43 @@ def test_a_recipe_takes_no_adapters_beside_it(lorry, pair: list[Path], tmp_path:
     recipe.write_text("inputs: {}\n")
     result = lorry("merge", recipe, "--adapter", pair[0], "--out", tmp_path / "x")
     assert result.exit_code == 2 and "names the adapters itself" in result.stderr
+
+
+@pytest.mark.parametrize("method", ["comol", "lora-mixer", "cat"])
+def test_adapters_are_merged_with_each_other_by_flags(lorry, base: Path, pair: list[Path], tmp_path: Path, method: str):
+    """A mixture or a plain merge: the same as the function of Python with the same weights."""
+    options = [] if method == "cat" else ["-o", "router_std=0"]
+    goal = tmp_path / "both"
+    given = ["merge", "-m", method, *options, "-a", f"{pair[0]}:0.75", "-a", f"{pair[1]}:0.25", "--out", goal]
+    result = lorry(*given)
+    assert result.exit_code == 0, result.stderr
+    assert method in result.stdout and "both" in {p.name for p in tmp_path.iterdir()}
+    weights = {"one": 0.75, "two": 0.25}
+    inputs = {p.name: p for p in pair}
+    if method == "cat":
+        made = merging.merge(inputs, method=method, weights=weights)
+    else:
+        made = merging.mix(inputs, {"method": method, "router_std": 0}, weights=weights)
+    ids = torch.arange(6)[None]
+    logits = []
+    for attach in (lambda model: package.load(model, goal), made.attach):
+        model = AutoModelForCausalLM.from_pretrained(base)
+        attach(model)
+        logits.append(model(ids).logits)
+    torch.testing.assert_close(*logits)
+    again = lorry(*given)
+    assert again.exit_code != 0 and lorry(*given, "--overwrite").exit_code == 0
+
+
+def test_flags_of_a_merge_that_do_not_go_together(lorry, pair: list[Path], tmp_path: Path):
+    for arguments, words in (
+        (["merge", "pocket", "-m", "comol", "-a", pair[0], "--out", tmp_path / "x"], "no place beside"),
+        (["merge", "-m", "comol", "--out", tmp_path / "x"], "at least one --adapter"),
+        (["merge", "-m", "comul", "-a", pair[0], "--out", tmp_path / "x"], "comol"),
+    ):
+        result = lorry(*arguments)
+        assert result.exit_code == 2 and words in result.stderr
+    assert not (tmp_path / "x").exists()
 
 
 def test_comparison_as_table_data_and_picture(lorry, run_json, pair: list[Path], tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -105,6 +106,22 @@ def test_training_from_yaml(run_json, base, data, tmp_path):
         "two": ("dora", 4),  # two epochs of ten rows in batches of eight
     }
     assert (tmp_path / "out" / "two" / "adapter" / "lorry.json").is_file()
+
+
+def test_a_router_over_adapters_from_flags_and_from_yaml(run_json, base, data, adapter, tmp_path):
+    """The same job both ways: its method is built from adapters that exist, and its router is trained."""
+    common = {"objective": "completion", "steps": 2, "learning_rate": 0.01, "method": "lora-mixer"}
+    flags = [part for name, value in common.items() for part in (f"--{name.replace('_', '-')}", value)]
+    paths = [shutil.copytree(adapter, tmp_path / name) for name in ("one", "two")]
+    built = [part for path in paths for part in ("--built-from", path)]
+    first = run_json("train", "--base", base, "--data", data, *flags, *built, "--out", tmp_path / "job")
+    experts = {path.name: {"path": str(path)} for path in paths}
+    job = {"name": "job", "data": str(data), **common, "built_from": experts}
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps({"base": str(base), "output": str(tmp_path / "yaml"), "jobs": [job]}))
+    second = run_json("train", file)
+    assert first["jobs"][0]["last_loss"] == second["jobs"][0]["last_loss"]
+    assert first["jobs"][0]["method"]["method"] == "lora-mixer" and first["jobs"][0]["status"] == "done"
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
     "dora": [{"alpha": 0.5}],
     "matryoshka-lora": [{"at": 1}, {"at": None}, {"cut_scale": "rank"}],
     "smora": [{"alpha": 3.0}, {"bias_in_gate": False}],
-    "flylora": [{"select": "magnitude"}, {"alpha": 5.0}],
+    "flylora": [{"select": "magnitude"}, {"select": "all"}, {"alpha": 5.0}],
     "lora-mixer": [{"inference_mode": "soft"}, {"renormalize_topk": True}],
     "mixlora": [{"routing": "top_p"}, {"activation": "relu"}, {"top_k": 1}],
     "remix": [{"rank_stabilized": True}],

@@ -1,12 +1,14 @@
 """ICM-Fusion: its parts by their facts, and the whole on checkpoints of a real small model trained on two skills."""
 
+import dataclasses
+
 import pytest
 import torch
 from merging.tiny_adapters import base, distance, filled
 
 import lorry
 from lorry.core.errors import OptionError
-from lorry.merging import Factors, icm, merge
+from lorry.merging import Factors, icm, merge, merge_method_named
 from lorry.merging.output import trial_adapter
 
 
@@ -37,13 +39,35 @@ def test_kl_is_the_monte_carlo_estimate():
     assert float(icm.kl(mean, logvar)) == pytest.approx(float(estimate), rel=0.02)
 
 
-def quadratic(target):
-    return lambda vector: (vector - target).square().sum()
+def quadratic(target, deviation=1.0):
+    spread = torch.ones_like(target) * deviation
+    return icm.TaskLoss(lambda vector: (vector - target).square().sum(), torch.zeros_like(target), spread)
 
 
 def meta(vae, how, data):
     flat, v, noise, target = data
-    return icm.meta_loss(vae, flat, v, noise, quadratic(target), how)
+    return icm.meta_loss(vae, flat, v, noise, quadratic(target, torch.linspace(0.5, 2, 6, dtype=target.dtype)), how)
+
+
+@pytest.mark.parametrize("first_order", [True, False])
+def test_inner_steps_are_gradient_steps_of_the_adapters_own_numbers(first_order):
+    """Equation 8, whatever the statistics that the VAE's numbers are normalised with."""
+    generator = torch.Generator().manual_seed(3)
+    mean, goal, raw = (torch.randn(4, generator=generator, dtype=torch.float64) for _ in range(3))
+    deviation = torch.tensor([1e-3, 0.05, 1.0, 20.0], dtype=torch.float64)
+    curve = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    task = icm.TaskLoss(lambda point: (curve * (point - goal).square()).sum(), mean, deviation)
+    how = icm.Training(1, 1e-3, 0.0, 3, 0.01, False, first_order, 1)
+    adapted = task.adapted(((raw - mean) / deviation)[None].requires_grad_(), how)
+    assert adapted.requires_grad is not first_order
+    expected = raw.clone()
+    for _ in range(3):
+        expected = expected - 0.01 * 2 * curve * (expected - goal)
+    torch.testing.assert_close((adapted * deviation + mean)[0], expected)
+    one = icm.Training(1, 1e-3, 0.0, 1, 0.01, True, first_order, 1)
+    moved = (task.adapted(((raw - mean) / deviation)[None].requires_grad_(), one) * deviation + mean)[0] - raw
+    slope = 2 * curve * (raw - goal)
+    torch.testing.assert_close(moved, -0.01 * raw.norm() * slope / slope.norm(), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("steps, first_order", [(0, True), (2, True), (2, False)])
@@ -56,7 +80,7 @@ def test_meta_gradient_against_finite_differences(steps, first_order):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     data = (draw(2, 6), draw(2, 3), (draw(2, 2), draw(2, 2)), draw(6))
-    how = icm.Training(1, 1e-3, 0.01, steps, 0.05, first_order, 2)
+    how = icm.Training(1, 1e-3, 0.01, steps, 0.05, False, first_order, 2)
     weight = vae.decoder[3].bias
     (gradient,) = torch.autograd.grad(meta(vae, how, data), weight)
     place = (0,) * weight.ndim
@@ -78,11 +102,11 @@ def test_no_inner_step_is_the_plain_conditional_vae():
     icm.initialise(vae, torch.Generator().manual_seed(0))
     flat, v = torch.ones(1, 6), torch.ones(1, 3)
     noise = (torch.full((1, 2), 9.0), torch.full((1, 2), 0.5))
-    how = icm.Training(1, 1e-3, 0.1, 0, 0.05, True, 1)
+    how = icm.Training(1, 1e-3, 0.1, 0, 0.05, True, True, 1)
     mean, logvar = vae.encode(flat, v)
     rebuilt = vae.decode(mean + noise[1] * (logvar / 2).exp(), v)
     plain = (rebuilt - flat).square().mean() + 0.1 * icm.kl(mean, logvar)
-    found = icm.meta_loss(vae, flat, v, noise, quadratic(torch.zeros(6)), how)
+    found = icm.meta_loss(vae, flat, v, noise, None, how)
     assert torch.allclose(found, plain)
 
 
@@ -160,7 +184,7 @@ def test_another_tasks_vector_decodes_another_adapter(pocket):
     generator = torch.Generator().manual_seed(0)
     vae = icm.FusionVAE(sum(data.layout.sizes), 8, 8, 64)
     icm.initialise(vae, generator)
-    icm.train_vae(vae, data, {}, icm.Training(150, 1e-3, 1e-4, 0, 0.01, True, 8), generator, 0)
+    icm.train_vae(vae, data, {}, by_default(epochs=150, inner_steps=0), generator, 0)
 
     @torch.no_grad()
     def loss(skill, condition):
@@ -181,7 +205,7 @@ def test_another_tasks_vector_decodes_another_adapter(pocket):
 
 def test_order_of_tasks_does_not_matter(pocket):
     model, tasks, final = pocket
-    options = {"epochs": 5, "latent": 4, "hidden": 16, "alternatives": False}
+    options = {"epochs": 2, "latent": 4, "hidden": 16, "alternatives": False, "batch": 1}
     results = [
         merge(given, method="icm-fusion", options=options, model=model, extras={"tasks": tasks})
         for given in (final, dict(reversed(final.items())))
@@ -189,18 +213,62 @@ def test_order_of_tasks_does_not_matter(pocket):
     assert distance(*results) == 0.0
 
 
-def test_the_inner_loop_uses_the_task_loss(pocket):
+@pytest.fixture(scope="module")
+def learned(pocket):
+    """A VAE that was trained on the checkpoints without an inner loop, and the task losses as the merge makes them."""
     model, tasks, final = pocket
-    options = {"epochs": 3, "latent": 4, "hidden": 16, "alternatives": False}
+    sites = {path: entry.site for path, entry in final["ends"].entries.items()}
+    shapes = {path: (site.out_features, site.in_features) for path, site in sites.items()}
+    data = icm.collect(tasks, list(sites), shapes, None, "none", 8)
+    generator = torch.Generator().manual_seed(0)
+    vae = icm.FusionVAE(sum(data.layout.sizes), 8, 8, 64)
+    icm.initialise(vae, generator)
+    icm.train_vae(vae, data, {}, by_default(epochs=150, inner_steps=0), generator, 0)
+    support = icm.Support(data.layout, tasks, model)
+    return vae, data, {name: support.task_loss(data, name) for name in tasks}
+
+
+def by_default(**changed):
+    """The knobs of the training as the merge method has them, but for some."""
+    values = merge_method_named("icm-fusion").parse(changed)
+    return icm.Training(**{field.name: values[field.name] for field in dataclasses.fields(icm.Training)})
+
+
+def test_the_inner_loop_lowers_the_task_losses_by_default(learned):
+    vae, data, losses = learned
+    for name, loss in losses.items():
+        before, after = icm.inner_losses(vae, data, name, loss, by_default())
+        assert after < 0.97 * before
+        same, still = icm.inner_losses(vae, data, name, loss, by_default(inner_rate=1e-20))
+        assert same == before and still == pytest.approx(before, rel=1e-6)
+
+
+def test_what_the_network_learns_depends_on_the_inner_steps(learned):
+    """With the same draws, only what the steps did can differ, and it grows with their rate."""
+    vae, data, losses = learned
+    flat, v = data.vectors["ends"][-1:], data.conditions["ends"][None]
+    noise = (torch.ones(1, 8), torch.full((1, 8), -0.5))
+
+    def value(rate):
+        how = by_default(inner_rate=rate, kl_weight=1.0)
+        return float(icm.meta_loss(vae, flat, v, noise, losses["ends"], how).detach())
+
+    still = value(1e-20)
+    moved = [abs(value(rate) - still) for rate in (1e-3, 1e-2)]
+    assert 1e-5 * still < moved[0] and 3 * moved[0] < moved[1]
+
+
+def test_a_merge_uses_and_reports_the_inner_loop(pocket):
+    model, tasks, final = pocket
+    options = {"epochs": 1, "latent": 4, "hidden": 16, "alternatives": False, "batch": 1}
+    there = set(lorry.adapters(model))
+    merged = merge(final, method="icm-fusion", options=options, model=model, extras={"tasks": tasks})
+    steps = merged.receipt.facts["vae"]["inner_losses"]
+    assert set(steps) == set(final) and all(after < before for before, after in steps.values())
+    assert set(lorry.adapters(model)) == there
+    options["inner_steps"] = 0
     plain = merge(final, method="icm-fusion", options=options, model=model, extras={"tasks": tasks})
-    inner = merge(
-        final,
-        method="icm-fusion",
-        options={**options, "inner_steps": 1, "inner_rate": 1.0},
-        model=model,
-        extras={"tasks": tasks},
-    )
-    assert distance(inner, plain) > 1e-6
+    assert plain.receipt.facts["vae"]["inner_losses"] == {}
 
 
 def test_one_task_is_its_reconstruction(pocket):
@@ -208,7 +276,15 @@ def test_one_task_is_its_reconstruction(pocket):
     merged = merge(
         {"ends": final["ends"]},
         method="icm-fusion",
-        options={"epochs": 300, "latent": 8, "hidden": 64, "alternatives": False, "held_out": 0, "kl_weight": 0.0},
+        options={
+            "epochs": 300,
+            "latent": 8,
+            "hidden": 64,
+            "alternatives": False,
+            "held_out": 0,
+            "kl_weight": 0.0,
+            "inner_steps": 0,
+        },
         model=model,
         extras={"tasks": {"ends": tasks["ends"]}},
     )

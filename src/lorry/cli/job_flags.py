@@ -16,7 +16,7 @@ from lorry.training.jobs import Job
 
 #: Fields that are not flags of their own name: the method has --method and --option, as in every command.
 _OWN = ("method", "data", "site_options")
-_LISTS = ("targets", "exclude", "modules_to_save", "labels", "dynamics")
+_LISTS = ("targets", "exclude", "modules_to_save", "labels", "dynamics", "built_from")
 #: Mappings, with what their values are.
 _PAIRS: dict[str, Callable[[Any], Any]] = {"columns": str, "stages": float, "schedule_options": lambda value: value}
 _SIMPLE = {"int": int, "float": float, "str": str, "bool": bool}

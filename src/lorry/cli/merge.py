@@ -1,4 +1,4 @@
-"""``lorry merge``: adapters into a base, written as a whole model; or adapters with each other, by a recipe."""
+"""``lorry merge``: adapters into a base, written as a whole model; or with each other, by a recipe or by flags."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,16 +14,35 @@ from lorry.cli.arguments import Dtype, Json, adapter_references
 from lorry.cli.output import note, out, print_json
 from lorry.core.errors import CheckpointError, OptionError
 
+if TYPE_CHECKING:
+    from lorry.merging import MergedAdapter, Mixture
+
 RECEIPT = "lorry_merge.json"
 
 
 def merge(
     source: Annotated[
-        str, typer.Argument(help="'pocket' or a local model folder, to merge adapters into; or a recipe (.yaml).")
-    ],
+        str | None,
+        typer.Argument(
+            help="'pocket' or a local model folder, to merge adapters into; or a recipe (.yaml). Without it the "
+            "adapters are merged with each other."
+        ),
+    ] = None,
     adapter: Annotated[
         list[str] | None,
-        typer.Option("--adapter", "-a", metavar="[NAME=]DIR", help="Adapter to merge, in this order; repeatable."),
+        typer.Option("--adapter", "-a", metavar="[NAME=]DIR[:WEIGHT]", help="Adapter to merge; repeatable."),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--method",
+            "-m",
+            help="How adapters are merged with each other: a merge method, or a method that takes adapters in.",
+            show_default=False,
+        ),
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-o", help="KEY=VALUE, an option of it; repeatable.")
     ] = None,
     to: Annotated[Path | None, typer.Option("--out", help="Folder for the merged model; must not exist.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
@@ -36,14 +55,35 @@ def merge(
     ] = "auto",
     as_json: Json = False,
 ) -> None:
-    """Merge adapters into a base and save the whole model, with a receipt of every step."""
-    from lorry.cli.bases import folder_of
-
+    """Merge adapters into a base and save the whole model, or adapters with each other; with a receipt."""
+    if source is None:
+        with_each_other(adapter, method, option, to, overwrite, check_base, as_json)
+        return
+    if method is not None or option:
+        raise OptionError(
+            f"--method and --option say how adapters are merged with each other, so {source} has no place beside them."
+        )
     if source.endswith((".yaml", ".yml")):
         if adapter:
             raise OptionError(f"{source} is a recipe; it names the adapters itself, so --adapter has no place here.")
         by_recipe(source, to, overwrite, as_json)
         return
+    into_base(source, adapter, to, overwrite, check_base, dtype, task, as_json)
+
+
+def into_base(
+    source: str,
+    adapter: list[str] | None,
+    to: Path | None,
+    overwrite: bool,
+    check_base: bool,
+    dtype: str,
+    task: str,
+    as_json: bool,
+) -> None:
+    """Merge adapters into a base and write the model."""
+    from lorry.cli.bases import folder_of
+
     references = adapter_references(adapter)
     if not references or to is None:
         raise OptionError("Merging needs at least one --adapter DIR and --out DIR.")
@@ -70,7 +110,39 @@ def by_recipe(source: str, to: Path | None, overwrite: bool, as_json: bool) -> N
     from lorry.cli.bases import load_base
     from lorry.merging import merge_recipe
 
-    merged = merge_recipe(source, out=to, overwrite=overwrite, load_model=load_base)
+    _show(merge_recipe(source, out=to, overwrite=overwrite, load_model=load_base), as_json)
+
+
+def with_each_other(
+    adapter: list[str] | None,
+    method: str | None,
+    option: list[str] | None,
+    to: Path | None,
+    overwrite: bool,
+    check_base: bool,
+    as_json: bool,
+) -> None:
+    """Merge adapters with each other as flags say; the result is an ordinary adapter folder."""
+    from lorry.cli.arguments import key_values
+    from lorry.merging.recipe import recipe_from, run_recipe
+
+    references = adapter_references(adapter)
+    if not references or to is None:
+        raise OptionError("Merging adapters with each other needs at least one --adapter DIR and --out DIR.")
+    weighted = any(weight != 1 for _, weight in references.values())
+    inputs = {n: {"path": str(p), **({"weight": w} if weighted else {})} for n, (p, w) in references.items()}
+    values = {
+        "inputs": inputs,
+        "options": key_values(option) or None,
+        "check_base": check_base,
+        "name": to.resolve().name,
+    }
+    values["name"] = to.resolve().name
+    recipe = recipe_from(values if method is None else {**values, "method": method})
+    _show(run_recipe(recipe, Path(), out=to, overwrite=overwrite), as_json)
+
+
+def _show(merged: MergedAdapter | Mixture, as_json: bool) -> None:
     if as_json:
         print_json(merged.receipt.to_dict())
     else:

@@ -9,6 +9,7 @@ from lorry.merging.compare import Comparison, compare, comparison_picture, compa
 from lorry.merging.engine import merge
 from lorry.merging.factors import Factors
 from lorry.merging.inputs import Pool, SiteInput
+from lorry.merging.mixture import Mixture, from_adapters, mix
 from lorry.merging.output import MergedAdapter
 from lorry.merging.receipt import MergeReceipt
 from lorry.merging.recipe import Recipe, merge_recipe, read_recipe
@@ -21,6 +22,7 @@ __all__ = [
     "Knob",
     "MergeReceipt",
     "MergedAdapter",
+    "Mixture",
     "Pool",
     "Recipe",
     "SiteInput",
@@ -28,10 +30,12 @@ __all__ = [
     "compare",
     "comparison_picture",
     "comparison_table",
+    "from_adapters",
     "merge",
     "merge_method",
     "merge_method_named",
     "merge_methods",
     "merge_recipe",
+    "mix",
     "read_recipe",
 ]

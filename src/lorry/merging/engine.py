@@ -39,7 +39,7 @@ from lorry.merging.weights import Step, Weight, Weights
 
 Inputs = Sequence[AdapterLike] | Mapping[str, AdapterLike]
 Objective = Callable[[nn.Module], float] | Callable[[Candidate], float]
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 def merge(
@@ -83,17 +83,17 @@ def merge(
     """
     chosen = merge_method_named(method)
     parsed = chosen.parse(options or {})
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         raise OptionError(
-            f"dtype must be one of {', '.join(_DTYPES)}, found {dtype!r}.{near_misses(str(dtype), _DTYPES)}"
+            f"dtype must be one of {', '.join(DTYPES)}, found {dtype!r}.{near_misses(str(dtype), DTYPES)}"
         )
-    target, named = _target(out, overwrite), _named(inputs)
+    target, named = check_target(out, overwrite), _named(inputs)
     with ExitStack() as stack:
         sources = {n: open_source(item, n, model, stack) for n, item in sorted(named.items())}
         verdict = _same_base(sources, check_base)
         work = _Work(sources, _shapes(sources), whole_modules)
         work.weights = Weights(list(sources), _by_name(weights, named), schedule, list(work.shapes))
-        merged = _run(chosen, parsed, work, model, objective, extras or {}, _DTYPES[dtype], verdict, name)
+        merged = _run(chosen, parsed, work, model, objective, extras or {}, DTYPES[dtype], verdict, name)
     if target is not None:
         merged.save(target, overwrite=overwrite)
     return merged
@@ -112,7 +112,7 @@ def _by_name(
     return dict(zip(named, weights, strict=True))
 
 
-def _target(out: str | os.PathLike[str] | None, overwrite: bool) -> Path | None:
+def check_target(out: str | os.PathLike[str] | None, overwrite: bool) -> Path | None:
     """Refuse a folder that is taken before the work is done."""
     if out is None:
         return None

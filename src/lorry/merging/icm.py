@@ -6,15 +6,17 @@ sheet gives them. Everything is float64-free: the VAE is a network, its result i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
 from lorry.core.errors import AdapterError, OptionError
+from lorry.core.life.adapter import Adapter
 from lorry.merging.factors import Factors
 from lorry.merging.inputs import Candidate
 from lorry.merging.methods.lora_lego import in_gauge
@@ -232,18 +234,58 @@ def initialise(network: nn.Module, generator: Generator) -> None:
 
 @dataclass
 class Training:
-    """Knobs of the meta-training; see `lorry.merging.methods.icm_fusion`."""
+    """Knobs of the meta-training; see `lorry.merging.methods.icm_fusion`.
+
+    A step of Equation 8 is taken in the adapter's own numbers, not in the normalised ones. With `inner_relative` its
+    rate is `inner_rate · ‖l‖ / ‖∇L‖`, so that a step moves any adapter of any model by that share of its norm;
+    otherwise it is `inner_rate` itself.
+    """
 
     epochs: int
     rate: float
     kl_weight: float
     inner_steps: int
     inner_rate: float
+    inner_relative: bool
     first_order: bool
     batch: int
 
 
-Losses = Mapping[str, Callable[[Tensor], Tensor]]
+@dataclass(frozen=True)
+class TaskLoss:
+    """A task's loss on raw flat adapters, seen from normalised ones ``x = (l - mean) / deviation``.
+
+    Attributes
+    ----------
+    raw
+        Loss of a raw adapter ``(P,)``.
+    mean, deviation
+        ``(P,)``.
+    """
+
+    raw: Callable[[Tensor], Tensor]
+    mean: Tensor
+    deviation: Tensor
+
+    def adapted(self, flat: Tensor, how: Training) -> Tensor:
+        """Return normalised adapters ``(rows, P)`` after the inner steps ``l <- l - rate ∇L(l)`` (Equation 8).
+
+        With ``how.first_order`` the result is a constant, else the gradient flows through all steps; rates are
+        constants.
+        """
+        point = flat * self.deviation + self.mean
+        for _ in range(how.inner_steps):
+            if how.first_order:
+                point = point.detach().requires_grad_(True)
+            total = torch.stack([self.raw(row) for row in point]).sum()
+            (gradient,) = torch.autograd.grad(total, point, create_graph=not how.first_order)
+            rate = torch.full_like(point[:, :1], how.inner_rate)
+            if how.inner_relative:
+                size, slope = (x.detach().norm(dim=1, keepdim=True) for x in (point, gradient))
+                rate = torch.where(slope > 0, rate * size / slope, 0.0)
+            point = point - rate * gradient
+        found = (point - self.mean) / self.deviation
+        return found.detach() if how.first_order else found
 
 
 def meta_loss(
@@ -251,7 +293,7 @@ def meta_loss(
     flat: Tensor,
     v: Tensor,
     noise: tuple[Tensor, Tensor],
-    loss: Callable[[Tensor], Tensor] | None,
+    loss: TaskLoss | None,
     how: Training,
 ) -> Tensor:
     """Return ``MSE(l, l_rec) + λ KL`` after the inner loop (Equations 8 to 12).
@@ -265,28 +307,26 @@ def meta_loss(
     noise
         Two standard normal draws ``(rows, latent)``, for the first and the second posterior.
     loss
-        Task loss of one normalised adapter ``(P,)``, or None for no inner loop.
+        Of the task, or None for no inner loop.
     """
     mean, logvar = vae.encode(flat, v)
     adapted = flat
     if how.inner_steps and loss is not None:
         adapted = vae.decode(mean + noise[0] * (logvar / 2).exp(), v)
-        for _ in range(how.inner_steps):
-            point = adapted.detach().requires_grad_(True) if how.first_order else adapted
-            total = torch.stack([loss(row) for row in point]).sum()
-            (gradient,) = torch.autograd.grad(total, point, create_graph=not how.first_order)
-            adapted = point - how.inner_rate * gradient
-            if how.first_order:
-                adapted = adapted.detach()
+        adapted = loss.adapted(adapted, how)
         mean, logvar = vae.encode(adapted, v)
     rebuilt = vae.decode(mean + noise[1] * (logvar / 2).exp(), v)
     return (rebuilt - flat).square().mean() + how.kl_weight * kl(mean, logvar)
 
 
 def train_vae(
-    vae: FusionVAE, data: Collection, losses: Losses, how: Training, generator: Generator, held_out: int
+    vae: FusionVAE, data: Collection, losses: Mapping[str, TaskLoss], how: Training, generator: Generator, held_out: int
 ) -> dict[str, Any]:
-    """Train on all checkpoints but the last `held_out` of each task before its final one; return what was reached."""
+    """Train on all checkpoints but the last `held_out` of each task before its final one; return what was reached.
+
+    Tasks without a loss go without the inner loop; for the others ``inner_losses`` says what the loop does to what the
+    trained VAE decodes.
+    """
     optimizer = torch.optim.Adam(vae.parameters(), lr=how.rate)
     train, left = {}, {}
     for name, rows in data.vectors.items():
@@ -308,12 +348,25 @@ def train_vae(
                 optimizer.step()
                 total += float(value.detach())
             history.append(total / len(data.vectors))
+    used = losses if how.inner_steps else {}
     return {
         "loss_first": history[0] if history else None,
         "loss_last": history[-1] if history else None,
         "error_train": {n: rebuilt_error(vae, rows, data.conditions[n]) for n, rows in train.items()},
         "error_held_out": {n: rebuilt_error(vae, rows, data.conditions[n]) for n, rows in left.items() if len(rows)},
+        "inner_losses": {n: inner_losses(vae, data, n, loss, how) for n, loss in used.items()},
     }
+
+
+def inner_losses(vae: FusionVAE, data: Collection, name: str, loss: TaskLoss, how: Training) -> tuple[float, float]:
+    """Return a task's loss for its rebuilt last checkpoint, before and after the inner loop."""
+    v = data.conditions[name][None]
+    with torch.no_grad():
+        decoded = vae.decode(vae.encode(data.vectors[name][-1:], v)[0], v)
+    with torch.enable_grad():
+        adapted = loss.adapted(decoded, how).detach()
+    before, after = (float(loss.raw((x * loss.deviation + loss.mean)[0]).detach()) for x in (decoded, adapted))
+    return before, after
 
 
 @torch.no_grad()
@@ -347,6 +400,7 @@ class Support:
     tasks: Mapping[str, Task]
     model: nn.Module | None
     calls: int = field(default=0)
+    _carried: Adapter | None = field(default=None, repr=False)
 
     def loss(self, name: str, vector: Tensor) -> Tensor:
         """Return a task's loss, differentiable in the vector (once, where a model is in between)."""
@@ -361,18 +415,39 @@ class Support:
 
         return _OnModel.apply(vector, call)  # type: ignore[no-untyped-call]
 
+    def task_loss(self, data: Collection, name: str) -> TaskLoss:
+        """Return a task's loss for normalised adapters, brought back with the statistics of its last checkpoint."""
+        return TaskLoss(partial(self.loss, name), data.mean[name].float(), data.deviation[name].float())
+
+    @contextmanager
+    def carried(self) -> Iterator[None]:
+        """Let the model keep one adapter for all losses that are asked for meanwhile, instead of one for each."""
+        if self.model is None or self._carried is not None:
+            yield
+            return
+        zeros = torch.zeros(sum(self.layout.sizes))
+        with trial_adapter(self.model, self._tensors(zeros), trainable=True) as adapter:
+            self._carried = adapter
+            try:
+                yield
+            finally:
+                self._carried = None
+
+    def _tensors(self, values: Tensor) -> dict[str, dict[str, Tensor]]:
+        return {p: {"A": f.a.float(), "B": f.b.float()} for p, f in self.layout.unflatten(values).items()}
+
     def _on_model(self, function: Callable[[Any], Tensor], values: Tensor) -> tuple[float, Tensor]:
-        assert self.model is not None
-        tensors = {p: {"A": f.a.float(), "B": f.b.float()} for p, f in self.layout.unflatten(values).items()}
-        with torch.enable_grad(), trial_adapter(self.model, tensors, trainable=True) as adapter:
-            value = function(self.model)
-            wanted = [
-                t
-                for p in self.layout.shapes
-                for t in (adapter.entries[p].tensors()["A"], adapter.entries[p].tensors()["B"])
-            ]
-            gradients = torch.autograd.grad(value, wanted)
-            return float(value), torch.cat([g.detach().flatten() for g in gradients]).to(values.dtype)
+        with self.carried(), torch.enable_grad():
+            assert self._carried is not None
+            entries = self._carried.entries
+            wanted = [entries[p].tensors()[n] for p in self.layout.shapes for n in ("A", "B")]
+            fresh = [own[n] for own in self._tensors(values).values() for n in ("A", "B")]
+            with torch.no_grad():
+                for tensor, value in zip(wanted, fresh, strict=True):
+                    tensor.copy_(value)
+            loss = function(self.model)
+            gradients = torch.autograd.grad(loss, wanted)
+            return loss.item(), torch.cat([g.detach().flatten() for g in gradients]).to(values.dtype)
 
     def known(self) -> list[str]:
         """Return the tasks that have a loss."""

@@ -6,13 +6,16 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from lorry.core.errors import CheckpointError, LorryError, OptionError
+from lorry.core.method.registry import method_from
 from lorry.core.options import check_options, from_options, option
-from lorry.merging.engine import merge
+from lorry.formats.mixture import adopting
+from lorry.merging.engine import DTYPES, check_target, merge
+from lorry.merging.mixture import Mixture, mix
 from lorry.merging.output import MergedAdapter
 from lorry.merging.registry import merge_method_named
 from lorry.merging.weights import Step, Weight
@@ -42,7 +45,9 @@ class Recipe:
     """The fields of a recipe; `inputs` maps names to paths, or to ``{path, weight}``."""
 
     inputs: Any = option(MISSING, "Name -> path, or name -> {path, weight}.")
-    method: str = option("task-arithmetic", "Slug of a merge method.")
+    method: str = option(
+        "task-arithmetic", "Slug of a merge method, or of a method that takes other adapters in (a mixture)."
+    )
     options: Any = option(None, "Options of the method.")
     schedule: Any = option((), "List of {sites, layers, weights}: factors on the weights at some sites.")
     out: str | None = option(None, "Folder of the result, relative to the recipe.")
@@ -76,15 +81,52 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     if not isinstance(values, dict):
         raise OptionError(f"The recipe '{path}' must be a mapping with 'inputs', found {type(values).__name__}.")
     try:
-        recipe: Recipe = _checked(Recipe, values)
-        _inputs(recipe)
-        _steps(recipe)
-        if not isinstance(recipe.options, dict | None):
-            raise OptionError(f"'options' must be a mapping, found {recipe.options!r}.")
-        merge_method_named(recipe.method).parse(recipe.options or {})
+        return recipe_from(values)
     except OptionError as error:
         raise OptionError(f"The recipe '{path}': {error}") from None
+
+
+def recipe_from(values: Mapping[str, Any]) -> Recipe:
+    """Return a recipe from plain data, checked.
+
+    Raises
+    ------
+    OptionError
+        As for `read_recipe`.
+    """
+    recipe: Recipe = _checked(Recipe, values)
+    inputs = _inputs(recipe)
+    if not isinstance(recipe.options, dict | None):
+        raise OptionError(f"'options' must be a mapping, found {recipe.options!r}.")
+    if not _is_mixture(recipe):
+        _steps(recipe)
+        merge_method_named(recipe.method).parse(recipe.options or {})
+        return recipe
+    method_from({"method": recipe.method, **(recipe.options or {})})
+    if recipe.schedule:
+        raise OptionError(f"'{recipe.method}' is made of whole adapters, so it takes no schedule of weights by site.")
+    if any(i.weight is not None and not isinstance(i.weight, int | float) for i in inputs.values()):
+        raise OptionError(f"'{recipe.method}' is made of whole adapters, so each takes one number as its weight.")
     return recipe
+
+
+def _is_mixture(recipe: Recipe) -> bool:
+    """Whether the method is not one of merging, but one that takes other adapters in.
+
+    Raises
+    ------
+    OptionError
+        It is neither.
+    """
+    if recipe.method in adopting():
+        return True
+    try:
+        merge_method_named(recipe.method)
+    except OptionError as error:
+        raise OptionError(
+            f"{error} A method that takes adapters in is possible too: {', '.join(adopting())}."
+        ) from None
+    return False
 
 
 def merge_recipe(
@@ -93,8 +135,8 @@ def merge_recipe(
     out: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     load_model: Callable[[str], nn.Module] | None = None,
-) -> MergedAdapter:
-    """Run a recipe and write its result.
+) -> MergedAdapter | Mixture:
+    """Run a recipe and write its result: a plain adapter, or a mixture where the method is one.
 
     Parameters
     ----------
@@ -113,37 +155,63 @@ def merge_recipe(
         As for `read_recipe` and `lorry.merging.merge`; nothing is written then.
     """
     recipe, home = read_recipe(path), Path(path).resolve().parent
+    if out is None and recipe.out is None:
+        raise OptionError(f"The recipe '{path}' has no 'out', and none was given.")
+    try:
+        return run_recipe(recipe, home, out=out, overwrite=overwrite, load_model=load_model)
+    except LorryError as error:
+        raise type(error)(f"The recipe '{path}': {error}") from None
+
+
+def run_recipe(
+    recipe: Recipe,
+    home: Path,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    load_model: Callable[[str], nn.Module] | None = None,
+) -> MergedAdapter | Mixture:
+    """Run a recipe whose paths are relative to `home`; options and errors as for `merge_recipe`."""
     target = Path(out) if out is not None else home / recipe.out if recipe.out else None
     if target is None:
-        raise OptionError(f"The recipe '{path}' has no 'out', and none was given.")
+        raise OptionError("Merging needs a folder for the result, and none was given.")
     inputs = _inputs(recipe)
     model = None
     if recipe.model is not None:
         if load_model is None:
-            raise OptionError(
-                f"The recipe '{path}' names the base '{recipe.model}', but nothing to load it with was given."
-            )
+            raise OptionError(f"The recipe names the base '{recipe.model}', but nothing to load it with was given.")
         local = home / recipe.model
         model = load_model(str(local) if local.exists() else recipe.model)
     weights = _weights(inputs)
     paths = {n: home / Path(i.path).expanduser() for n, i in inputs.items()}
-    try:
-        return merge(
+    if _is_mixture(recipe):
+        method = {"method": recipe.method, **(recipe.options or {})}
+        check_target(target, overwrite)
+        made = mix(
             paths,
-            weights=weights,
-            method=recipe.method,
-            options=recipe.options,
-            schedule=_steps(recipe),
-            out=target,
+            method,
+            weights=cast(Any, weights),
             name=recipe.name,
             model=model,
-            whole_modules=recipe.whole_modules,  # type: ignore[arg-type]
             check_base=recipe.check_base,
-            dtype=recipe.dtype,
-            overwrite=overwrite,
+            dtype=DTYPES[recipe.dtype],
         )
-    except LorryError as error:
-        raise type(error)(f"The recipe '{path}': {error}") from None
+        made.save(target, overwrite=overwrite)
+        return made
+    return merge(
+        paths,
+        weights=weights,
+        method=recipe.method,
+        options=recipe.options,
+        schedule=_steps(recipe),
+        out=target,
+        name=recipe.name,
+        model=model,
+        whole_modules=recipe.whole_modules,  # type: ignore[arg-type]
+        check_base=recipe.check_base,
+        dtype=recipe.dtype,
+        overwrite=overwrite,
+    )
 
 
 def _checked(cls: type[Any], values: Mapping[str, Any]) -> Any:

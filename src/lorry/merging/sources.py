@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lorry.core.errors import AdapterError, CheckpointError
 from lorry.core.life.adapter import Adapter
 from lorry.core.life.api import adapters
+from lorry.core.method.base import Expert
 from lorry.core.sites.fingerprint import Fingerprint
 from lorry.formats.file import AdapterFile
 from lorry.formats.load import load
@@ -127,6 +128,7 @@ def open_source(item: AdapterLike, name: str, model: nn.Module | None, stack: Ex
         stack.callback(file.close)
     try:
         source = Source(file, name)
+        _check_ungated(file, name)
         for path in source.sites:  # an update that needs the base weight is found out at the first site of each method
             if not file.plain(path):
                 source.read(path)
@@ -140,6 +142,38 @@ def open_source(item: AdapterLike, name: str, model: nn.Module | None, stack: Ex
     loaded = load(model, file, name=_free_name(model), activate=False)
     stack.callback(loaded.detach)
     return _live(loaded, name, origin=file.where)
+
+
+def open_expert(item: AdapterLike, model: nn.Module | None, stack: ExitStack) -> AdapterFile:
+    """Open an adapter as data for `lorry.formats.mixture`, which takes gated ones too; errors as for `open_source`."""
+    if isinstance(item, Adapter):
+        return as_file(item, copy=False)
+    file = open_adapter(item)
+    if not isinstance(item, AdapterFile):
+        stack.callback(file.close)
+    if not (file.needs_model or file.flat):
+        return file
+    if model is None:
+        raise AdapterError(f"'{file.where}' cannot be read from its file alone. Pass the base model (model=...).")
+    loaded = load(model, file, name=_free_name(model), activate=False)
+    stack.callback(loaded.detach)
+    return as_file(loaded, copy=False)
+
+
+def _check_ungated(file: AdapterFile, name: str) -> None:
+    """Refuse an adapter without an update of the weight, if its own method can merge it, and say so."""
+    for path, method in file.methods.items():
+        if method.fusing != "never" or not method.adopts():
+            continue
+        try:
+            method.with_experts([Expert(name, method, file.all_tensors(path), file.site(path))])
+        except AdapterError:
+            return  # it takes in others, but not its own kind
+        slug = method.info.slug
+        raise AdapterError(
+            f"Adapter '{name}' ({slug}) depends on the input of the layer (its units are gated for each token), so it "
+            f"has no update of the weight to merge. Merge such adapters by their own method: method='{slug}'."
+        )
 
 
 def _live(adapter: Adapter, name: str, origin: str = "") -> Source:

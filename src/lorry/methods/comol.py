@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorry.core.errors import OptionError
+from lorry.core.method.base import Expert
 from lorry.core.method.call import Call
 from lorry.core.method.families import Bottleneck
 from lorry.core.method.registry import register
 from lorry.core.method.spec import Tensors, TensorSpec, kaiming, normal, zeros
 from lorry.core.options import option
 from lorry.core.sites.site import Site
+from lorry.methods.parts.experts import pair
 from lorry.methods.parts.routing import precise, report
 
 
@@ -29,9 +31,9 @@ class CoMoL(Bottleneck):
 
     Gates read the code A x, or x itself (the paper's ablation, ``router_input="full"``). The start is not in
     the sources: with ``start="up"`` B is zero and the cores are random, with "core" the other way round.
-    `lorry.merging.mixture.from_adapters` makes one from LoRAs: A and B are the singular vectors of the first,
-    and each M_j the projection of LoRA j, exact for the first alone. A single core is a plain LoRA and fuses
-    exactly.
+    It can be made from LoRAs that exist, see `lorry.formats.mixture`: A and B are the singular vectors of the first,
+    and each M_j the projection of LoRA j, times its weight, exact for the first alone. A single core is a plain LoRA
+    and fuses exactly.
 
     Use it for several tasks in one adapter where whole experts would be too many values: a further expert costs
     rank squared.
@@ -65,27 +67,28 @@ class CoMoL(Bottleneck):
         specs["router"] = TensorSpec((n, width), normal(self.router_std), trained=choice)
         return {**specs, "router_bias": TensorSpec((n,), trained=choice)} if self.router_bias else specs
 
-    def with_experts(self, ranks: Sequence[int]) -> Self:
+    def with_experts(self, experts: Sequence[Expert]) -> Self:
         """Return the method with a core for each LoRA, in the code of the first, A and B frozen."""
         return self.with_options(
-            rank=ranks[0],
-            experts=len(ranks),
+            rank=len(pair(experts[0])[0]),
+            experts=len(experts),
             alpha=None,
             train_factors=False,
             start="core",
             router_bias=True,
-            router_std=1e-3,
+            router_std=min(self.router_std, 1e-3),
         )
 
-    def adopt(self, tensors: Tensors, site: Site, experts: Sequence[tuple[Tensor, Tensor, float]]) -> float:
+    def adopt(self, tensors: Tensors, site: Site, experts: Sequence[Expert]) -> float:
         """Take A and B from the singular vectors of the first LoRA, and project each LoRA onto them."""
-        (a, b, _), *_ = experts
+        pairs = [pair(expert) for expert in experts]
+        a, b, _ = pairs[0]
         up = torch.linalg.svd(b.double(), full_matrices=False)[0]
         down = torch.linalg.svd(a.double(), full_matrices=False)[2]
         tensors["A"].copy_(down)
         tensors["B"].copy_(up)
         lost = whole = 0.0
-        for core, (a, b, scale) in zip(tensors["cores"], experts, strict=True):
+        for core, (a, b, scale) in zip(tensors["cores"], pairs, strict=True):
             left, right = scale * (up.mT @ b.double()), a.double() @ down.mT
             core.copy_(left @ right)
             # norms of products through (r, r) matrices; the rest is orthogonal to what is kept

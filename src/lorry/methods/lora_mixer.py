@@ -10,13 +10,14 @@ import torch
 from torch import Generator, Tensor
 
 from lorry.core.errors import OptionError
+from lorry.core.method.base import Expert
 from lorry.core.method.call import Call
 from lorry.core.method.families import Bottleneck
 from lorry.core.method.registry import register
 from lorry.core.method.spec import Layout, Tensors, TensorSpec, constant, kaiming, normal
 from lorry.core.options import option
 from lorry.core.sites.site import Site
-from lorry.methods.parts.experts import side_by_side
+from lorry.methods.parts.experts import pair, side_by_side
 from lorry.methods.parts.routing import check_top_k, entropy, input_router, over_ranks, report, top_k_mask
 from lorry.methods.parts.tasks import one_hot_tasks
 
@@ -30,8 +31,9 @@ class LoRAMixer(Bottleneck):
     """``ΔW x = Σ_e p_e(x) scale_e B_e A_e x`` with ``p = softmax(R x)``: all experts in training, the best k later, or
     the labelled one.
 
-    `lorry.merging.mixture.from_adapters` makes one from LoRAs (of any ranks) that exist; those stay as
-    they are. Its loss is ``load_balance Σ p̄ f̄ ± entropy mean H(p)`` (equation 5). As printed, the sign is
+    It can be made from LoRAs (of any ranks) that exist, see `lorry.formats.mixture`; those stay as they are, and a
+    weight multiplies its expert. With ``router_std=0`` and soft routing it is their average until the router is
+    trained. Its loss is ``load_balance Σ p̄ f̄ ± entropy mean H(p)`` (equation 5). As printed, the sign is
     minus, which makes routing flat, while the text wants it selective: ``entropy_sign`` is "specialise" by default,
     "paper_formula" is as printed.
     f̄ is the share of tokens whose best expert it is (equation 3), or the mass in the first k, as a later passage has
@@ -49,6 +51,7 @@ class LoRAMixer(Bottleneck):
     training_mode: str = option("soft", "Routing in training.", choices=_MODES)
     inference_mode: str = option("sparse", "Routing later.", choices=_MODES)
     shared_router: bool = option(True, "One router for queries, keys and values of an attention.")
+    router_std: float = option(0.02, "Standard deviation of the router at the start; 0 is uniform.", at_least=0)
     train_experts: bool = option(True, "Train the experts and not the router alone.")
     load_balance: float = option(0.1, "Weight of the balance loss.", at_least=0)
     entropy: float = option(0.01, "Weight of the entropy of each token's routing.", at_least=0)
@@ -78,7 +81,7 @@ class LoRAMixer(Bottleneck):
             "A": TensorSpec((total, width), kaiming, self.train_experts),
             "B": TensorSpec((site.out_features, total), trained=self.train_experts),
             "scales": TensorSpec((self.experts,), constant(scale), trained=False, dtype=torch.float32),
-            "router": TensorSpec((self.experts, width), normal(0.02), trained=not self.constant),
+            "router": TensorSpec((self.experts, width), normal(self.router_std), trained=not self.constant),
         }
         if self.preserve:
             specs |= {f"{n}0": TensorSpec(specs[n].shape, trained=False) for n in ("A", "B")}
@@ -97,16 +100,17 @@ class LoRAMixer(Bottleneck):
             tensors["A0"].copy_(tensors["A"])
             tensors["B0"].copy_(tensors["B"])
 
-    def with_experts(self, ranks: Sequence[int]) -> Self:
-        """Return the method for experts of these ranks, frozen unless a penalty preserves them."""
+    def with_experts(self, experts: Sequence[Expert]) -> Self:
+        """Return the method for these experts, frozen unless a penalty preserves them."""
+        ranks = tuple(len(pair(expert)[0]) for expert in experts)
         most = min(self.top_k, len(ranks))
         return self.with_options(
-            experts=len(ranks), ranks=tuple(ranks), top_k=most, train_experts=self.preserve > 0, alpha=None
+            experts=len(ranks), ranks=ranks, top_k=most, train_experts=self.preserve > 0, alpha=None
         )
 
-    def adopt(self, tensors: Tensors, site: Site, experts: Sequence[tuple[Tensor, Tensor, float]]) -> float:
+    def adopt(self, tensors: Tensors, site: Site, experts: Sequence[Expert]) -> float:
         """Copy the experts as they are."""
-        side_by_side(tensors, experts)
+        side_by_side(tensors, [pair(expert) for expert in experts])
         self.setup(dict(tensors), site, Generator())
         return 0.0
 

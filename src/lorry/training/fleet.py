@@ -20,6 +20,7 @@ from lorry.core.life.api import attach, context
 from lorry.core.life.calibrate import calibrate, needs_calibration
 from lorry.core.life.state import open_state
 from lorry.core.method.start import mix_seed
+from lorry.formats.mixture import from_adapters
 
 from . import checkpoint
 from .batches import BatchPlan
@@ -393,6 +394,26 @@ def train(
 
 def attach_job(model: nn.Module, job: Job) -> Adapter:
     """Attach the adapter of a job to its base, not active."""
+    experts = job.experts()
+    if experts:
+        weights = {name: weight for name, (_, weight) in experts.items() if weight is not None}
+        made = from_adapters(
+            model,
+            job.make_method(),
+            {name: path for name, (path, _) in experts.items()},
+            weights=weights or None,
+            name=job.name,
+            seed=job.seed,
+            dtype=DTYPES[job.dtype],
+            activate=False,
+        )
+        if not made.parameters():
+            made.detach()
+            raise OptionError(
+                f"Job '{job.name}': {made.method.info.slug} built from {len(experts)} adapters has nothing left to "
+                "train. Give more adapters, or options that let it train them."
+            )
+        return made
     return attach(
         model,
         job.make_method(),

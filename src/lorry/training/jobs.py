@@ -15,6 +15,7 @@ from lorry.core.errors import OptionError, near_misses
 from lorry.core.method.base import Method
 from lorry.core.method.registry import method_from
 from lorry.core.options import check_options, from_options, option
+from lorry.formats.mixture import adopting
 
 from .aliases import renamed, with_aliases
 from .data import DataSpec
@@ -76,6 +77,11 @@ class Job:
     momentum: float = option(0.0, "Momentum, for optimizers that have it.", at_least=0, below=1)
     max_grad_norm: float | None = option(1.0, "Largest norm of the job's gradient; None does not clip.", above=0)
     calibration: int = option(8, "Micro-batches that a method or a start may see before training.", at_least=1)
+    built_from: Any = option(
+        (),
+        "Adapters that the method takes in, as a mixture does its experts: paths, or names of adapters on the model, "
+        "as a list or name -> path or {path, weight}. They say which layers get adapters.",
+    )
     start: Any = option(
         None, "How the adapter starts, if not in its method's way: a name, or {start: name, **options}."
     )
@@ -127,6 +133,7 @@ class Job:
         self.make_schedule()
         self.make_start()
         self.make_dynamics()
+        self._check_built_from()
         for stage, at in (self.stages or {}).items():
             if isinstance(at, bool) or not isinstance(at, int | float) or at < 0:
                 raise OptionError(f"Job '{self.name}': stage '{stage}' must begin at a step from 0, found {at!r}.")
@@ -140,6 +147,48 @@ class Job:
                 f"Job '{self.name}': task_ids is a number from 0, the name of a column, or {{column: NAME, names: "
                 f"[...]}}; found {value!r}."
             )
+
+    def _check_built_from(self) -> None:
+        """Refuse adapters for a method that takes none in, and options that would contradict them."""
+        if not self.experts():
+            return
+        method = self.make_method()
+        if not method.adopts():
+            raise OptionError(
+                f"Job '{self.name}': built_from needs a method that takes other adapters in ({', '.join(adopting())}), "
+                f"found '{method.info.slug}'."
+            )
+        plain = {field.name: field.default for field in dataclasses.fields(Job)}
+        for name in ("targets", "exclude", "layers", "site_options", "modules_to_save"):
+            if getattr(self, name) != plain[name]:
+                raise OptionError(
+                    f"Job '{self.name}': built_from says which layers get adapters, so {name} has no place beside it."
+                )
+
+    def experts(self) -> dict[str, tuple[str, float | None]]:
+        """Return path (or name on the model) and weight of each adapter that the method is built from, by name."""
+        given, found = self.built_from, {}
+        if isinstance(given, str | Path):
+            given = [given]
+        if not isinstance(given, Mapping):
+            given = {Path(item).name: item for item in given} if _distinct(given) else dict(enumerate(given))
+        for name, value in given.items():
+            mapped = value if isinstance(value, Mapping) else {"path": value}
+            path, weight = mapped.get("path"), mapped.get("weight")
+            number = weight is None or (isinstance(weight, int | float) and not isinstance(weight, bool))
+            if not isinstance(path, str | Path) or set(mapped) - {"path", "weight"} or not number:
+                raise OptionError(
+                    f"Job '{self.name}': built_from expects paths, or name -> path or {{path, weight}}, found "
+                    f"{value!r}."
+                )
+            found[str(name)] = (str(path), None if weight is None else float(weight))
+        missing = [name for name, (_, weight) in found.items() if weight is None]
+        if missing and len(missing) < len(found):
+            raise OptionError(
+                f"Job '{self.name}': some adapters of built_from have a weight, {missing} have none. Give all of them "
+                "one, or none."
+            )
+        return found
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Job:
@@ -222,6 +271,12 @@ def jobs_from(values: Sequence[Job | Mapping[str, Any]]) -> list[Job]:
         if name.lower() in ("checkpoints", "report.json", "losses.png"):
             raise OptionError(f"A job cannot be called '{name}': the output folder has a place of that name.")
     return jobs
+
+
+def _distinct(paths: Any) -> bool:
+    """Whether paths differ in their last parts, which then name them."""
+    texts = [item for item in paths if isinstance(item, str | Path)]
+    return len(texts) == len(paths) == len({Path(item).name for item in texts})
 
 
 def _roles(name: str) -> list[str]:

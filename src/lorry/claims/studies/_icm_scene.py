@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from torch import Generator, Tensor, nn
 
 import lorry
 from lorry.core.life.adapter import Adapter
-from lorry.merging import icm
+from lorry.core.method.start import mix_seed
+from lorry.merging import icm, merge_method_named
+from lorry.merging.methods.icm_fusion import Fusion
 from lorry.merging.output import trial_adapter
 
 from ..digits import Split, accuracy, base, loss_of, task
@@ -100,22 +102,46 @@ class Coder:
         with torch.no_grad():
             code, _ = self.vae.encode(self.data.vectors[name][row][None], mine[None])
             flat = self.vae.decode(code, (mine if condition is None else condition)[None])[0]
-        raw = flat * self.data.deviation[name] + self.data.mean[name]
-        return {p: {"A": f.a.float(), "B": f.b.float()} for p, f in self.data.layout.unflatten(raw).items()}
+        return self.tensors(flat * self.data.deviation[name] + self.data.mean[name])
+
+    def tensors(self, flat: Tensor) -> dict[str, dict[str, Tensor]]:
+        """The factors of a flat adapter."""
+        return {p: {"A": f.a.float(), "B": f.b.float()} for p, f in self.data.layout.unflatten(flat).items()}
+
+    @property
+    def fusion(self) -> Fusion:
+        """Arithmetic on its codes."""
+        return Fusion(self.vae, self.data)
 
 
-def coder(one: Scene, setting: Setting, vectors: bool = True) -> Coder:
-    """Train a VAE as the merge does, to look at what it decodes."""
+def coder(one: Scene, setting: Setting, vectors: bool = True, inner: bool = True) -> Coder:
+    """Train a VAE as the merge does by default, to look at what it decodes.
+
+    Parameters
+    ----------
+    one, setting
+        What it is trained on, and how much.
+    vectors
+        Use the tasks' vectors of hidden states; projections of the weights otherwise.
+    inner
+        Train with the inner loop.
+    """
     tasks = one.tasks if vectors else {n: replace(t, vector=None) for n, t in one.tasks.items()}
     sites = {path: entry.site for path, entry in next(iter(one.pool.adapters.values())).entries.items()}
     shapes = {path: (site.out_features, site.in_features) for path, site in sites.items()}
     data = icm.collect(tasks, list(sites), shapes, None, "none", 32)
-    generator = Generator().manual_seed(one.pool.seed)
+    options = merge_method_named("icm-fusion").parse({} if inner else {"inner_steps": 0})
+    knobs = {field.name: options[field.name] for field in fields(icm.Training)}
+    how = icm.Training(**{**knobs, "epochs": setting.much(EPOCHS, 2)})
+    generator = Generator().manual_seed(mix_seed(one.pool.seed, "icm-fusion"))
     width = next(iter(data.conditions.values())).numel()
-    vae = icm.FusionVAE(sum(data.layout.sizes), width, 32, 256)
+    vae = icm.FusionVAE(sum(data.layout.sizes), width, options["latent"], options["hidden"])
     icm.initialise(vae, generator)
-    how = icm.Training(setting.much(EPOCHS, 2), 1e-3, 1e-4, 0, 0.01, True, 8)
-    return Coder(vae.eval(), data, icm.train_vae(vae, data, {}, how, generator, 1))
+    support = icm.Support(data.layout, tasks, one.pool.network)
+    losses = {name: support.task_loss(data, name) for name in support.known()}
+    with support.carried():
+        facts = icm.train_vae(vae, data, losses, how, generator, options["held_out"])
+    return Coder(vae.eval(), data, facts)
 
 
 def score(one: Scene, view: str, tensors: Mapping[str, Mapping[str, Tensor]]) -> float:

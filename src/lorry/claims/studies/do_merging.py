@@ -180,7 +180,7 @@ def orthogonalise(setting: Setting) -> Finding:
         together(verdicts),
         f"With 100 steps {full[0]:.3f} and without {without[0]:.3f} at equal rates, {full[1]:.3f} and {without[1]:.3f} "
         f"at spread 9, where the factors moved by {shares[9][0]:.0%} of their norm and the overlap fell to "
-        f"{shares[9][1]:.1%} of its start.",
+        f"{shares[9][1]:.3%} of its start.",
         [
             Panel(
                 "Best strength",

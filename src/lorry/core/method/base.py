@@ -143,15 +143,25 @@ class Method(ABC):
         """
         return 1
 
-    def with_experts(self, ranks: Sequence[int]) -> Self:
-        """Return the method with options that fit low-rank adapters of these ranks as its experts; see `adopt`."""
+    @classmethod
+    def adopts(cls) -> bool:
+        """Whether the method can be made from other adapters; see `with_experts` and `adopt`."""
+        return cls.adopt is not Method.adopt
+
+    def with_experts(self, experts: Sequence[Expert]) -> Self:
+        """Return the method with the options that fit it to other adapters at a site, of which it is made.
+
+        Raises
+        ------
+        AdapterError
+            It is not made from other adapters, or not from these.
+        """
         raise AdapterError(f"{type(self).__name__} cannot be made from other adapters.")
 
-    def adopt(self, tensors: Tensors, site: Site, experts: Sequence[tuple[Tensor, Tensor, float]]) -> float:
-        """Fill tensors in place from the ``(A, B, scale)`` of other adapters at `site`; return the relative error of
-        doing so.
+    def adopt(self, tensors: Tensors, site: Site, experts: Sequence[Expert]) -> float:
+        """Fill tensors in place from other adapters at `site`; return the relative error of doing so.
 
-        See `lorry.merging.mixture.from_adapters`.
+        See `lorry.formats.mixture`.
         """
         raise AdapterError(f"{type(self).__name__} cannot be made from other adapters.")
 
@@ -229,6 +239,27 @@ class Method(ABC):
         """Return a copy with some options changed, checked anew."""
         current = {k: v for k, v in self.to_dict().items() if k != "method"}
         return from_options(type(self), {**current, **options})
+
+
+@dataclass(frozen=True)
+class Expert:
+    """An adapter at one site, of which another method is made (`Method.with_experts`, `Method.adopt`).
+
+    Attributes
+    ----------
+    name
+        Of the adapter.
+    method, tensors, site
+        What it is there.
+    weight
+        Its weight times the number of adapters: 1 in an average.
+    """
+
+    name: str
+    method: Method
+    tensors: Tensors
+    site: Site
+    weight: float = 1.0
 
 
 def _plain(value: Any) -> Any:

@@ -20,7 +20,8 @@ def orthogonalised(
     """Move the rows of several matrices ``(r_t, d)`` a little, so that those of different matrices become orthogonal.
 
     Minimises ``Σ_{t≠u} ‖A_t A_uᵀ‖² + gamma Σ ‖dA_t‖²`` with both terms divided by mean squared norms, so that gamma
-    has no unit. The gradient never leaves the span of all rows, so the search runs on coordinates in it, whatever d is.
+    has no unit: gamma 1 in the published form is ``1 / mean ‖A_t‖²`` here, a few thousandths for entries of unit size.
+    The gradient never leaves the span of all rows, so the search runs on coordinates in it, whatever d is.
 
     Parameters
     ----------
@@ -106,7 +107,7 @@ def do_merging(
     steps: Annotated[int, Knob("Most steps of the orthogonalisation; 0 leaves it out.", at_least=0)] = 100,
     gamma: Annotated[
         float, Knob("Weight of staying near the given factors, relative to the overlap.", at_least=0)
-    ] = 1.0,
+    ] = 1e-3,
     cap: Annotated[float | None, Knob("Largest displacement of the factors, relative to their norm.", above=0)] = None,
     axis: Annotated[
         Axis, Knob("Whose length and direction are merged apart: input columns, output rows, or the whole matrix.")

@@ -5,6 +5,7 @@ adapter.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
@@ -40,9 +41,12 @@ def icm_fusion(
     kl_weight: Annotated[float, Knob("Weight of the KL term.", at_least=0)] = 1e-4,
     batch: Annotated[int, Knob("Checkpoints of a task in one step.", at_least=1)] = 8,
     inner_steps: Annotated[
-        int, Knob("Steps of the inner loop on the task's support loss in training.", at_least=0)
-    ] = 0,
+        int, Knob("Steps of the inner loop on the task's support loss in training, where it has one.", at_least=0)
+    ] = 3,
     inner_rate: Annotated[float, Knob("Their rate.", above=0)] = 0.01,
+    inner_relative: Annotated[
+        bool, Knob("A step moves the adapter by this share of its norm; otherwise the rate is that of Equation 8.")
+    ] = True,
     first_order: Annotated[bool, Knob("Leave out the gradient through the inner loop.")] = True,
     few_shot_steps: Annotated[
         int, Knob("Steps that tune the fusion's weights on all support losses through the decoder.", at_least=0)
@@ -68,7 +72,7 @@ def icm_fusion(
 
     sites = list(pool.sites())
     shares, strength = _uniform_weights(pool, sites)
-    how = icm.Training(epochs, rate, kl_weight, inner_steps, inner_rate, first_order, batch)
+    how = icm.Training(epochs, rate, kl_weight, inner_steps, inner_rate, inner_relative, first_order, batch)
     fusion, support = _learned(pool, sites, how, (latent, hidden), gauge, held_out, seed)
     if (few_shot_steps or refine_steps) and not support.known():
         raise OptionError("Few-shot steps need a loss in each task.")
@@ -87,7 +91,7 @@ def icm_fusion(
 
 def _learned(
     pool: Pool, sites: list[SiteInput], how: Training, widths: tuple[int, int], gauge: str, held_out: int, seed: int
-) -> tuple[_Fusion, Support]:
+) -> tuple[Fusion, Support]:
     """Read the checkpoints, train the VAE on them, and return it ready for fusion, with the task losses."""
     from lorry.merging import icm
 
@@ -108,9 +112,10 @@ def _learned(
     generator = Generator().manual_seed(mix_seed(seed, "icm-fusion"))
     vae = icm.FusionVAE(sum(data.layout.sizes), next(iter(data.conditions.values())).numel(), latent, hidden)
     icm.initialise(vae, generator)
-    losses = {n: _normalised(support, data, n) for n in support.known()} if how.inner_steps else {}
-    pool.facts["vae"] = icm.train_vae(vae, data, losses, how, generator, held_out)
-    return _Fusion(vae, data), support
+    losses = {n: support.task_loss(data, n) for n in support.known()}
+    with support.carried() if losses and how.inner_steps else nullcontext():
+        pool.facts["vae"] = icm.train_vae(vae, data, losses, how, generator, held_out)
+    return Fusion(vae, data), support
 
 
 def _uniform_weights(pool: Pool, sites: list[Any]) -> tuple[Tensor, float]:
@@ -128,18 +133,7 @@ def _uniform_weights(pool: Pool, sites: list[Any]) -> tuple[Tensor, float]:
     return weights / weights.sum(), float(weights.sum())
 
 
-def _normalised(support: Any, data: Any, name: str) -> Callable[[Tensor], Tensor]:
-    """Return a task's loss as a function of the normalised vector."""
-    mean, deviation = data.mean[name].float(), data.deviation[name].float()
-
-    def loss(vector: Tensor) -> Tensor:
-        found: Tensor = support.loss(name, vector * deviation + mean)
-        return found
-
-    return loss
-
-
-class _Fusion:
+class Fusion:
     """Latent arithmetic: codes and task vectors are mixed by weights, and decoded with mixed statistics."""
 
     def __init__(self, vae: Any, data: Any) -> None:
@@ -171,8 +165,8 @@ def _descended(make: Callable[[Tensor], Tensor], start: Tensor, support: Any, st
     best, lowest = start, float("inf")
     for step in range(steps + 1):
         value = support.total(make(point))
-        if float(value) < lowest:
-            best, lowest = point.detach().clone(), float(value)
+        if value.item() < lowest:
+            best, lowest = point.detach().clone(), value.item()
         if step < steps:
             optimizer.zero_grad()
             value.backward()
@@ -185,7 +179,7 @@ def _refined(flat: Tensor, support: Any, steps: int, rate: float) -> Tensor:
 
 
 def _alternatives(
-    fusion: _Fusion, shares: Tensor, start: Tensor, result: Tensor, support: Any, budget: tuple[int, float, int, float]
+    fusion: Fusion, shares: Tensor, start: Tensor, result: Tensor, support: Any, budget: tuple[int, float, int, float]
 ) -> dict[str, float]:
     """Return the mean support loss of the result and of plain ways with the same examples and as many steps."""
     few, few_rate, refine, refine_rate = budget

@@ -11,7 +11,7 @@ from lorry.merging.factors import Factors, decompose
 from lorry.merging.inputs import SiteInput
 from lorry.merging.registry import Knob, merge_method
 
-Gauge = Literal["norm", "none", "unit", "svd"]
+Gauge = Literal["none", "norm", "unit", "svd"]
 _TINY = 1e-12
 
 
@@ -80,8 +80,8 @@ def k_means(points: Tensor, k: int, iterations: int, generator: torch.Generator 
     "lora-lego",
     space="factor",
     source="arXiv 2409.16167",
-    note="rank units are not unique: sign, scale and mixing within an adapter change the clusters; gauge=svd makes "
-    "them depend on the update",
+    note="rank units are not unique: sign, scale and mixing within an adapter change the clusters, which the paper "
+    "leaves so; gauge=norm or unit takes out the scale, gauge=svd makes them depend on the update alone",
 )
 def lora_lego(
     site: SiteInput,
@@ -100,8 +100,9 @@ def lora_lego(
         bool, Knob("Scale by √(mean rank of the inputs / rank), against the growth of variance.")
     ] = True,
     gauge: Annotated[
-        Gauge, Knob("How each adapter is split before: equal norms of A and B, as is, each unit balanced, singular.")
-    ] = "norm",
+        Gauge,
+        Knob("Split of each adapter before: as is (the paper's), equal norms of A and B, units balanced, singular."),
+    ] = "none",
     init: Annotated[
         Literal["order-free", "random"], Knob("First centres: by farthest points, or random.")
     ] = "order-free",

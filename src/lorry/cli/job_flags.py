@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
@@ -10,9 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from lorry.cli.arguments import key_values, layers, names
+from lorry.cli.declared import Declared, declared_mapping, declared_options
 from lorry.core.errors import OptionError
-from lorry.training.aliases import EARLIER, FOREIGN, renamed
-from lorry.training.jobs import Job
 
 #: Fields that are not flags of their own name: the method has --method and --option, as in every command.
 _OWN = ("method", "data", "site_options")
@@ -28,11 +26,11 @@ def parameters() -> list[inspect.Parameter]:
     flags.append(_flag("method", str, "Slug or preset of the method; see `lorry methods`.", "-m"))
     flags.append(_flag("option", list[str], "KEY=VALUE, an option of the method; repeatable.", "-o"))
     flags.append(_flag("objective_option", list[str], "KEY=VALUE, an option of the objective; repeatable."))
-    for field in dataclasses.fields(Job):
+    for field in declared_options("training/jobs.py", "Job"):
         if field.name in _OWN:
             continue
-        text = field.metadata.get("help", "")
-        declared = str(field.type).split("|")[0].strip()
+        text = field.help
+        declared = field.type.split("|")[0].strip()
         if field.name in _LISTS:
             flags.append(_flag(field.name, list[str], f"{text} Repeatable, or separated by commas."))
         elif field.name in _PAIRS:
@@ -41,7 +39,8 @@ def parameters() -> list[inspect.Parameter]:
             kind = _SIMPLE.get(declared, str)
             flags.append(_flag(field.name, kind, f"{text} Default: {_shown(field)}."))
     by_name = {flag.name: flag.annotation.__origin__ for flag in flags}
-    for other, now in {**EARLIER, **FOREIGN}.items():
+    aliases = [declared_mapping("training/aliases.py", name) for name in ("EARLIER", "FOREIGN")]
+    for other, now in {**aliases[0], **aliases[1]}.items():
         kind = next(k for k in by_name[now].__args__ if k is not type(None))
         flags.append(_flag(other, kind, f"Another name of --{now.replace('_', '-')}.", hidden=True))
     return flags
@@ -58,12 +57,14 @@ def _flag(name: str, kind: Any, text: str, *short: str, hidden: bool = False) ->
     )
 
 
-def _shown(field: dataclasses.Field[Any]) -> str:
-    return "required" if field.default is dataclasses.MISSING else str(field.default)
+def _shown(field: Declared) -> str:
+    return "required" if field.default == "MISSING" else field.default
 
 
 def job_values(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Return the job's options that the flags mean; those not given are absent."""
+    from lorry.training.aliases import renamed
+
     given = renamed({k: v for k, v in flags.items() if v is not None and v != []})
     values: dict[str, Any] = {}
     options = key_values(given.pop("option", None))

@@ -17,6 +17,10 @@ _OWN = ("method", "data", "site_options")
 _LISTS = ("targets", "exclude", "modules_to_save", "labels", "dynamics")
 #: Mappings, with what their values are.
 _PAIRS: dict[str, Callable[[Any], Any]] = {"columns": str, "stages": float, "schedule_options": lambda value: value}
+#: Parts of a job with options of their own, and what else their flags are called.
+_PARTS = (("method", "--option", "-o"), ("objective", "--objective-option"), ("start",))
+#: Options of the method that nearly every command line has.
+_SHORT = {"rank": int, "alpha": float}
 _SIMPLE = {"int": int, "float": float, "str": str, "bool": bool}
 
 
@@ -24,8 +28,10 @@ def parameters() -> list[inspect.Parameter]:
     """Return the flags as parameters of a typer command; each is None where it was not given."""
     flags = [_flag("data", str, "Training data: a file or a folder.")]
     flags.append(_flag("method", str, "Slug or preset of the method; see `lorry methods`.", "-m"))
-    flags.append(_flag("option", list[str], "KEY=VALUE, an option of the method; repeatable.", "-o"))
-    flags.append(_flag("objective_option", list[str], "KEY=VALUE, an option of the objective; repeatable."))
+    flags += [_flag(name, kind, f"Short for --method-options {name}=N.") for name, kind in _SHORT.items()]
+    for part, *short in _PARTS:
+        said = f"KEY=VALUE, an option of the {part}; repeatable."
+        flags.append(_flag(f"{part}_options", list[str], said, *short))
     for field in declared_options("training/jobs.py", "Job"):
         if field.name in _OWN:
             continue
@@ -67,12 +73,10 @@ def job_values(flags: Mapping[str, Any]) -> dict[str, Any]:
 
     given = renamed({k: v for k, v in flags.items() if v is not None and v != []})
     values: dict[str, Any] = {}
-    options = key_values(given.pop("option", None))
-    if options or "method" in given:
-        values["method"] = {"method": given.pop("method", "lora"), **options}
-    extra = key_values(given.pop("objective_option", None), "--objective-option")
-    if extra:
-        values["objective"] = {"objective": given.pop("objective", "causal"), **extra}
+    for part, *_ in _PARTS:
+        options = key_values(given.pop(f"{part}_options", None), f"--{part}-options")
+        if options:
+            values[f"{part}_options"] = options
     for name, value in given.items():
         if name in _LISTS:
             chosen = names(value)

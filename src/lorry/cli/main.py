@@ -19,6 +19,7 @@ from lorry.cli import (
     demo,
     evaluate,
     generate,
+    init,
     inspect_adapter,
     merge,
     methods,
@@ -152,10 +153,11 @@ def completion(shell: Annotated[str, typer.Argument(help=f"{', '.join(SHELLS[:-1
     print(get_completion_script(prog_name="lorry", complete_var=COMPLETE, shell=shell))
 
 
+app.command("init")(init.init)
 app.command("methods")(methods.methods)
 app.command("plan")(plan.plan)
 app.command("compare")(compare.compare)
-app.command("train")(train.train)
+app.command("train", cls=train.TrainCommand)(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("merge")(merge.merge)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from lorry.cli.arguments import Json
+from lorry.cli.arguments import BASE_HELP, Json
 from lorry.cli.declared import declared_options
 from lorry.cli.output import out, print_json, write_text
 from lorry.core.errors import OptionError, near_misses
@@ -104,9 +104,7 @@ STARTERS: dict[str, Starter] = {
 def init(
     task: Annotated[str, typer.Argument(help=f"What is to be learned: {', '.join(STARTERS)}.")],
     file: Annotated[Path, typer.Argument(help="YAML file to write.")] = Path("run.yaml"),
-    base: Annotated[
-        str, typer.Option("--base", "-b", help="'pocket', a local Hugging Face model folder, or a name on the hub.")
-    ] = "pocket",
+    base: Annotated[str, typer.Option("--base", "-b", help=BASE_HELP)] = "pocket",
     data: Annotated[
         str | None, typer.Option("--data", help="Your data; example data are written if not given.")
     ] = None,

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from lorry.cli import (
     bench,
+    chat,
     claims,
     compare,
     convert,
@@ -160,6 +161,7 @@ app.command("compare")(compare.compare)
 app.command("train", cls=train.TrainCommand)(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
 app.command("merge")(merge.merge)
 app.command("convert")(convert.convert)
 app.command("inspect")(inspect_adapter.inspect)

@@ -23,7 +23,9 @@ from lorry.training.short_forms import OTHER_NAMES, PARTS, called_here, method_o
 class RunFile:
     """Everything that one call of ``lorry train`` does."""
 
-    base: str = option(MISSING, "'pocket', or a local Hugging Face model folder.")
+    base: str = option(
+        MISSING, "'pocket', a local Hugging Face model folder, or a name on the hub (OWNER/NAME@REVISION)."
+    )
     out: str = option(MISSING, "Folder for adapters, checkpoints, metrics and the report.")
     jobs: Any = option(MISSING, "Jobs that are trained at once on the base, each a mapping of job options.")
     defaults: Any = option(None, "Job options that hold for every job which does not set them itself.")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from lorry.cli.arguments import BASE_HELP
 from lorry.cli.job_flags import job_values, parameters
 from lorry.cli.output import note, out, print_json
 from lorry.core.errors import OptionError
@@ -26,9 +27,7 @@ def _signature(
             help="YAML with base, out and jobs (`lorry init` writes one); or give the flags of one job instead."
         ),
     ] = None,
-    base: Annotated[
-        str | None, typer.Option("--base", "-b", help="'pocket', or a local Hugging Face model folder.")
-    ] = None,
+    base: Annotated[str | None, typer.Option("--base", "-b", help=BASE_HELP)] = None,
     out_folder: Annotated[
         str | None, typer.Option("--out", help="Folder for adapters, checkpoints, metrics and the report.")
     ] = None,

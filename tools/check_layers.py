@@ -57,7 +57,10 @@ ONLY: dict[str, frozenset[str]] = {"pocket": frozenset()}
 #: The lowest band that may use the public face (``from lorry import attach``): below it, that is a cycle.
 FACE_FROM = LEVEL["bench"]
 
-#: The public face itself (``lorry/__init__.py``) may import these packages.
+#: The module that holds the public face for ``lorry/__init__.py``.
+FACE = "face"
+
+#: The public face itself may import these packages.
 FACE_MAY = frozenset(name for names in BANDS[: LEVEL["training"] + 1] for name in names)
 
 #: Third-party roots that may be imported at the top of a module: anywhere, and also in the thin faces.
@@ -138,7 +141,7 @@ def circle_problems(source: Path) -> list[str]:
 def unit_of(parts: tuple[str, ...]) -> str:
     """The part of lorry that a module belongs to; ``lorry`` itself for the public face."""
     inner = parts[1] if len(parts) > 1 else "__init__"
-    return PACKAGE if inner == "__init__" else "cli" if inner == "__main__" else inner
+    return PACKAGE if inner in ("__init__", FACE) else "cli" if inner == "__main__" else inner
 
 
 def judge(unit: str, found: Import, package: Path) -> str | None:
@@ -167,7 +170,9 @@ def judge(unit: str, found: Import, package: Path) -> str | None:
 
 def judge_inside(unit: str, target: str, package: Path) -> str | None:
     """The rule between two parts of lorry; ``target``, the name after ``lorry.``, may be a public name."""
-    is_part = bool(target) and ((package / target).is_dir() or (package / f"{target}.py").is_file())
+    if target == FACE and unit == PACKAGE:
+        return None
+    is_part = bool(target) and target != FACE and ((package / target).is_dir() or (package / f"{target}.py").is_file())
     for name in (unit, target) if is_part else (unit,):
         if name != PACKAGE and name not in LEVEL:
             return f"{name} has no band: add it to BANDS in tools/check_layers.py"

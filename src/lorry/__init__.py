@@ -1,78 +1,58 @@
-"""Lorry carries LoRA adapters through their whole life: plan, train, study, merge, search, serve, switch, transfer."""
+"""Lorry carries LoRA adapters through their whole life: plan, train, study, merge, search, serve, switch, transfer.
+
+The names are those of `lorry.face`, which is imported, and torch with it, when the first of them is asked for: a
+program that only wants to say its version or its help does not wait for them.
+"""
 
 from __future__ import annotations
 
+import sys
+import types
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import lorry.methods  # noqa: F401  first, because the function `methods` below takes the package's place as an attribute
-from lorry.core.errors import (
-    AdapterError,
-    CheckpointError,
-    FingerprintError,
-    LorryError,
-    OptionError,
-    SiteError,
-)
-from lorry.core.forward.weights import BySite, ByStep, ByTimestep
-from lorry.core.life.adapter import Adapter
-from lorry.core.life.api import activate, adapters, attach, auxiliary_loss, context, methods, rows, tap
-from lorry.core.life.page_pool import PagePool
-from lorry.core.life.placement import placement
-from lorry.core.life.plan import Plan, plan
-from lorry.core.method.registry import method_from
-from lorry.core.method.registry import methods as registered
-from lorry.core.receipt import Receipt
-from lorry.formats.file import AdapterFile
-from lorry.formats.load import load
-from lorry.formats.reader import open_adapter as open
-from lorry.roots import Bundle, Roots
+from lorry.core.registry import import_first
 
 if TYPE_CHECKING:
-    from lorry.methods.dora import DoRA
-    from lorry.methods.lora import LoRA
-    from lorry.methods.pissa import PiSSA
+    from lorry.face import *  # noqa: F403
+    from lorry.face import __all__ as __all__
 
 __version__ = "0.1.0"
-__all__ = [
-    "Adapter",
-    "AdapterFile",
-    "AdapterError",
-    "Bundle",
-    "BySite",
-    "ByStep",
-    "ByTimestep",
-    "CheckpointError",
-    "DoRA",
-    "FingerprintError",
-    "LoRA",
-    "LorryError",
-    "OptionError",
-    "PagePool",
-    "PiSSA",
-    "Plan",
-    "Receipt",
-    "Roots",
-    "SiteError",
-    "activate",
-    "adapters",
-    "attach",
-    "auxiliary_loss",
-    "context",
-    "load",
-    "method_from",
-    "methods",
-    "open",
-    "placement",
-    "plan",
-    "rows",
-    "tap",
-]
+
+#: Whoever looks up a method or a format finds them all, whichever part of the library was imported before.
+import_first("lorry.face")
 
 
 def __getattr__(name: str) -> Any:
-    """Find a method's class by its name, so that ``lorry.LoRA`` and any method added later need no line here."""
-    if not name.startswith("_"):
-        for info in registered().values():
-            if info.cls.__name__ == name:
-                return info.cls
-    raise AttributeError(f"module 'lorry' has no attribute '{name}'")
+    """Find a name of the public face, which is imported now, or a method's class by its name."""
+    if name == "face" or (name.startswith("_") and name != "__all__"):  # the former while it is being imported
+        raise AttributeError(f"module 'lorry' has no attribute '{name}'")
+    from lorry import face
+
+    found = getattr(face, name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    from lorry import face
+
+    return sorted({*globals(), *face.__all__})
+
+
+class _Package(types.ModuleType):
+    """The package, whose attribute `methods` is the function and never the package of the methods' files."""
+
+    @property
+    def methods(self) -> Callable[..., Any]:
+        """The function `lorry.core.life.api.methods`."""
+        from lorry import face
+
+        return face.methods
+
+    @methods.setter
+    def methods(self, package: types.ModuleType) -> None:
+        """Let the import system put the package of this name where it likes: it stays in `sys.modules`."""
+
+
+sys.modules[__name__].__class__ = _Package

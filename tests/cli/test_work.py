@@ -89,7 +89,7 @@ def test_training_from_flags_learns(adapter):
 
 RUN = """
 base: {base}
-output: {out}
+out: {out}
 defaults: {{data: {data}, objective: completion, steps: 4, rate: 1e-2, method: {{method: lora, rank: 2}}}}
 jobs:
   - name: one
@@ -128,13 +128,13 @@ def test_a_router_over_adapters_from_flags_and_from_yaml(run_json, base, data, a
     ("change", "words"),
     [
         (("steps: 4", "setps: 4"), ("setps", "'steps'")),
-        (("output:", "ouput:"), ("ouput", "'output'")),
+        (("out:", "otu:"), ("otu", "'out'")),
         (("rank: 2", "rnk: 2"), ("rnk", "'rank'")),
         (("rate: 1e-2", "rate: fast"), ("rate", "fast")),
         (("- name: one", "- name: two"), ("Two jobs", "two")),
         (("base: ", "dtype: float12\nbase: "), ("dtype", "float12")),
         (("base: ", "steps: 3\nbase: "), ("steps", "under jobs or defaults")),
-        (("base: ", "output: x\nbase: "), ("stands twice", "line")),
+        (("base: ", "out: x\nbase: "), ("stands twice", "line")),
         (("jobs:", "jobs: ["), ("is not YAML",)),
     ],
 )

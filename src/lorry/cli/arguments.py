@@ -9,8 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
+from lorry.cli.hub import from_hub, is_hub_name, repository
 from lorry.core.errors import OptionError
 
+BASE_HELP = "'pocket', a local Hugging Face model folder, or a name on the hub (OWNER/NAME@REVISION)."
+BaseArgument = Annotated[str, typer.Argument(help=BASE_HELP)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 MethodOption = Annotated[str, typer.Option("--method", "-m", help="Method slug or preset; see `lorry methods`.")]
 MethodOptions = Annotated[
@@ -103,6 +106,8 @@ def site_selection(
 def adapter_reference(text: str) -> tuple[str, Path, float]:
     """Return name, path and weight of ``[NAME=]PATH[:WEIGHT]``; the name is the folder's if not given.
 
+    In place of a path, ``OWNER/NAME`` or ``OWNER/NAME@REVISION`` on the hub.
+
     Raises
     ------
     OptionError
@@ -115,12 +120,31 @@ def adapter_reference(text: str) -> tuple[str, Path, float]:
     weighted = _WEIGHTED.fullmatch(rest)
     if weighted and not path.exists():
         path, weight = Path(weighted["path"]).expanduser(), float(weighted["weight"])
-    if not path.exists():
-        raise OptionError(
-            f"There is no adapter at {path}. Expected a folder or file, written [NAME=]PATH[:WEIGHT], found {text!r}."
-        )
     stem = path.resolve().name if path.is_dir() else path.stem
+    if not path.exists():
+        stem, path = repository(str(path)).rpartition("/")[2], adapter_path(str(path), text)
     return name or re.sub(r"[^A-Za-z0-9_.\-]+", "-", stem).strip("-.") or "adapter", path, weight
+
+
+def adapter_path(path: str, given: str | None = None) -> Path:
+    """Return where an adapter lies: a path, or a place in the hub's cache (``OWNER/NAME``, ``OWNER/NAME@REVISION``).
+
+    Raises
+    ------
+    OptionError
+        Nothing is there; `given` is what the user wrote, if that is more than the path.
+    CheckpointError
+        A name on the hub that cannot be fetched.
+    """
+    there = Path(path).expanduser()
+    if there.exists():
+        return there
+    if "/" in path and is_hub_name(path):
+        return from_hub(path, "adapter")
+    raise OptionError(
+        f"There is no adapter at {there}. Expected a folder, a file or OWNER/NAME on the hub, written "
+        f"[NAME=]PATH[:WEIGHT], found {given or path!r}."
+    )
 
 
 def adapter_references(texts: Sequence[str] | None) -> dict[str, tuple[Path, float]]:

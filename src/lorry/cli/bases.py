@@ -1,4 +1,4 @@
-"""Base models as commands name them: ``pocket``, or a local Hugging Face folder."""
+"""Base models as commands name them: ``pocket``, a local Hugging Face folder, or a name on the hub."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorry.cli.hub import from_hub, is_hub_name, repository
 from lorry.core.errors import CheckpointError, OptionError, near_misses
 
 POCKET = "pocket"
@@ -34,8 +35,15 @@ def dtype_of(text: str) -> torch.dtype | str:
     return _DTYPES[text]
 
 
-def folder_of(name: str) -> Path:
-    """Return the folder of a base.
+def folder_of(name: str, *, weights: bool = True) -> Path:
+    """Return the folder of a base; one that is named by its name on the hub is fetched into the hub's cache.
+
+    Parameters
+    ----------
+    name
+        ``pocket``, a folder, or ``OWNER/NAME@REVISION``.
+    weights
+        Whether its weights are wanted, too.
 
     Raises
     ------
@@ -47,10 +55,12 @@ def folder_of(name: str) -> Path:
 
         return PATH
     path = Path(name).expanduser()
-    if not path.is_dir():
+    if is_hub_name(name):
+        path = from_hub(name, "model" if weights else "config")
+    elif not path.is_dir():
         raise CheckpointError(
-            f"There is no folder {path}. Expected 'pocket' or a local Hugging Face model folder; nothing is downloaded "
-            f"here (`hf download {name} --local-dir DIR` does that)."
+            f"There is no folder {path}. Expected 'pocket', a local Hugging Face model folder, or a name on the hub "
+            "such as Qwen/Qwen3-0.6B."
         )
     if not (path / "config.json").is_file():
         hint = (
@@ -64,7 +74,7 @@ def folder_of(name: str) -> Path:
 
 def config_of(name: str) -> Any:
     """Return the configuration of a base, without running any code of the folder."""
-    folder = folder_of(name)
+    folder = folder_of(name, weights=False)
     quiet()
     from transformers import AutoConfig
 
@@ -100,10 +110,11 @@ def skeleton(name: str, task: str = "auto", labels: int | None = None) -> nn.Mod
     """Return a base on the meta device: its real class and shapes, without memory and without reading
     weights.
     """
-    diffuser = _diffusers_class(folder_of(name))
+    folder = folder_of(name, weights=False)
+    diffuser = _diffusers_class(folder)
     if diffuser is not None:
         with torch.device("meta"):
-            drawn: nn.Module = diffuser.from_config(diffuser.load_config(folder_of(name)))
+            drawn: nn.Module = diffuser.from_config(diffuser.load_config(folder))
         return drawn
     config = config_of(name)
     if labels:
@@ -115,8 +126,13 @@ def skeleton(name: str, task: str = "auto", labels: int | None = None) -> nn.Mod
             model: nn.Module = build(config)
         except ValueError as error:
             raise CheckpointError(f"{name} has no model for the task '{task}': {str(error).splitlines()[0]}") from error
-    model.config._name_or_path = str(folder_of(name)) if name != POCKET else POCKET  # type: ignore[union-attr]
+    model.config._name_or_path = said_name(name) or str(folder)  # type: ignore[union-attr]
     return model
+
+
+def said_name(name: str) -> str | None:
+    """Return what an adapter says its base is called, where that is not its folder."""
+    return POCKET if name == POCKET else repository(name) if is_hub_name(name) else None
 
 
 def load_base(name: str, dtype: str = "auto", task: str = "auto", labels: int | None = None) -> nn.Module:
@@ -142,8 +158,9 @@ def load_base(name: str, dtype: str = "auto", task: str = "auto", labels: int | 
         model: nn.Module = cls.from_pretrained(folder, local_files_only=True, use_safetensors=True, **options)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"Cannot load the base {folder}: {str(error).splitlines()[0]}") from error
-    if name == POCKET:
-        model.config._name_or_path = POCKET  # type: ignore[union-attr]
+    said = said_name(name)
+    if said is not None and diffuser is None:
+        model.config._name_or_path = said  # type: ignore[union-attr]
     return model.eval()
 
 
@@ -169,7 +186,7 @@ def _diffusers_class(folder: Path) -> Any:
 
 def load_tokenizer(name: str) -> Any:
     """Return the tokenizer of a base, with a padding token (the end of text where it has none of its own)."""
-    folder = folder_of(name)
+    folder = folder_of(name, weights=False)
     quiet()
     from transformers import AutoTokenizer
 

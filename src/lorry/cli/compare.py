@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
-from lorry.cli.arguments import Json
+from lorry.cli.arguments import Json, adapter_path
 from lorry.cli.output import note, out, print_json
 
 
 def compare(
-    adapters: Annotated[list[Path], typer.Argument(help="Two or more adapter folders of one base.")],
+    adapters: Annotated[
+        list[str], typer.Argument(help="Two or more adapters of one base: folders, or names on the hub.")
+    ],
     heatmap: Annotated[Path | None, typer.Option("--heatmap", help="Also draw the similarities as a PNG.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -20,7 +22,7 @@ def compare(
     from lorry.merging import compare as compared
     from lorry.merging import comparison_picture, comparison_table
 
-    result = compared([str(path) for path in adapters])
+    result = compared([str(adapter_path(path)) for path in adapters])
     if heatmap is not None:
         comparison_picture(result, heatmap)
         note(f"wrote {heatmap}")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorry.cli.arguments import Dtype, Json, adapter_references, key_values
+from lorry.cli.arguments import BaseArgument, Dtype, Json, adapter_references, key_values
 from lorry.cli.output import note, out, print_json, progress, table
 from lorry.core.errors import OptionError
 
@@ -16,7 +16,7 @@ Columns = dict[str, dict[str, float]]
 
 
 def evaluate(
-    base: Annotated[str, typer.Argument(help="'pocket', or a local Hugging Face model folder.")],
+    base: BaseArgument,
     data: Annotated[str, typer.Option("--data", help="Held-out data: a file or a folder.")],
     adapter: Annotated[
         list[str] | None,

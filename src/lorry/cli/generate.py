@@ -9,8 +9,23 @@ from typing import Annotated, Any
 
 import typer
 
-from lorry.cli.arguments import Dtype, Json, adapter_references
+from lorry.cli.arguments import BaseArgument, Dtype, Json, adapter_references
 from lorry.cli.output import note, out, print_json, table
+from lorry.cli.sampling import (
+    MaxNewTokens,
+    MinP,
+    RepetitionPenalty,
+    Sampling,
+    Seed,
+    Stop,
+    Temperature,
+    Template,
+    TopK,
+    TopP,
+    chat_tokens,
+    conversation,
+    template_of,
+)
 from lorry.core.errors import OptionError, near_misses
 
 Composition = dict[str, float]
@@ -25,7 +40,7 @@ class Prompt:
 
 
 def generate(
-    base: Annotated[str, typer.Argument(help="'pocket', or a local Hugging Face model folder.")],
+    base: BaseArgument,
     adapter: Annotated[
         list[str] | None,
         typer.Option("--adapter", "-a", metavar="[NAME=]DIR[:WEIGHT]", help="Adapter to load; repeatable."),
@@ -44,10 +59,19 @@ def generate(
         Path | None,
         typer.Option(help='JSONL file with {"prompt": text, "adapter": name, {name: weight} or null} on each line.'),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest continuation.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus, with a temperature.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    as_chat: Annotated[
+        bool, typer.Option("--chat", help="Each prompt is what a user says, in the chat template.")
+    ] = False,
+    system: Annotated[str | None, typer.Option("--system", help="What the system message says, with --chat.")] = None,
+    template: Template = None,
+    max_new_tokens: MaxNewTokens = 64,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    stop: Stop = None,
+    seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts in one batch.")] = 32,
     check_base: Annotated[
         bool, typer.Option("--check-base/--any-base", help="Refuse adapters that were made for another base.")
@@ -59,25 +83,34 @@ def generate(
     import lorry
     from lorry.cli.bases import load_base, load_tokenizer
 
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, tuple(stop or ()))
     references = adapter_references(adapter)
     wanted = read_prompts(prompt, prompts, {name: weight for name, (_, weight) in references.items()})
     tokenizer = load_tokenizer(base)
+    coded = _coded(tokenizer, wanted, as_chat, system, template)
     model = load_base(base, dtype)
-    receipts = []
-    for name, (path, _) in references.items():
-        loaded = lorry.load(model, path, name=name, check_base=check_base)
-        receipts.append(loaded.receipt.to_dict())
-        note(str(loaded.receipt))
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
-    if temperature > 0:
-        options.update(temperature=temperature, top_p=top_p)
-    texts = continue_all(model, tokenizer, wanted, options, batch_size, seed)
-    rows = [{"prompt": p.text, "adapters": p.adapters, "text": t} for p, t in zip(wanted, texts, strict=True)]
+    receipts = [lorry.load(model, path, name=n, check_base=check_base).receipt for n, (path, _) in references.items()]
+    for receipt in receipts:
+        note(str(receipt))
+    texts = continue_all(model, tokenizer, coded, [p.adapters for p in wanted], sampling, batch_size, seed)
     if as_json:
-        print_json({"rows": rows, "receipts": receipts})
+        rows = [{"prompt": p.text, "adapters": p.adapters, "text": t} for p, t in zip(wanted, texts, strict=True)]
+        print_json({"rows": rows, "receipts": [receipt.to_dict() for receipt in receipts]})
         return
-    shown = [(i, _label(p.adapters), p.text, t) for i, (p, t) in enumerate(zip(wanted, texts, strict=True))]
+    shown = [(i, label(p.adapters), p.text, text) for i, (p, text) in enumerate(zip(wanted, texts, strict=True))]
     out().print(table("", ("row", "adapters", "prompt", "continuation"), shown, right=("row",)))
+
+
+def _coded(
+    tokenizer: Any, prompts: Sequence[Prompt], as_chat: bool, system: str | None, template: Path | None
+) -> list[str | list[int]]:
+    """Return the prompts' texts, or the tokens of the conversations that they begin."""
+    if as_chat:
+        rules = template_of(tokenizer, template)
+        return [chat_tokens(tokenizer, conversation(p.text, system), rules) for p in prompts]
+    if system or template:
+        raise OptionError("--system and --template are for conversations; give --chat, too.")
+    return [p.text for p in prompts]
 
 
 def read_prompts(texts: Sequence[str] | None, file: Path | None, loaded: Mapping[str, float]) -> list[Prompt]:
@@ -111,27 +144,38 @@ def parse_prompt(text: str, loaded: Mapping[str, float]) -> Prompt:
     head, found, rest = text.partition("::")
     if not found or not head:
         return Prompt(rest if found else text, dict(loaded))
-    if head == "none" and "none" not in loaded:
-        return Prompt(rest, {})
+    hint = " For a text that contains '::', begin it with '::'."
+    return Prompt(rest, parse_composition(head, loaded, f"--prompt {text!r}", hint))
+
+
+def parse_composition(text: str, loaded: Mapping[str, float], where: str, hint: str = "") -> Composition:
+    """Return the adapters that ``NAME[:WEIGHT][+NAME[:WEIGHT]]`` means; none for ``none``.
+
+    Raises
+    ------
+    OptionError
+        A name that is not loaded, or a weight that is no number; `where` and `hint` begin and end the message.
+    """
+    if text == "none" and "none" not in loaded:
+        return {}
     composition: Composition = {}
-    for part in head.split("+"):
+    for part in text.split("+"):
         name, weighted, weight = part.strip().partition(":")
         try:
             composition[name] = float(weight) if weighted else loaded.get(name, 1.0)
         except ValueError:
-            raise OptionError(f"--prompt {text!r}: {weight!r} is no weight; expected NAME:0.7.") from None
-    return Prompt(rest, _checked(composition, loaded, f"--prompt {text!r}"))
+            raise OptionError(f"{where}: {weight!r} is no weight; expected NAME:0.7.") from None
+    return _checked(composition, loaded, where, hint)
 
 
-def _checked(composition: Mapping[str, Any], loaded: Mapping[str, float], where: str) -> Composition:
+def _checked(composition: Mapping[str, Any], loaded: Mapping[str, float], where: str, hint: str = "") -> Composition:
     if not isinstance(composition, Mapping):
         raise OptionError(f"{where}: 'adapter' must be a name, {{name: weight}} or null, found {composition!r}.")
     for name in composition:
         if name not in loaded:
             there = ", ".join(loaded) or "none"
             raise OptionError(
-                f"{where}: no adapter '{name}' is given (given: {there}).{near_misses(str(name), loaded)} For a text "
-                "that contains '::', begin it with '::'."
+                f"{where}: no adapter '{name}' is given (given: {there}).{near_misses(str(name), loaded)}{hint}"
             )
     return {str(k): float(v) for k, v in composition.items()}
 
@@ -139,32 +183,34 @@ def _checked(composition: Mapping[str, Any], loaded: Mapping[str, float], where:
 def continue_all(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[Prompt],
-    options: Mapping[str, Any],
+    prompts: Sequence[str | list[int]],
+    adapters: Sequence[Composition],
+    sampling: Sampling,
     batch_size: int,
     seed: int,
 ) -> list[str]:
-    """Return the continuation of each prompt, in left-padded batches."""
+    """Return the continuation of each prompt (a text or its tokens) with its adapters, in left-padded batches."""
     import torch
 
     import lorry
     from lorry.cli.measure import decode
 
     torch.manual_seed(seed)
+    options = sampling.options(tokenizer)
     texts: list[str] = []
     for start in range(0, len(prompts), batch_size):
-        chunk = prompts[start : start + batch_size]
-        plain = [p.text for p in chunk]
-        if any(p.adapters for p in chunk):
-            with lorry.rows(model, [p.adapters or None for p in chunk]):
-                texts += decode(model, tokenizer, plain, options)
+        chunk, chosen = prompts[start : start + batch_size], adapters[start : start + batch_size]
+        if any(chosen):
+            with lorry.rows(model, [composition or None for composition in chosen]):
+                texts += decode(model, tokenizer, chunk, options)
         else:
             lorry.activate(model, None)
-            texts += decode(model, tokenizer, plain, options)
-    return texts
+            texts += decode(model, tokenizer, chunk, options)
+    return [sampling.cut(text) for text in texts]
 
 
-def _label(adapters: Composition) -> str:
+def label(adapters: Composition) -> str:
+    """Return a composition for people."""
     if not adapters:
         return "(base)"
     return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in adapters.items())

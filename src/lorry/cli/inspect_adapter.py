@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorry.cli.arguments import Json
+from lorry.cli.arguments import Json, adapter_path
 from lorry.cli.output import facts_table, note, out, print_json, table
 
 if TYPE_CHECKING:
@@ -20,7 +20,10 @@ MOST_ROWS = 60
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Adapter: a folder of Lorry's or PEFT's, or a kohya / diffusers file.")],
+    path: Annotated[
+        str,
+        typer.Argument(help="Adapter: a folder of Lorry's or PEFT's, a kohya / diffusers file, or a name on the hub."),
+    ],
     heatmap: Annotated[
         Path | None, typer.Option("--heatmap", help="Draw norms and singular values into this PNG file.")
     ] = None,
@@ -31,7 +34,7 @@ def inspect(
     from lorry.cli.spectrum import facts_of
     from lorry.formats.reader import open_adapter
 
-    file = open_adapter(path)
+    file = open_adapter(adapter_path(path))
     file.read_all()
     sites = [facts_of(file, name) for name in file.sites]
     drawn = [s for s in sites if s.get("singular_values")]

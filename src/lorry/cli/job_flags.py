@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
@@ -10,15 +9,18 @@ from typing import Annotated, Any
 import typer
 
 from lorry.cli.arguments import key_values, layers, names
+from lorry.cli.declared import Declared, declared_mapping, declared_options
 from lorry.core.errors import OptionError
-from lorry.training.aliases import EARLIER, FOREIGN, renamed
-from lorry.training.jobs import Job
 
 #: Fields that are not flags of their own name: the method has --method and --option, as in every command.
 _OWN = ("method", "data", "site_options")
 _LISTS = ("targets", "exclude", "modules_to_save", "labels", "dynamics", "built_from")
 #: Mappings, with what their values are.
 _PAIRS: dict[str, Callable[[Any], Any]] = {"columns": str, "stages": float, "schedule_options": lambda value: value}
+#: Parts of a job with options of their own, and what else their flags are called.
+_PARTS = (("method", "--option", "-o"), ("objective", "--objective-option"), ("start",))
+#: Options of the method that nearly every command line has.
+_SHORT = {"rank": int, "alpha": float}
 _SIMPLE = {"int": int, "float": float, "str": str, "bool": bool}
 
 
@@ -26,13 +28,15 @@ def parameters() -> list[inspect.Parameter]:
     """Return the flags as parameters of a typer command; each is None where it was not given."""
     flags = [_flag("data", str, "Training data: a file or a folder.")]
     flags.append(_flag("method", str, "Slug or preset of the method; see `lorry methods`.", "-m"))
-    flags.append(_flag("option", list[str], "KEY=VALUE, an option of the method; repeatable.", "-o"))
-    flags.append(_flag("objective_option", list[str], "KEY=VALUE, an option of the objective; repeatable."))
-    for field in dataclasses.fields(Job):
+    flags += [_flag(name, kind, f"Short for --method-options {name}=N.") for name, kind in _SHORT.items()]
+    for part, *short in _PARTS:
+        said = f"KEY=VALUE, an option of the {part}; repeatable."
+        flags.append(_flag(f"{part}_options", list[str], said, *short))
+    for field in declared_options("training/jobs.py", "Job"):
         if field.name in _OWN:
             continue
-        text = field.metadata.get("help", "")
-        declared = str(field.type).split("|")[0].strip()
+        text = field.help
+        declared = field.type.split("|")[0].strip()
         if field.name in _LISTS:
             flags.append(_flag(field.name, list[str], f"{text} Repeatable, or separated by commas."))
         elif field.name in _PAIRS:
@@ -41,7 +45,8 @@ def parameters() -> list[inspect.Parameter]:
             kind = _SIMPLE.get(declared, str)
             flags.append(_flag(field.name, kind, f"{text} Default: {_shown(field)}."))
     by_name = {flag.name: flag.annotation.__origin__ for flag in flags}
-    for other, now in {**EARLIER, **FOREIGN}.items():
+    aliases = [declared_mapping("training/aliases.py", name) for name in ("EARLIER", "FOREIGN")]
+    for other, now in {**aliases[0], **aliases[1]}.items():
         kind = next(k for k in by_name[now].__args__ if k is not type(None))
         flags.append(_flag(other, kind, f"Another name of --{now.replace('_', '-')}.", hidden=True))
     return flags
@@ -58,20 +63,20 @@ def _flag(name: str, kind: Any, text: str, *short: str, hidden: bool = False) ->
     )
 
 
-def _shown(field: dataclasses.Field[Any]) -> str:
-    return "required" if field.default is dataclasses.MISSING else str(field.default)
+def _shown(field: Declared) -> str:
+    return "required" if field.default == "MISSING" else field.default
 
 
 def job_values(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Return the job's options that the flags mean; those not given are absent."""
+    from lorry.training.aliases import renamed
+
     given = renamed({k: v for k, v in flags.items() if v is not None and v != []})
     values: dict[str, Any] = {}
-    options = key_values(given.pop("option", None))
-    if options or "method" in given:
-        values["method"] = {"method": given.pop("method", "lora"), **options}
-    extra = key_values(given.pop("objective_option", None), "--objective-option")
-    if extra:
-        values["objective"] = {"objective": given.pop("objective", "causal"), **extra}
+    for part, *_ in _PARTS:
+        options = key_values(given.pop(f"{part}_options", None), f"--{part}-options")
+        if options:
+            values[f"{part}_options"] = options
     for name, value in given.items():
         if name in _LISTS:
             chosen = names(value)

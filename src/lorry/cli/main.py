@@ -13,12 +13,14 @@ from typer.core import TyperGroup
 
 from lorry.cli import (
     bench,
+    chat,
     claims,
     compare,
     convert,
     demo,
     evaluate,
     generate,
+    init,
     inspect_adapter,
     merge,
     methods,
@@ -26,10 +28,13 @@ from lorry.cli import (
     train,
 )
 from lorry.cli.output import failure, out, print_json
-from lorry.core.errors import CheckpointError, FingerprintError, LorryError, OptionError, SiteError
+from lorry.core.errors import CheckpointError, FingerprintError, LorryError, OptionError, SiteError, near_misses
 
 #: Exit codes: the user asked for something that cannot be done; something that should work did not.
 MISUSE, FAILURE, INTERRUPTED = 2, 1, 130
+#: Shells that can complete, and the variable by which a shell asks for completions.
+SHELLS = ("bash", "zsh", "fish")
+COMPLETE = "_LORRY_COMPLETE"
 
 
 class Program(TyperGroup):
@@ -57,14 +62,13 @@ def exit_code(error: Exception) -> int | None:
 
     The command line's own are usage errors and exits, which it prints and numbers by itself.
     """
-    from lorry.training.data_errors import DataError
-
-    if type(error).__module__.split(".")[0] in ("click", "typer"):
+    if type(error).__module__.split(".")[0] in ("click", "typer") or isinstance(error, BrokenPipeError):
         return None
-    if isinstance(error, OptionError | SiteError | CheckpointError | FingerprintError | DataError):
+    # only the module that defines DataError can have raised one, and nothing is imported to look at another
+    data = sys.modules.get("lorry.training.data_errors")
+    misuse = (OptionError, SiteError, CheckpointError, FingerprintError, *((data.DataError,) if data else ()))
+    if isinstance(error, misuse):
         return MISUSE
-    if isinstance(error, BrokenPipeError):
-        return None
     return FAILURE
 
 
@@ -124,27 +128,48 @@ def version(
 ) -> None:
     """Print the versions of Lorry, Python and torch."""
     import platform
-
-    import torch
+    from importlib.metadata import version as installed
 
     import lorry
 
-    facts = {"lorry": lorry.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    facts = {"lorry": lorry.__version__, "python": platform.python_version(), "torch": installed("torch")}
     if as_json:
         print_json(facts)
     else:
         out().print("  ".join(f"{name} {value}" for name, value in facts.items()), highlight=False)
 
 
+@app.command()
+def completion(shell: Annotated[str, typer.Argument(help=f"{', '.join(SHELLS[:-1])} or {SHELLS[-1]}.")]) -> None:
+    """Print the script that completes commands and flags in a shell.
+
+    For bash: lorry completion bash > ~/.local/share/bash-completion/completions/lorry
+    """
+    from typer.completion import get_completion_script  # type: ignore[attr-defined]
+
+    if shell not in SHELLS:
+        raise OptionError(
+            f"There is no completion for '{shell}'.{near_misses(shell, SHELLS)} Expected one of {', '.join(SHELLS)}."
+        )
+    print(get_completion_script(prog_name="lorry", complete_var=COMPLETE, shell=shell))
+
+
+app.command("init")(init.init)
 app.command("methods")(methods.methods)
 app.command("plan")(plan.plan)
 app.command("compare")(compare.compare)
-app.command("train")(train.train)
+app.command("train", cls=train.TrainCommand)(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
 app.command("merge")(merge.merge)
 app.command("convert")(convert.convert)
 app.command("inspect")(inspect_adapter.inspect)
 app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)
 app.add_typer(claims.group)
+
+if COMPLETE in os.environ:
+    from typer.completion import completion_init  # type: ignore[attr-defined]
+
+    completion_init()  # typer itself does so only for programs with its flags --install-completion

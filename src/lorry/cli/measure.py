@@ -89,15 +89,18 @@ def exact_match(
     return right / len(pairs)
 
 
-def decode(model: Any, tokenizer: Any, prompts: Sequence[str], options: Mapping[str, Any]) -> list[str]:
-    """Return the continuation of each prompt of one left-padded batch, without special tokens."""
+def decode(model: Any, tokenizer: Any, prompts: Sequence[str | list[int]], options: Mapping[str, Any]) -> list[str]:
+    """Return the continuation of each prompt of one left-padded batch, without special tokens.
+
+    A prompt is a text, or its tokens where they are more than the text's (a conversation's).
+    """
     from lorry.training.encode import special_prefix, tokenize
 
     if tokenizer.pad_token_id is None:
         raise OptionError("The tokenizer has neither a padding nor an end-of-text token, so prompts cannot be batched.")
     # the tokens of training: the special prefix and the text, never an end-of-text token
     prefix = special_prefix(tokenizer)
-    coded = [prefix + ids for ids in tokenize(tokenizer, prompts)]
+    coded = [prefix + tokenize(tokenizer, [p])[0] if isinstance(p, str) else p for p in prompts]
     if not all(coded):
         raise OptionError("A prompt is empty, and this tokenizer has no beginning-of-text token to start from.")
     width = max(map(len, coded))

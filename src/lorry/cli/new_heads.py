@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorry.cli.bases import POCKET, config_of, dtype_of, folder_of, load_base, load_tokenizer, model_class
+from lorry.cli.bases import POCKET, config_of, dtype_of, folder_of, load_base, load_tokenizer, model_class, said_name
 from lorry.core.errors import CheckpointError
 
 
@@ -38,5 +38,6 @@ def load_for_training(name: str, dtype: str, task: str, labels: int | None) -> t
     if model.config.pad_token_id is None:
         # a classifier finds the last token of a row by its padding
         model.config.pad_token_id = load_tokenizer(name).pad_token_id
+    model.config._name_or_path = said_name(name) or model.config._name_or_path
     fresh = sorted({key.rpartition(".")[0] for key in info["missing_keys"]})
     return model.eval(), [f for f in fresh if f]

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lorry.cli.overrides import override
 from lorry.core.errors import OptionError
 from lorry.core.options import check_options, from_options, option
 from lorry.training.aliases import EARLIER, FOREIGN, renamed
 from lorry.training.jobs import Job, jobs_from
+from lorry.training.short_forms import OTHER_NAMES, PARTS, called_here, method_options, spelled_out
 
 
 @dataclass(frozen=True)
 class RunFile:
     """Everything that one call of ``lorry train`` does."""
 
-    base: str = option(MISSING, "'pocket', or a local Hugging Face model folder.")
-    output: str = option(MISSING, "Folder for adapters, checkpoints, metrics and the report.")
+    base: str = option(
+        MISSING, "'pocket', a local Hugging Face model folder, or a name on the hub (OWNER/NAME@REVISION)."
+    )
+    out: str = option(MISSING, "Folder for adapters, checkpoints, metrics and the report.")
     jobs: Any = option(MISSING, "Jobs that are trained at once on the base, each a mapping of job options.")
     defaults: Any = option(None, "Job options that hold for every job which does not set them itself.")
     dtype: str = option("auto", "Dtype of the base in memory.", choices=("auto", "float32", "bfloat16", "float16"))
@@ -52,27 +56,31 @@ class RunFile:
         defaults = self.defaults or {}
         if not isinstance(defaults, Mapping):
             raise OptionError(f"'defaults' must be a mapping of job options, found {defaults!r}.")
-        defaults = renamed(defaults)
         jobs = self.jobs if isinstance(self.jobs, list | tuple) else [self.jobs]
         filled = []
         for index, job in enumerate(jobs):
             if not isinstance(job, Mapping):
                 raise OptionError(f"Job {index} must be a mapping of options, found {job!r}.")
-            job = renamed(job)
-            filled.append({"name": f"job-{index}", **_without_rivals(defaults, job), **job})
+            filled.append({"name": f"job-{index}", **spelled_out(job, defaults, known=JOB_OPTIONS)})
         return jobs_from(filled)
 
 
-#: Options that exclude each other: a job that sets one does not take the other from the defaults.
-_RIVALS = {"steps": "epochs", "epochs": "steps"}
+#: The names of a run's options, and of a job's.
+RUN_OPTIONS = frozenset(f.name for f in dataclasses.fields(RunFile))
+JOB_OPTIONS = frozenset(f.name for f in dataclasses.fields(Job))
+#: Names of the first edition, which go with the next release.
+_EARLIER = {"output": "out"}
 
 
-def _without_rivals(defaults: Mapping[str, Any], job: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in defaults.items() if _RIVALS.get(k) not in job}
-
-
-def read_run_file(path: Path) -> RunFile:
+def read_run_file(path: Path, overrides: Sequence[str] = ()) -> RunFile:
     """Read and check a YAML file.
+
+    Parameters
+    ----------
+    path
+        Of the file.
+    overrides
+        Texts ``KEY=VALUE`` that replace values of the file; see `override`.
 
     Raises
     ------
@@ -88,14 +96,33 @@ def read_run_file(path: Path) -> RunFile:
         where = f" line {mark.line + 1}" if mark else ""
         raise OptionError(f"{path}{where} is not YAML: {getattr(error, 'problem', None) or error}.") from error
     if not isinstance(values, Mapping):
-        raise OptionError(f"{path} must hold a mapping with base, output and jobs; found {type(values).__name__}.")
+        raise OptionError(f"{path} must hold a mapping with base, out and jobs; found {type(values).__name__}.")
     try:
-        return from_options(RunFile, {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()})
+        return run_from(override(values, overrides, RUN_OPTIONS))
     except OptionError as error:
-        jobs = {*(f.name for f in dataclasses.fields(Job)), *EARLIER, *FOREIGN}
-        stray = [k for k in values if k in jobs and k not in {f.name for f in dataclasses.fields(RunFile)}]
-        hint = f" ('{stray[0]}' is a job option: put it under jobs or defaults.)" if stray else ""
-        raise OptionError(f"{path}: {error}{hint}") from None
+        raise OptionError(f"{path}: {error}") from None
+
+
+def run_from(values: Mapping[str, Any]) -> RunFile:
+    """Build a run from parsed YAML, and check its names.
+
+    Raises
+    ------
+    OptionError
+        An unknown or missing key, with where it belongs or what it is called here.
+    """
+    values = renamed(values, names=_EARLIER, what="run option")
+    known = RUN_OPTIONS
+    jobs = {*JOB_OPTIONS, *EARLIER, *FOREIGN, *(f"{part}_options" for part in PARTS), *method_options()}
+    stray = next((k for k in values if k not in known), None)
+    if stray is not None:
+        said = called_here(stray) or ""
+        name = OTHER_NAMES[stray][0] if said else stray
+        if name in jobs and name not in known:
+            raise OptionError(f"{said or f'{stray!r} is a job option.'} Put it under jobs or defaults.")
+        if said:
+            raise OptionError(said)
+    return from_options(RunFile, {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()})
 
 
 class StrictLoader(yaml.SafeLoader):
@@ -126,7 +153,13 @@ def schema() -> dict[str, Any]:
     for other, now in {**EARLIER, **FOREIGN}.items():
         job["properties"][other] = {**job["properties"][now], "description": f"Another name of {now}."}
         job["properties"][other] |= {"deprecated": True} if other in EARLIER else {}
+    for part in PARTS:
+        text = f"Options of the {part}, beside its name or in place of a mapping."
+        job["properties"][f"{part}_options"] = {"description": text, "type": "object"}
+    for short in sorted(method_options() - job["properties"].keys()):
+        job["properties"][short] = {"description": "An option of the method, in short."}
     properties = _object(RunFile)
+    properties["properties"]["output"] = {**properties["properties"]["out"], "deprecated": True}
     properties["properties"]["jobs"] |= {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/job"}}
     defaults = {k: v for k, v in job.items() if k != "required"}
     properties["properties"]["defaults"] |= {k: v for k, v in defaults.items() if k != "description"}

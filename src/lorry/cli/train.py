@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
+from lorry.cli.arguments import BASE_HELP
 from lorry.cli.job_flags import job_values, parameters
 from lorry.cli.output import note, out, print_json
 from lorry.core.errors import OptionError
@@ -21,13 +23,21 @@ if TYPE_CHECKING:
 def _signature(
     config: Annotated[
         Path | None,
-        typer.Argument(help="YAML with base, output and jobs; or give the flags of one job instead."),
+        typer.Argument(
+            help="YAML with base, out and jobs (`lorry init` writes one); or give the flags of one job instead."
+        ),
     ] = None,
-    base: Annotated[
-        str | None, typer.Option("--base", "-b", help="'pocket', or a local Hugging Face model folder.")
-    ] = None,
-    output: Annotated[
+    base: Annotated[str | None, typer.Option("--base", "-b", help=BASE_HELP)] = None,
+    out_folder: Annotated[
         str | None, typer.Option("--out", help="Folder for adapters, checkpoints, metrics and the report.")
+    ] = None,
+    replaced: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Replace a value of the YAML, e.g. base=DIR, rank=4 (in every job), jobs.NAME.seed=1; repeatable.",
+        ),
     ] = None,
     base_dtype: Annotated[
         str | None,
@@ -54,6 +64,23 @@ def _signature(
     """Declare the flags that are not options of a job."""
 
 
+class TrainCommand(TyperCommand):
+    """The command, which knows what the flags of other trainers are called here."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the flags; one that is another trainer's is refused with its name here."""
+        known = {text for p in self.get_params(ctx) for text in (*p.opts, *p.secondary_opts)}
+        for text in args:
+            flag = text.partition("=")[0]
+            if flag.startswith("--") and flag not in known:
+                from lorry.training.short_forms import called_here
+
+                said = called_here(flag[2:].replace("-", "_"))
+                if said:
+                    raise OptionError(said)
+        return super().parse_args(ctx, args)
+
+
 def train(**flags: Any) -> None:
     """Train one job given by flags, or all jobs of a YAML file at once on one frozen base."""
     own = {name: flags.pop(name) for name in inspect.signature(_signature).parameters}
@@ -78,7 +105,7 @@ def train(**flags: Any) -> None:
     for job in report["jobs"]:
         if job["status"].startswith("failed"):
             failure(f"job '{job['name']}' {job['status']}")
-    note(f"report, metrics and curves are in {run.output}")
+    note(f"report, metrics and curves are in {run.out}")
     if any(job["status"].startswith("failed") for job in report["jobs"]):
         raise typer.Exit(1)
 
@@ -99,23 +126,27 @@ def _run_of(own: dict[str, Any], job: dict[str, Any]) -> RunFile:
     from lorry.cli.run_file import RunFile, read_run_file
     from lorry.core.options import from_options
 
-    top = {"base": own["base"], "output": own["output"], "dtype": own["base_dtype"]}
+    top = {"base": own["base"], "out": own["out_folder"], "dtype": own["base_dtype"]}
     top |= {"task": own["task"], "checkpoint_every": own["checkpoint_every"]}
     given = {k: v for k, v in top.items() if v is not None}
     if own["config"] is not None:
         if job:
+            flag = next(iter(job))
             raise OptionError(
-                f"--{next(iter(job)).replace('_', '-')} and a YAML file do not go together; put it into the file."
+                f"--{flag.replace('_', '-')} and a YAML file do not go together; put it into the file, or replace what "
+                f"the file says with --set {flag}=VALUE."
             )
-        return dataclasses.replace(read_run_file(own["config"]), **given)
+        return dataclasses.replace(read_run_file(own["config"], own["replaced"] or ()), **given)
+    if own["replaced"]:
+        raise OptionError("--set replaces values of a YAML file, and none is given; use the flags of the job.")
     missing = [
         f"--{name}"
-        for name, there in (("base", own["base"]), ("data", job.get("data")), ("out", own["output"]))
+        for name, there in (("base", own["base"]), ("data", job.get("data")), ("out", own["out_folder"]))
         if not there
     ]
     if missing:
         raise OptionError(f"Give a YAML file, or the flags of one job; missing: {', '.join(missing)}.")
-    name = re.sub(r"[^A-Za-z0-9_.\-]+", "-", Path(str(own["output"])).resolve().name).strip("-.") or "adapter"
+    name = re.sub(r"[^A-Za-z0-9_.\-]+", "-", Path(str(own["out_folder"])).resolve().name).strip("-.") or "adapter"
     return from_options(RunFile, {**given, "jobs": [{"name": name, **job}]})
 
 
@@ -131,7 +162,7 @@ def execute(run: RunFile, *, resume: bool = False, overwrite: bool = False) -> d
         model,
         load_tokenizer(run.base),
         jobs,
-        run.output,
+        run.out,
         checkpoint_every=run.checkpoint_every,
         keep_checkpoints=run.keep_checkpoints,
         max_pad_ratio=run.max_pad_ratio,

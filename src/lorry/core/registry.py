@@ -14,6 +14,12 @@ from typing import Generic, TypeVar
 from lorry.core.errors import LorryError, OptionError, near_misses
 
 T = TypeVar("T")
+_FIRST: list[str] = []
+
+
+def import_first(module: str) -> None:
+    """Import `module` before the first look-up in any registry, since what it imports registers things or sources."""
+    _FIRST.append(module)
 
 
 class Registry(Mapping[str, T], Generic[T]):
@@ -56,6 +62,8 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def discover(self) -> None:
         """Import what has not been imported yet."""
+        while _FIRST:
+            importlib.import_module(_FIRST.pop())
         while self._sources:
             package, path = self._sources.pop()
             for module in pkgutil.iter_modules(path):

@@ -22,8 +22,10 @@ EARLIER = {
 FOREIGN = {"per_device_train_batch_size": "batch_size", "lr_scheduler_type": "schedule"}
 
 
-def renamed(values: Mapping[str, Any], warn: bool = True) -> dict[str, Any]:
-    """Return job options under their present names.
+def renamed(
+    values: Mapping[str, Any], warn: bool = True, *, names: Mapping[str, str] | None = None, what: str = "job option"
+) -> dict[str, Any]:
+    """Return options under their present names.
 
     Parameters
     ----------
@@ -31,20 +33,25 @@ def renamed(values: Mapping[str, Any], warn: bool = True) -> dict[str, Any]:
         Options by any of their names.
     warn
         Give a `DeprecationWarning` for names that will go.
+    names
+        Earlier names with the present ones; those of a job if not given.
+    what
+        What the options are called in messages.
 
     Raises
     ------
     OptionError
         An option is there under two names.
     """
+    earlier, foreign = (EARLIER, FOREIGN) if names is None else (names, {})
     found: dict[str, Any] = {}
     for name, value in values.items():
-        now = EARLIER.get(name) or FOREIGN.get(name) or name
+        now = earlier.get(name) or foreign.get(name) or name
         if now != name and now in values:
-            raise OptionError(f"Job options '{name}' and '{now}' are the same; give '{now}' alone.")
-        if warn and name in EARLIER:
+            raise OptionError(f"The {what}s '{name}' and '{now}' are the same; give '{now}' alone.")
+        if warn and name in earlier:
             warnings.warn(
-                f"The job option '{name}' is called '{now}' now; the earlier name goes with the next release.",
+                f"The {what} '{name}' is called '{now}' now; the earlier name goes with the next release.",
                 DeprecationWarning,
                 stacklevel=3,
             )

@@ -17,11 +17,12 @@ from lorry.core.method.registry import method_from
 from lorry.core.options import check_options, from_options, option
 from lorry.formats.mixture import adopting
 
-from .aliases import renamed, with_aliases
+from .aliases import with_aliases
 from .data import DataSpec
 from .hooks import DYNAMICS, Dynamic, by_name
 from .objectives import OBJECTIVES, make_objective
 from .schedule import SCHEDULES, Schedule
+from .short_forms import spelled_out
 from .starts import STARTS, Start
 from .task import Examples, Task
 
@@ -192,8 +193,9 @@ class Job:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Job:
-        """Build a job from parsed YAML or JSON; unknown keys are errors with near misses."""
-        return from_options(cls, renamed(values))
+        """Build a job from parsed YAML or JSON, in short forms too; unknown keys are errors with near misses."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        return from_options(cls, spelled_out(values, known=known))
 
     def make_method(self) -> Method:
         """The method, built from its slug or mapping."""

@@ -241,21 +241,21 @@ def test_generate_refuses_names_that_are_not_given(lorry, base, adapter):
     assert result.exit_code == MISUSE and "'next'" in result.stderr
 
 
-# -- merge
+# -- fuse
 
 
-def test_merge_saves_a_model_that_does_the_same(run_json, base, adapter, data, tmp_path):
+def test_fuse_saves_a_model_that_does_the_same(run_json, base, adapter, data, tmp_path):
     out = tmp_path / "merged"
-    report = run_json("merge", base, "--adapter", f"next={adapter}", "--out", out)
+    report = run_json("fuse", base, "--adapter", f"next={adapter}", "--out", out)
     assert report["receipts"][0]["action"] == "fuse"
-    assert json.loads((out / "lorry_merge.json").read_text(encoding="utf-8"))["out"] == str(out)
+    assert json.loads((out / "lorry_fuse.json").read_text(encoding="utf-8"))["out"] == str(out)
     unfused = run_json("eval", base, "--adapter", f"next={adapter}", "--data", data)["results"]["next"]
     merged = run_json("eval", out, "--data", data, "--objective", "completion")["results"]["base"]
     assert merged["loss"] == pytest.approx(unfused["loss"], rel=1e-4)
     assert merged["exact_match"] == unfused["exact_match"]
 
 
-def test_merging_a_tied_embedding_unties_it(run_json, base, data, tmp_path):
+def test_fusing_a_tied_embedding_unties_it(run_json, base, data, tmp_path):
     from transformers import AutoModelForCausalLM
 
     report = run_json(
@@ -263,7 +263,7 @@ def test_merging_a_tied_embedding_unties_it(run_json, base, data, tmp_path):
         "--option", "rank=2", "--steps", 5, "--rate", "5e-2", "--out", tmp_path / "run",
     )  # fmt: skip
     out = tmp_path / "merged"
-    merged = run_json("merge", base, "--adapter", report["jobs"][0]["adapter"], "--out", out)
+    merged = run_json("fuse", base, "--adapter", report["jobs"][0]["adapter"], "--out", out)
     assert merged["untied"] == ["model.embed_tokens"]
     before, after = (AutoModelForCausalLM.from_pretrained(p) for p in (base, out))
     assert after.config.tie_word_embeddings is False
@@ -271,9 +271,9 @@ def test_merging_a_tied_embedding_unties_it(run_json, base, data, tmp_path):
     assert not torch.equal(after.model.embed_tokens.weight, before.model.embed_tokens.weight)
 
 
-def test_merge_replaces_only_what_it_wrote(lorry, base, adapter, tmp_path):
+def test_fuse_replaces_only_what_it_wrote(lorry, base, adapter, tmp_path):
     (tmp_path / "precious").write_text("x", encoding="utf-8")
-    flags = ("merge", base, "--adapter", adapter, "--out")
+    flags = ("fuse", base, "--adapter", adapter, "--out")
     assert lorry(*flags, tmp_path).exit_code == MISUSE
     assert lorry(*flags, tmp_path, "--overwrite").exit_code == MISUSE
     assert lorry(*flags, base, "--overwrite").exit_code == MISUSE
@@ -287,7 +287,7 @@ def test_a_foreign_base_is_refused_by_name(lorry, base, adapter, tmp_path):
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.add_(1)
     model.save_pretrained(tmp_path / "other")
-    result = lorry("merge", tmp_path / "other", "--adapter", adapter, "--out", tmp_path / "out")
+    result = lorry("fuse", tmp_path / "other", "--adapter", adapter, "--out", tmp_path / "out")
     assert result.exit_code == MISUSE and str(tmp_path / "other") in result.stderr
     assert not (tmp_path / "out").exists()
 
@@ -384,3 +384,9 @@ def test_inspect_refuses_a_pickle(lorry, tmp_path):
     (tmp_path / "adapter.bin").write_bytes(b"\x80\x04.")
     result = lorry("inspect", tmp_path / "adapter.bin")
     assert result.exit_code == MISUSE and "pickle" in result.stderr
+
+
+def test_merge_with_a_base_is_fuse_for_one_more_release(lorry, base, adapter, tmp_path):
+    result = lorry("merge", base, "--adapter", f"next={adapter}", "--out", tmp_path / "fused")
+    assert result.exit_code == 0 and "lorry fuse" in result.stderr
+    assert (tmp_path / "fused" / "lorry_fuse.json").is_file()

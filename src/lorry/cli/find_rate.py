@@ -22,7 +22,7 @@ def advise(run: RunFile, model: Any, jobs: Sequence[Job], as_json: bool) -> None
     found = {}
     for job in jobs:
         note(f"trying learning rates for '{job.name}'")
-        folder = Path(run.output) / "rates" / job.name
+        folder = Path(run.out) / "rates" / job.name
         options: dict[str, Any] = {
             "max_pad_ratio": run.max_pad_ratio,
             "max_tokens": run.max_tokens,

@@ -19,6 +19,7 @@ from lorry.cli import (
     convert,
     demo,
     evaluate,
+    fuse,
     generate,
     init,
     inspect_adapter,
@@ -106,7 +107,7 @@ def main(
     ] = 0,
     _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
-    """LoRA adapters through their whole life: plan, train, study, merge, serve and convert them, with
+    """LoRA adapters through their whole life: plan, train, study, merge, fuse, serve and convert them, with
     proof.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -162,6 +163,7 @@ app.command("train", cls=train.TrainCommand)(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("fuse")(fuse.fuse)
 app.command("merge")(merge.merge)
 app.command("convert")(convert.convert)
 app.command("inspect")(inspect_adapter.inspect)

@@ -1,31 +1,27 @@
-"""``lorry merge``: adapters into a base, written as a whole model; or with each other, by a recipe or by flags."""
+"""``lorry merge``: adapters with each other, by a recipe or by flags."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lorry.cli.arguments import Dtype, Json, adapter_references
+from lorry.cli.fuse import into_base
 from lorry.cli.output import note, out, print_json
-from lorry.core.errors import CheckpointError, OptionError
+from lorry.core.errors import OptionError
 
 if TYPE_CHECKING:
     from lorry.merging import MergedAdapter, Mixture
-
-RECEIPT = "lorry_merge.json"
 
 
 def merge(
     source: Annotated[
         str | None,
         typer.Argument(
-            help="'pocket' or a local model folder, to merge adapters into; or a recipe (.yaml). Without it the "
-            "adapters are merged with each other."
+            help="A recipe (.yaml); without it, the adapters and the way are given by flags. (A base here means "
+            "`lorry fuse`, for one more release.)"
         ),
     ] = None,
     adapter: Annotated[
@@ -55,7 +51,7 @@ def merge(
     ] = "auto",
     as_json: Json = False,
 ) -> None:
-    """Merge adapters into a base and save the whole model, or adapters with each other; with a receipt."""
+    """Merge adapters with each other, by a recipe or by flags; the result is an adapter, with a receipt."""
     if source is None:
         with_each_other(adapter, method, option, to, overwrite, check_base, as_json)
         return
@@ -68,41 +64,8 @@ def merge(
             raise OptionError(f"{source} is a recipe; it names the adapters itself, so --adapter has no place here.")
         by_recipe(source, to, overwrite, as_json)
         return
+    note("putting adapters into a base is called `lorry fuse` now; `lorry merge BASE` works for one more release")
     into_base(source, adapter, to, overwrite, check_base, dtype, task, as_json)
-
-
-def into_base(
-    source: str,
-    adapter: list[str] | None,
-    to: Path | None,
-    overwrite: bool,
-    check_base: bool,
-    dtype: str,
-    task: str,
-    as_json: bool,
-) -> None:
-    """Merge adapters into a base and write the model."""
-    from lorry.cli.bases import folder_of
-
-    references = adapter_references(adapter)
-    if not references or to is None:
-        raise OptionError("Merging needs at least one --adapter DIR and --out DIR.")
-    scaled = [name for name, (_, weight) in references.items() if weight != 1]
-    if scaled:
-        raise OptionError(
-            f"Adapter '{scaled[0]}' is given a weight; adapters are fused into a base whole, with weight 1."
-        )
-    if to.exists() and not overwrite:
-        raise OptionError(f"{to} exists already. Choose another folder, or pass --overwrite.")
-    if to.exists() and (not (to / RECEIPT).is_file() or to.resolve() == folder_of(source).resolve()):
-        raise CheckpointError(f"{to} was not written by `lorry merge`, or is the base itself; it is not replaced.")
-    report = merge_into(source, {n: p for n, (p, _) in references.items()}, to, dtype, task, check_base)
-    if as_json:
-        print_json(report)
-        return
-    for line in report["text"]:
-        out().print(line, highlight=False, markup=False, soft_wrap=True)
-    out().print(f"wrote {to} ({report['parameters']:,} parameters)", highlight=False, soft_wrap=True)
 
 
 def by_recipe(source: str, to: Path | None, overwrite: bool, as_json: bool) -> None:
@@ -137,7 +100,6 @@ def with_each_other(
         "check_base": check_base,
         "name": to.resolve().name,
     }
-    values["name"] = to.resolve().name
     recipe = recipe_from(values if method is None else {**values, "method": method})
     _show(run_recipe(recipe, Path(), out=to, overwrite=overwrite), as_json)
 
@@ -147,84 +109,3 @@ def _show(merged: MergedAdapter | Mixture, as_json: bool) -> None:
         print_json(merged.receipt.to_dict())
     else:
         out().print(str(merged.receipt), highlight=False, markup=False, soft_wrap=True)
-
-
-def merge_into(
-    base: str,
-    adapters: dict[str, Path],
-    to: Path,
-    dtype: str = "auto",
-    task: str = "auto",
-    check_base: bool = True,
-) -> dict[str, Any]:
-    """Merge adapters into a base, write model, tokenizer and receipt to `to`, and return the receipt
-    as plain data.
-    """
-    import lorry
-    from lorry.cli.bases import folder_of, load_base
-
-    model = load_base(base, dtype, task)
-    receipts = []
-    untied: list[str] = []
-    for name, path in adapters.items():
-        loaded = lorry.load(model, path, name=name, check_base=check_base)
-        note(str(loaded.receipt))
-        untied += [site.path for site in loaded.sites if site.tied]
-        receipts.append(loaded.fuse())
-    if untied:
-        untie(model)
-        note(f"the merged weight of {', '.join(dict.fromkeys(untied))} is no longer tied; the config says so")
-    report = {
-        "base": base,
-        "adapters": {name: str(path) for name, path in adapters.items()},
-        "out": str(to),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "untied": sorted(set(untied)),
-        "receipts": [r.to_dict() for r in receipts],
-        "text": [str(r) for r in receipts],
-    }
-    _write(model, folder_of(base), to, report)
-    return report
-
-
-def untie(model: Any) -> None:
-    """Let the configuration say that input and output embeddings differ, so that loading does not tie
-    them again.
-    """
-    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-        if getattr(config, "tie_word_embeddings", False):
-            config.tie_word_embeddings = False
-
-
-def _write(model: Any, base: Path, to: Path, report: dict[str, Any]) -> None:
-    """Write everything beside the goal, then move it there in one step."""
-    to.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = (to.with_name(f".{to.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
-    try:
-        model.save_pretrained(temporary)
-        _copy_tokenizer(base, temporary)
-        (temporary / RECEIPT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        if to.exists():
-            to.rename(old)
-        temporary.rename(to)
-    finally:
-        if old.exists() and not to.exists():
-            old.rename(to)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _copy_tokenizer(base: Path, to: Path) -> None:
-    """Take over the files of the tokenizer and of processors as they are."""
-    for pattern in (
-        "tokenizer*",
-        "special_tokens_map.json",
-        "vocab*",
-        "merges.txt",
-        "*processor*.json",
-        "chat_template*",
-        "*.model",
-    ):
-        for file in base.glob(pattern):
-            if file.is_file() and not (to / file.name).exists():
-                shutil.copyfile(file, to / file.name)

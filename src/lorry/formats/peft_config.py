@@ -253,8 +253,7 @@ def understood(values: Mapping[str, Any], where: str) -> PeftConfig:
     if str(kind).upper() != "LORA":
         raise CheckpointError(
             f"'{where}' is an adapter of PEFT's tuner {kind}, not of LoRA. Load it as it is with "
-            "lorry.formats.peft_native.load(model, path), or as a plain LoRA after "
-            "lorry.formats.peft_tuners.convert(path, base_model, out)."
+            "lorry.load(model, path), or convert it to a plain LoRA with lorry.formats.peft_tuners.convert(path, base, out)."
         )
     notes = []
     for name, value in values.items():
@@ -277,28 +276,36 @@ def understood(values: Mapping[str, Any], where: str) -> PeftConfig:
             f"'{where}' sets bias={values.get('bias')!r} and lora_bias={values.get('lora_bias')!r}; known are none, "
             "all and lora_only for the first, and true without use_dora for the second."
         )
+    config = PeftConfig(dict(values), tuple(notes))
+    return replace(config, notes=(*notes, *_notes_of_start(config, where)))
+
+
+def _notes_of_start(config: PeftConfig, where: str) -> tuple[str, ...]:
+    """Return what is to be said of how the adapter started; raise `CheckpointError` if its start changed the base in a
+    way that cannot be repeated.
+    """
+    values = config.values
     start = str(values.get("init_lora_weights", True)).lower()
     if start.startswith(_CHANGED_BASE):
         raise CheckpointError(
             f"'{where}' was trained with init_lora_weights='{start}', which changed the base weight, and was saved "
             "unconverted. Save it in PEFT with path_initial_model_for_weight_conversion, which makes it a plain LoRA."
         )
-    config = PeftConfig(dict(values), tuple(notes))
     if not config.start and not start.startswith(_HARMLESS_STARTS):
         raise CheckpointError(
             f"'{where}' sets init_lora_weights='{start}', which is unknown and may have changed the base weight."
         )
-    if config.start:
-        if values.get("use_dora"):
-            raise CheckpointError(
-                f"'{where}' combines use_dora with init_lora_weights='{start}', which Lorry cannot carry."
-            )
-        if "_niter_" in start:
-            raise CheckpointError(
-                f"'{where}' was trained with init_lora_weights='{start}', a randomised SVD whose draw is not in the "
-                "file, and was saved unconverted: what it took out of the base cannot be computed again. Where it was "
-                "trained, save it with path_initial_model_for_weight_conversion, which makes it a plain LoRA; or, if "
-                "the base was saved as it was left, set init_lora_weights to true and load it onto that base."
-            )
-        notes.append(f"{start} saved unconverted: what it took out of each weight was computed again from this base")
-    return replace(config, notes=tuple(notes))
+    if not config.start:
+        return ()
+    if values.get("use_dora"):
+        raise CheckpointError(
+            f"'{where}' combines use_dora with init_lora_weights='{start}', which Lorry cannot carry."
+        )
+    if "_niter_" in start:
+        raise CheckpointError(
+            f"'{where}' was trained with init_lora_weights='{start}', a randomised SVD whose draw is not in the "
+            "file, and was saved unconverted: what it took out of the base cannot be computed again. Where it was "
+            "trained, save it with path_initial_model_for_weight_conversion, which makes it a plain LoRA; or, if "
+            "the base was saved as it was left, set init_lora_weights to true and load it onto that base."
+        )
+    return (f"{start} saved unconverted: what it took out of each weight was computed again from this base",)

@@ -12,12 +12,12 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types tests format clean
+.PHONY: help setup demo test lint types tests wheel format clean
 
 help:
 	@echo "make demo    set up $(VENV), run the main job, report in out/demo/"
-	@echo "make test    set up $(VENV), then lint, types and tests"
-	@echo "make lint | types | tests | format | clean"
+	@echo "make test    set up $(VENV), then lint, types, tests and the wheel"
+	@echo "make lint | types | tests | wheel | format | clean"
 
 setup: $(READY)
 
@@ -33,7 +33,7 @@ $(READY): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/lorry demo --out out/demo
 
-test: lint types tests
+test: lint types tests wheel
 
 lint: setup
 	$(BIN)/ruff check $(CODE)
@@ -46,6 +46,12 @@ types: setup
 
 tests: setup
 	$(BIN)/python -m pytest -n 2
+
+# Without isolation, so that it needs no network: the build backend is among the development tools.
+wheel: setup
+	rm -rf dist build
+	$(BIN)/python -m build --no-isolation --outdir dist . > /dev/null
+	$(BIN)/python tools/check_wheel.py dist
 
 format: setup
 	$(BIN)/ruff check --fix $(CODE)

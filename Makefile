@@ -12,13 +12,13 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo docs test lint types tests format clean
+.PHONY: help setup demo docs test lint types tests wheel format clean
 
 help:
 	@echo "make demo    set up $(VENV), run the main job, report in out/demo/"
-	@echo "make test    set up $(VENV), then lint, types and tests"
+	@echo "make test    set up $(VENV), then lint, types, tests and the wheel"
 	@echo "make docs    set up $(VENV), build the documentation into out/site/"
-	@echo "make lint | types | tests | format | clean"
+	@echo "make lint | types | tests | wheel | format | clean"
 
 setup: $(READY)
 
@@ -38,7 +38,7 @@ demo: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
-test: lint types tests
+test: lint types tests wheel
 
 lint: setup
 	$(BIN)/ruff check $(CODE)
@@ -51,6 +51,12 @@ types: setup
 
 tests: setup
 	$(BIN)/python -m pytest -n 2
+
+# Without isolation, so that it needs no network: the build backend is among the development tools.
+wheel: setup
+	rm -rf dist build
+	$(BIN)/python -m build --no-isolation --outdir dist . > /dev/null
+	$(BIN)/python tools/check_wheel.py dist
 
 format: setup
 	$(BIN)/ruff check --fix $(CODE)

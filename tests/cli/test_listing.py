@@ -24,6 +24,12 @@ COMMANDS = (
     "bench",
     "demo",
     "version",
+    "init",
+    "chat",
+    "push",
+    "pull",
+    "doctor",
+    "completion",
 )
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 

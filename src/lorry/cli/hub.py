@@ -13,6 +13,8 @@ _NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?)(@(?P<r
 _SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.md")
 #: What is fetched: never a pickle, never code.
 _FILES = {"config": _SMALL, "model": (*_SMALL, "*.safetensors"), "adapter": ("*.json", "*.safetensors", "*.md")}
+#: What the hub's library raises: no network, no access, a name that the hub refuses.
+HUB_ERRORS = (OSError, ValueError)
 What = Literal["config", "model", "adapter"]
 
 
@@ -67,5 +69,15 @@ def from_hub(text: str, what: What) -> Path:
         raise CheckpointError(
             f"There is no folder {text}, and no repository {repo} on the hub (a private one needs `hf auth login`)."
         ) from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"Cannot fetch {repo}{at} from the hub: {str(error).splitlines()[0]}") from error
+    except HUB_ERRORS as error:
+        raise CheckpointError(f"Cannot fetch {repo}{at} from the hub: {why_not(error)}.") from error
+
+
+def why_not(error: Exception) -> str:
+    """Return why the hub could not be used, on one line."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE forbids connections"
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")

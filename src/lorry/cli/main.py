@@ -18,6 +18,7 @@ from lorry.cli import (
     compare,
     convert,
     demo,
+    doctor,
     evaluate,
     fuse,
     generate,
@@ -26,6 +27,7 @@ from lorry.cli import (
     merge,
     methods,
     plan,
+    push,
     train,
 )
 from lorry.cli.output import failure, out, print_json
@@ -166,8 +168,11 @@ app.command("chat")(chat.chat)
 app.command("fuse")(fuse.fuse)
 app.command("merge")(merge.merge)
 app.command("convert")(convert.convert)
+app.command("push")(push.push)
+app.command("pull")(push.pull)
 app.command("inspect")(inspect_adapter.inspect)
 app.command("bench")(bench.bench)
+app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 app.add_typer(claims.group)
 

@@ -45,6 +45,9 @@ class RunFile:
         at_least=1,
     )
     max_tokens: int | None = option(None, "Most tokens of a joint pass, padding included, to bound memory.", at_least=1)
+    loggers: Any = option(
+        None, "Where metrics go besides metrics.jsonl: tensorboard, wandb, or {logger: name, **options}; one or a list."
+    )
     base_dropout: bool = option(False, "Let the base's own dropout be on; a job's result then depends on its company.")
 
     def __post_init__(self) -> None:

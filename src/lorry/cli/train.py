@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from lorry.cli.arguments import BASE_HELP
+from lorry.cli.arguments import BASE_HELP, names
 from lorry.cli.job_flags import job_values, parameters
 from lorry.cli.output import note, out, print_json
 from lorry.core.errors import OptionError
@@ -49,6 +49,9 @@ def _signature(
     checkpoint_every: Annotated[
         int | None,
         typer.Option("--checkpoint-every", help="Steps between checkpoints; 0 writes one at the end."),
+    ] = None,
+    loggers: Annotated[
+        list[str] | None, typer.Option("--loggers", help="Also log to tensorboard or wandb; repeatable.")
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")
@@ -128,6 +131,7 @@ def _run_of(own: dict[str, Any], job: dict[str, Any]) -> RunFile:
 
     top = {"base": own["base"], "out": own["out_folder"], "dtype": own["base_dtype"]}
     top |= {"task": own["task"], "checkpoint_every": own["checkpoint_every"]}
+    top["loggers"] = names(own["loggers"]) or None
     given = {k: v for k, v in top.items() if v is not None}
     if own["config"] is not None:
         if job:
@@ -168,6 +172,7 @@ def execute(run: RunFile, *, resume: bool = False, overwrite: bool = False) -> d
         max_pad_ratio=run.max_pad_ratio,
         max_tokens=run.max_tokens,
         base_dropout=run.base_dropout,
+        loggers=run.loggers,
         resume=resume,
         overwrite=overwrite,
         console=err(),

@@ -252,8 +252,8 @@ def understood(values: Mapping[str, Any], where: str) -> PeftConfig:
     kind = values.get("peft_type", "LORA")
     if str(kind).upper() != "LORA":
         raise CheckpointError(
-            f"'{where}' is an adapter of PEFT's tuner {kind}, not of LoRA. Load it as it is with "
-            "lorry.load(model, path), or convert it to a plain LoRA with lorry.formats.peft_tuners.convert(path, base, out)."
+            f"'{where}' is an adapter of PEFT's tuner {kind}, not of LoRA. Load it with lorry.load(model, "
+            "path), or convert it to a plain LoRA: lorry.formats.peft_tuners.convert(path, base_model, out)."
         )
     notes = []
     for name, value in values.items():

@@ -28,6 +28,7 @@ from .data_errors import DataError
 from .evaluate import evaluate
 from .jobs import DTYPES, Job, jobs_from
 from .joint import Base, grouped, train_pass
+from .loggers import Logs, loggers_from
 from .prepare import prepare
 from .progress import Bars
 from .report import VERSION, MetricsFile, draw_curves, job_report, print_table, read_metrics
@@ -98,6 +99,8 @@ class Fleet:
         text, what their `Task.cost` counts.
     base_dropout
         Let the base's own dropout be on in training. Results then depend on the company.
+    loggers
+        Where metrics go besides ``metrics.jsonl``: ``tensorboard``, ``wandb``, ``{logger: name, **options}``.
 
     Raises
     ------
@@ -121,12 +124,14 @@ class Fleet:
         max_pad_ratio: float | None = 2.0,
         max_tokens: int | None = None,
         base_dropout: bool = False,
+        loggers: Any = None,
     ) -> None:
         if checkpoint_every < 0 or keep_checkpoints < 1:
             raise OptionError("checkpoint_every must be at least 0 and keep_checkpoints at least 1.")
         if max_pad_ratio is not None and max_pad_ratio < 1:
             raise OptionError(f"max_pad_ratio must be at least 1, found {max_pad_ratio}.")
         self.jobs = jobs_from(jobs)
+        self.loggers = loggers_from(loggers)
         self.output = Path(output)
         self.model = model
         self.checkpoint_every, self.keep = checkpoint_every, keep_checkpoints
@@ -136,6 +141,7 @@ class Fleet:
         self.tick = 0
         self.runs = [Run(job) for job in self.jobs]
         self._metrics: dict[str, MetricsFile] = {}
+        self._logs: dict[str, Logs] = {}
         self._stop = False
         self._begin()
         try:
@@ -224,9 +230,14 @@ class Fleet:
             self.tick = state["tick"]
         elif overwrite and folder.is_dir():
             checkpoint.clear(folder)
-        self.output.mkdir(parents=True, exist_ok=True)
         for run in self.runs:
-            self._metrics[run.name] = MetricsFile(self.output / run.name / "metrics.jsonl", offsets.get(run.name, 0))
+            folder = self.output / run.name
+            self._logs[run.name] = Logs(self.loggers, folder, run.name, run.job.to_dict(), run.progress.step)
+            self._metrics[run.name] = MetricsFile(folder / "metrics.jsonl", offsets.get(run.name, 0))
+
+    def _log(self, name: str, row: Mapping[str, Any]) -> None:
+        self._metrics[name].write(row)
+        self._logs[name].write(row)
 
     # -- run
 
@@ -287,7 +298,7 @@ class Fleet:
             run.progress.seconds += elapsed
             row = rows.get(run.name)
             if row is not None:
-                self._metrics[run.name].write({**row, "seconds": round(run.progress.seconds, 4)})
+                self._log(run.name, {**row, "seconds": round(run.progress.seconds, 4)})
         stepped = [run for run in complete if run.running]
         self._evaluate([run for run in stepped if self._due(run)])
         self._finish([run for run in tried.values() if not run.running or run.progress.step >= run.total])
@@ -308,7 +319,7 @@ class Fleet:
         for name, metrics in evaluate(self.base, runs, self.max_pad_ratio, self.max_tokens).items():
             run = next(r for r in runs if r.name == name)
             run.judge(metrics)
-            self._metrics[name].write({"step": run.progress.step, **{f"eval_{k}": v for k, v in metrics.items()}})
+            self._log(name, {"step": run.progress.step, **{f"eval_{k}": v for k, v in metrics.items()}})
 
     def _finish(self, runs: Sequence[Run]) -> None:
         """Close jobs that are at their end: best tensors back, adapter saved, gradients let go."""
@@ -356,6 +367,8 @@ class Fleet:
     def _report(self, seconds: float) -> dict[str, Any]:
         for file in self._metrics.values():
             file.close()
+        for log in self._logs.values():
+            log.close()
         jobs = [job_report(run, None if run.path is None else Path(run.path)) for run in self.runs]
         base = open_state(self.model).base_name
         report = {

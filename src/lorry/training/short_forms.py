@@ -71,6 +71,7 @@ _THERE: dict[str, dict[str, str]] = {
     "eval_every": {"eval_steps": "axolotl, LLaMA-Factory and TRL", "evals_per_epoch": "axolotl"},
     "patience": {"early_stopping_patience": "axolotl"},
     "keep_best": {"load_best_model_at_end": "axolotl, LLaMA-Factory and TRL"},
+    "loggers": {"report_to": "LLaMA-Factory and TRL", "wandb_project": "axolotl", "use_tensorboard": "axolotl"},
     "dtype": {name: "axolotl, LLaMA-Factory and TRL" for name in ("bf16", "fp16", "torch_dtype")},
 }
 #: Name there -> name here, programs.

@@ -72,6 +72,18 @@ def hybrids():
 
 
 @pytest.mark.parametrize("name", ["mamba", "jamba", "deberta"])
+def test_weights_that_a_model_reads_itself_are_noticed_in_fusing_though_it_never_ran(name):
+    make, config, targets = hybrids()[name]
+    torch.manual_seed(0)
+    model = make(config).train()
+    adapter = off_zero(lorry.attach(model, lorry.LoRA(rank=2), targets=targets, activate=False), std=0.3)
+    drawn = torch.get_rng_state()
+    notes = adapter.fuse().notes
+    assert any("past the layer" in note and targets[0] in note for note in notes)
+    assert all(module.training for module in model.modules()) and torch.equal(torch.get_rng_state(), drawn)
+
+
+@pytest.mark.parametrize("name", ["mamba", "jamba", "deberta"])
 def test_weights_that_a_model_reads_itself_are_noticed_in_the_first_pass_and_in_merging(name):
     make, config, targets = hybrids()[name]
     torch.manual_seed(0)

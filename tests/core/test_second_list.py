@@ -217,6 +217,28 @@ def test_updates_are_those_of_the_bare_base_while_merged(slug):
     lorry.adapters(model)["other"].deltas()
 
 
+def test_a_copy_of_a_model_with_two_fused_adapters_gives_both_back():
+    model, ids = llama(), tokens(2)
+    before = snapshot(model)
+    for name in ("a", "b"):
+        off_zero(lorry.attach(model, "lora", targets="attention", name=name), ord(name), 0.3).fuse()
+    twin = copy.deepcopy(model)
+    for name in ("b", "a"):
+        lorry.adapters(twin)[name].unfuse()
+    assert unchanged(twin, before)
+
+
+def test_a_copy_of_a_model_with_two_fused_adapters_gives_both_back():
+    model = llama()
+    before = snapshot(model)
+    for name in ("a", "b"):
+        off_zero(lorry.attach(model, "lora", targets="attention", name=name, activate=False), ord(name), 0.3).fuse()
+    twin = copy.deepcopy(model)
+    for name in ("b", "a"):
+        lorry.adapters(twin)[name].unfuse()
+    assert unchanged(twin, before)
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: read_again(model)])
 def test_a_copy_of_a_merged_model_is_unmerged_by_itself(copied):
     model, adapter = merged_dora("dora")

@@ -19,7 +19,7 @@ from lorry.core.life.api import log_probability
 from lorry.core.life.state import state_of
 from lorry.core.method.context import Context
 
-KINDS = ("linear", "conv", "embedding", "qkv", "experts", "block")
+KINDS = ("linear", "conv", "embedding", "qkv", "experts", "router", "block")
 LENGTH, ROWS = 5, 4
 
 
@@ -35,6 +35,18 @@ class TinyExperts(nn.Module):
         tokens = x.flatten(0, -2)
         hidden = torch.einsum("eoi,ti->teo", self.up_proj, tokens).tanh()
         return torch.einsum("eoi,tei->to", self.down_proj, hidden).view_as(x)
+
+
+class TinyRouter(nn.Module):
+    """A softmax over experts, each of which is a vector."""
+
+    def __init__(self, experts: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(experts, width) * 0.4)
+        self.values = nn.Parameter(torch.randn(experts, width) * 0.4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight).softmax(-1) @ self.values
 
 
 class FeedForward(nn.Module):
@@ -68,6 +80,8 @@ class Tiny(nn.Module):
             self.qkv = nn.MultiheadAttention(width, 2, batch_first=True)
         elif kind == "experts":
             self.experts = TinyExperts(3, width)
+        elif kind == "router":
+            self.router = TinyRouter(12, width)
         elif kind == "block":
             self.block = nn.Module()
             self.block.mlp = FeedForward(width)
@@ -85,6 +99,8 @@ class Tiny(nn.Module):
             x = x + self.qkv(x, x, x, need_weights=False)[0]
         elif self.kind == "experts":
             x = x + self.experts(x)
+        elif self.kind == "router":
+            x = x + self.router(x)
         elif self.kind == "block":
             x = x + self.block.mlp(x)
         return self.linear_out(self.linear(x).tanh())
@@ -96,6 +112,7 @@ TARGETS = {
     "embedding": ["embedding"],
     "qkv": "kind:qkv",
     "experts": "experts",
+    "router": "routers",
     "block": ["block.mlp"],
 }
 CASES = [
@@ -213,8 +230,8 @@ def test_every_trained_tensor_gets_a_gradient_and_the_base_none(slug, kind):
 @over_methods_and_kinds
 def test_weight_k_gives_k_times_the_update_or_it_is_declared_otherwise(slug, kind):
     """At one layer alone: what lies behind it is not linear."""
-    if kind == "experts":
-        pytest.skip("the bank is a network of its own")
+    if kind in ("experts", "router"):
+        pytest.skip("what owns the weight is a network of its own")
     model, adapter = attached(slug, kind)
     site = adapter.sites[0]
     owner, x = site.owner, ids() if kind == "embedding" else None

@@ -91,7 +91,7 @@ def _print(facts: Mapping[str, Any], all_sites: bool) -> None:
             "adapter",
             f"{facts['name']} ({facts['format']} format, {size(facts['bytes'])}, {' '.join(facts['dtypes'])})",
         ),
-        ("method", f"{facts['method']['method']} ({options}); {facts['paper']}; merge: {facts['merge']}"),
+        ("method", f"{facts['method']['method']} ({options}); {facts['paper']}; fuse: {facts['fuse']}"),
         (
             "sites",
             f"{len(sites)} with {sum(s['parameters'] for s in sites):,} elements in {facts['tensors']} tensors",

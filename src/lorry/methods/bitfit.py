@@ -25,6 +25,8 @@ class BitFit(Method):
     method that it stands beside.
 
     A layer without a bias gets one while the adapter applies.
+
+    Use it where almost nothing may be trained, or beside a method of weights whose layers have biases worth moving.
     """
 
     family: ClassVar[str] = "bias"

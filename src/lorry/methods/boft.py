@@ -19,6 +19,8 @@ from lorry.methods.parts.rotation import Rotation, by_blocks, divisor
 class BOFT(Rotation):
     """``y = s ⊙ W (x R)`` with R block-diagonal of Cayley transforms ``(I - S)(I + S)⁻¹``, S the skew-symmetric part of
     a trained matrix, and s one at the start (section 4, with one factor: products of permuted factors are not here).
+
+    Use it to load and train on what PEFT made; OFT is the simpler choice for something new.
     """
 
     block_size: int = option(4, "Width of a block; the divisor of the layer's input width nearest to it.", at_least=2)

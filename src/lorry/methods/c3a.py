@@ -17,7 +17,10 @@ from lorry.core.sites.site import Site
 @register("c3a", paper="arXiv 2407.19342", kinds=("linear",))
 @dataclass(frozen=True)
 class C3A(WeightDelta):
-    """``ΔW_mn[t, j] = w_mn[(j - t) mod b] / in`` in square blocks of width b, w zero at the start (section 3.3)."""
+    """``ΔW_mn[t, j] = w_mn[(j - t) mod b] / in`` in square blocks of width b, w zero at the start (section 3.3).
+
+    Use it where a full-rank update of very few values is wanted and the widths have a common divisor.
+    """
 
     block_size: int = option(
         64, "Width b of the blocks; the largest common divisor of the layer's widths up to it is used.", at_least=1

@@ -23,6 +23,8 @@ class DeLoRA(Bottleneck):
     """``ΔW = λ/rank · Σ_i b_i a_iᵀ / (‖b_i‖ ‖a_i‖) · diag(‖W_:,j‖)`` with λ trained (equation 7), B zero at the start.
 
     The norms of the base weight's columns are taken once and kept with the adapter.
+
+    Use it where long training or high rates make a LoRA run away: the length of the update is bounded by λ.
     """
 
     rank: int = option(8, "Rank of the update.", at_least=1)

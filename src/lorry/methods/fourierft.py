@@ -18,7 +18,11 @@ from lorry.core.sites.site import Site
 @register("fourierft", paper="arXiv 2405.03003", kinds=("linear",))
 @dataclass(frozen=True)
 class FourierFT(WeightDelta):
-    """``ΔW = scale · Re(F⁻¹(S))`` with a real spectrum S that is trained at `count` random positions (equation 3)."""
+    """``ΔW = scale · Re(F⁻¹(S))`` with a real spectrum S that is trained at `count` random positions (equation 3).
+
+    Use it where the file must be tiny and the pattern of a change is smooth or periodic; for most tasks LoRA of
+    rank 1 is as small.
+    """
 
     count: int = option(1000, "Trained entries of the spectrum; all of them where the layer has fewer.", at_least=1)
     scale: float = option(150.0, "Constant factor of the update.", above=0)

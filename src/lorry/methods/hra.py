@@ -27,6 +27,8 @@ class HRA(Rotation):
 
     With `orthogonal` the u_i are made orthonormal first (Gram and Schmidt), which makes it ``W (I - 2 U Uᵀ)``. The u_i
     start in equal pairs, so that an even rank leaves the layer as it is; orthogonal ones start nowhere near it.
+
+    Use it where the change should turn the weight and keep its lengths, with few values.
     """
 
     rank: int = option(8, "Number of reflections; even, so that it can start at the identity.", at_least=1)

@@ -21,6 +21,8 @@ class IA3(WeightDelta):
     """``y = l ⊙ base(x)``, the bias included, or ``y = base(l ⊙ x)``, with l one at the start (section 3.3).
 
     The paper scales the outputs of keys and values, and the inputs of the second layer of feed-forward blocks.
+
+    Use it for few examples and many tasks: a vector for each layer, and nothing is multiplied.
     """
 
     inputs: bool = option(False, "Scale the inputs (of a convolution, its channels) instead of the outputs.")

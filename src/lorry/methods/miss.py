@@ -20,6 +20,8 @@ from lorry.core.sites.site import Site
 class MiSS(Bottleneck):
     """``ΔW x = D Σ_n x_n`` with x cut into parts x_n of width `rank` and D ``(out, rank)`` zero at the start (section
     3.1): a LoRA whose A adds up every `rank`-th input.
+
+    Use it where a LoRA's two factors cost too much: it trains one, and a step is cheaper.
     """
 
     rank: int = option(64, "Width of the parts of the input.", at_least=1)
@@ -57,6 +59,8 @@ class MiSS(Bottleneck):
 class Bat(WeightDelta):
     """``ΔW_mn = W_mn D_m + D_m`` with W cut into square blocks of width `rank` and D_m zero at the start, one for each
     row of blocks (the form of Bone that depends on the weight).
+
+    Use it where MiSS is too weak at the same size and the update may depend on the weight.
     """
 
     rank: int = option(16, "Width of the blocks; it must divide both widths of the layer.", at_least=1)

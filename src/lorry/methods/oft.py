@@ -24,6 +24,8 @@ class OFT(Rotation):
 
     With `terms` the inverse is a Neumann series that is cut off (OFTv2, arXiv 2506.19847), so blocks are orthogonal
     only for small S: ``I + 2S + 2S² + ... + S^(terms-1)``.
+
+    Use it for diffusion models and wherever what the base knows should be turned and not overwritten.
     """
 
     block_size: int = option(32, "Width of a block; the divisor of the layer's input width nearest to it.", at_least=2)

@@ -28,6 +28,8 @@ class RandLoRA(Bottleneck):
     the diagonals Λ are zero and Γ constant at the start, and there are enough bases n for full rank.
 
     A lies on the narrower side of the layer. `rank` is that of one basis.
+
+    Use it where LoRA's rank is too low for the task and its full-rank update must cost few trained values.
     """
 
     rank: int = option(32, "Rank of one basis.", at_least=1)

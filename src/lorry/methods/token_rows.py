@@ -20,7 +20,9 @@ from lorry.kernels.sparse import scatter
 @dataclass(frozen=True)
 class TokenRows(WeightDelta):
     """Rows of an embedding table, or of an output head, that belong to some tokens get an update of their own, zero at
-    the start; all other rows stay.
+    the start: ``W'[t] = W[t] + ΔW[t]`` for the tokens t; all other rows stay.
+
+    Use it for a handful of new or special tokens whose embeddings alone should be trained.
     """
 
     tokens: tuple[int, ...] = option((0,), "Indices of the tokens.")

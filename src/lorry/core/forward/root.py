@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ class RootHooks:
         #: Sites that did not run with an adapter although the module around them did.
         self.passed_by: set[str] = set()
         self._ran: dict[str, int] = {}  # sites that ran -> what read them then
+        self._asked: set[str] = set()
 
     def install(self, root: nn.Module) -> None:
         """Watch the root from now on."""
@@ -68,6 +69,13 @@ class RootHooks:
         self._handles, self._suspects, self._root, self._openings = [], {}, None, None
         self.passed_by.clear()
         self._ran.clear()
+        self._asked.clear()
+
+    def untried(self, paths: Iterable[str]) -> list[str]:
+        """Return those paths of which no pass has told yet whether they run; each is returned once."""
+        found = [p for p in paths if p not in self._ran and p not in self.passed_by and p not in self._asked]
+        self._asked.update(found)
+        return found
 
     def _before(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling() or recomputing():

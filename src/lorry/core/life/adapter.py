@@ -16,6 +16,7 @@ from lorry.core.forward.entry import Entry, TensorHome
 from lorry.core.life import duties
 from lorry.core.life.fuse import fuse_into_base
 from lorry.core.life.state import ModelState, parameter_prefix
+from lorry.core.life.trial import run_once
 from lorry.core.life.writers import WRITERS
 from lorry.core.method.base import Method
 from lorry.core.method.spec import TensorSpec
@@ -164,6 +165,7 @@ class Adapter:
         if self.in_base:
             raise AdapterError(f"Adapter '{self.name}' is fused already.")
         self.state.check_fuse(self.name, 1.0)
+        run_once(self.state, self.name, self.sites)
         edit, receipt = fuse_into_base(self.name, list(self.entries.values()), check=safe, keep=keep)
         self.state.edits.made(edit)
         self.state.changed()

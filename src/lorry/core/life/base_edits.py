@@ -41,7 +41,7 @@ class Exchanged:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy of the model takes along; versions and addresses are others there."""
-        return {**self.__dict__, "_version": self.untouched}
+        return {**self.__dict__, "_version": self._intact}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take up what a copy brought along."""
@@ -52,12 +52,16 @@ class Exchanged:
     @property
     def untouched(self) -> bool:
         """Whether what was put there lies there as it was, or moved to another device or type with the model."""
-        present = self.holder._parameters.get(self.name)
-        if present is not self.fused or _version(present) != self._version:
+        return self.holder._parameters.get(self.name) is self.fused and self._intact
+
+    @property
+    def _intact(self) -> bool:
+        """Whether the fused weight itself is as it was, even if that of a later adapter lies in its place."""
+        if _version(self.fused) != self._version:
             return False
-        if self._sample is None or _place(present) == self._place:
+        if self._sample is None or _place(self.fused) == self._place:
             return True
-        return torch.equal(_sample(present).cpu(), self._sample.to(present.dtype).cpu())
+        return torch.equal(_sample(self.fused).cpu(), self._sample.to(self.fused.dtype).cpu())
 
     def put_back(self) -> None:
         """Let the original lie there again, where and as what the model is now."""

@@ -126,6 +126,10 @@ class ModelState:
         """Return the paths of those sites whose weights something reads past the layer, as far as passes have shown."""
         return [site.path for site in sites if site.path in self._hooks.passed_by]
 
+    def untried(self, sites: Iterable[Site]) -> list[str]:
+        """Return the paths of those sites of which no pass has told yet whether they run, each once."""
+        return self._hooks.untried(site.path for site in sites)
+
     def choose(self, active: Active | None) -> None:
         """Let an active set apply from now on: here, and wherever nothing was chosen."""
         self.runtimes.choose(active)

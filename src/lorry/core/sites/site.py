@@ -40,6 +40,8 @@ class Kind(ABC):
         lie below the default, so that a new kind may claim what is a linear layer by its class.
     presets
         The presets of targets that it belongs to.
+    in_all
+        Whether the preset ``all`` means it too; what decides where tokens go is adapted by name or by its own preset.
     additive
         Whether ``forward(x)`` can be followed by ``+ up(down(x))``. Otherwise the weight itself is exchanged for
         ``W + ΔW`` while its owner runs, which needs the update dense.
@@ -62,6 +64,7 @@ class Kind(ABC):
     aliases: ClassVar[tuple[str, ...]] = ()
     priority: ClassVar[int] = 10
     presets: ClassVar[tuple[str, ...]] = ()
+    in_all: ClassVar[bool] = True
     additive: ClassVar[bool] = True
     whole: ClassVar[bool] = False
     positionwise: ClassVar[bool] = True

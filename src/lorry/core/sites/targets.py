@@ -169,7 +169,7 @@ def _in_preset(site: Site, name: str) -> bool:
     linear = _LINEAR in site.kind.presets and not _HEADS.search(site.path)
     parent = site.path.rpartition(".")[0]
     if name == "all":
-        return True
+        return site.kind.in_all
     if name == "attention":
         return linear and bool(_ATTENTION.search(parent))
     if name == "mlp":

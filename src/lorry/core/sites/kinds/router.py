@@ -18,6 +18,7 @@ class RouterKind(Kind):
     name = "router"
     priority = 25
     presets = ("routers",)
+    in_all = False
     additive = False
 
     def sites(self, path: str, module: nn.Module) -> Iterator[Site]:

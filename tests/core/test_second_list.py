@@ -218,17 +218,6 @@ def test_updates_are_those_of_the_bare_base_while_merged(slug):
 
 
 def test_a_copy_of_a_model_with_two_fused_adapters_gives_both_back():
-    model, ids = llama(), tokens(2)
-    before = snapshot(model)
-    for name in ("a", "b"):
-        off_zero(lorry.attach(model, "lora", targets="attention", name=name), ord(name), 0.3).fuse()
-    twin = copy.deepcopy(model)
-    for name in ("b", "a"):
-        lorry.adapters(twin)[name].unfuse()
-    assert unchanged(twin, before)
-
-
-def test_a_copy_of_a_model_with_two_fused_adapters_gives_both_back():
     model = llama()
     before = snapshot(model)
     for name in ("a", "b"):

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorry.cli.arguments import Json, key_values
+from lorry.cli.arguments import Json, adapter_path, key_values
+from lorry.cli.hub import is_hub_name
 from lorry.cli.output import out, print_json
 from lorry.core.errors import CheckpointError, OptionError, near_misses
 
@@ -29,8 +30,12 @@ def goals() -> list[str]:
 
 
 def convert(
-    source: Annotated[
-        Path, typer.Argument(help="Adapter: a folder of Lorry's or PEFT's, or a kohya / diffusers file.")
+    adapter: Annotated[
+        str,
+        typer.Argument(
+            metavar="ADAPTER",
+            help="A folder of Lorry's or PEFT's, a kohya / diffusers file, or a name on the hub (OWNER/NAME@REVISION).",
+        ),
     ],
     goal: Annotated[Path, typer.Argument(help="Folder or file to write.")],
     to: Annotated[
@@ -69,6 +74,7 @@ def convert(
     """Write an adapter in another format, exactly, or say why it cannot be; and print how it is used."""
     from lorry.formats.reader import open_adapter
 
+    source = adapter_path(adapter)
     options = _options(to, option, rank)
     if goal.resolve() == source.resolve():
         raise OptionError("Source and goal are the same folder; choose another goal.")
@@ -212,7 +218,7 @@ def _copy(file: AdapterFile, goal: Path, overwrite: bool) -> dict[str, Any]:
 def _base(name: str | None, file: AdapterFile) -> Any:
     from lorry.cli.bases import load_base
 
-    found = _named_base(name, file)
+    found = _named_base(name, file) or (file.base if "/" in file.base and is_hub_name(file.base) else None)
     if found is None:
         said = f"the file names '{file.base}', which is no folder here" if file.base else "the file does not name it"
         raise CheckpointError(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorry.cli.arguments import (
+    BASE_HELP,
     Dtype,
     ExcludeOption,
     Json,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="'pocket', or a local Hugging Face model folder.")],
+    model: Annotated[str, typer.Argument(help=BASE_HELP)],
     method: MethodOption = "lora",
     option: MethodOptions = None,
     targets: TargetsOption = None,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop, baddbmm_flop, sdpa_backward_flop, sdpa_flop
+
+from lorry.training.live import Live, dense_tensors
 
 _aten = torch.ops.aten
 
@@ -65,7 +64,7 @@ def kept(model: nn.Module, step: Callable[[], object]) -> int:
     seen: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        for storage in _storages(tensor):
+        for storage in (part.untyped_storage() for part in dense_tensors(tensor)):
             if storage.data_ptr() not in own:
                 seen[storage.data_ptr()] = storage.nbytes()
         return tensor
@@ -80,54 +79,9 @@ def peak(step: Callable[[], object]) -> int:
 
     What an operation allocates for itself and frees before it returns is not seen.
     """
-    with _Live() as live:
+    with Live() as live:
         step()
     return int(live.most)
-
-
-class _Live(TorchDispatchMode):
-    """Adds up the storages that operations give rise to, and takes them off as they are freed."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.most = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation; storages that it is given and that are new here were there before the step."""
-        kwargs = kwargs or {}
-        for storage in _storages((args, kwargs)):
-            self._note(storage, 0)
-        result = func(*args, **kwargs)
-        for storage in _storages(result):
-            self._note(storage, storage.nbytes())
-        return result
-
-    def _note(self, storage: torch.UntypedStorage, size: int) -> None:
-        key = storage._cdata
-        if key in self._known:
-            return
-        self._known.add(key)
-        weakref.finalize(storage, self._freed, key, size)
-        self.now += size
-        self.most = max(self.most, self.now)
-
-    def _freed(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
-
-
-def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    return [part.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) for part in _dense(leaf)]
-
-
-def _dense(tensor: Tensor) -> list[Tensor]:
-    """Return the tensors that hold a tensor's data."""
-    if tensor.layout is torch.sparse_csr:
-        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
-    if tensor.layout is torch.sparse_csc:
-        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
-    return [tensor] if tensor.layout is torch.strided else []
 
 
 def training_memory(model: nn.Module, step: Callable[[], object]) -> dict[str, int]:

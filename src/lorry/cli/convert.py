@@ -76,10 +76,7 @@ def convert(
 
     source = adapter_path(adapter)
     options = _options(to, option, rank)
-    if goal.resolve() == source.resolve():
-        raise OptionError("Source and goal are the same folder; choose another goal.")
-    if goal.exists() and not overwrite and (goal.is_file() or any(goal.iterdir())):
-        raise OptionError(f"{goal} exists already. Choose another folder, or pass --overwrite.")
+    _check_goal(goal, source, overwrite)
     file = open_adapter(source)
     if to == "lorry" and file.format == "lorry":
         raise OptionError(f"{source} is in Lorry's format already.")
@@ -180,6 +177,13 @@ def _check_places(file: AdapterFile, base: str) -> None:
                 f"The adapter sits on '{path}' with (out, in) = {wanted}, and the base '{base}' {found}. Give the base "
                 "that it was made for."
             )
+
+
+def _check_goal(goal: Path, source: Path, overwrite: bool) -> None:
+    if goal.resolve() == source.resolve():
+        raise OptionError("Source and goal are the same folder; choose another goal.")
+    if goal.exists() and not overwrite and (goal.is_file() or any(goal.iterdir())):
+        raise OptionError(f"{goal} exists already. Choose another folder, or pass --overwrite.")
 
 
 def _named_base(base: str | None, file: AdapterFile) -> str | None:

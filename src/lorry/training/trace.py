@@ -8,7 +8,6 @@ and the bytes that it reads and writes, whatever the architecture and the method
 from __future__ import annotations
 
 import copy
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental import _config
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from lorry.training.live import Live
 
 _aten = torch.ops.aten
 _FLASH = _aten._scaled_dot_product_flash_attention_for_cpu
@@ -29,12 +29,11 @@ _FLASH = _aten._scaled_dot_product_flash_attention_for_cpu
 _LIKE = {_aten.addmm_: _aten.addmm, _aten.baddbmm_: _aten.baddbmm}
 
 
-class Trace(TorchDispatchMode):
+class Trace(Live):
     """Adds up what operations allocate, compute and move while it is entered.
 
-    What an operation allocates for itself and gives back before it returns is not seen. Values that code asks of
-    tensors without data are answered: a condition on a mask is that of padded rows or of full ones, a number is 1,
-    and every place is taken for non-zero.
+    Values that code asks of tensors without data are answered: a condition on a mask is that of padded rows or of full
+    ones, a number is 1, and every place is taken for non-zero.
 
     Parameters
     ----------
@@ -43,18 +42,14 @@ class Trace(TorchDispatchMode):
 
     Attributes
     ----------
-    live, most
-        Bytes of storages made since the start that are alive now, and at most.
     work
         (floating-point operations, bytes read and written) of one operation -> how many of these there were.
     """
 
     def __init__(self, padded: bool = True) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.padded = padded
-        self.live = self.most = 0
         self.work: Counter[tuple[int, int]] = Counter()
-        self._known: set[int] = set()
 
     @property
     def flops(self) -> int:
@@ -67,7 +62,7 @@ class Trace(TorchDispatchMode):
         self.work.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation; storages that it is given and that are new here were there before the start."""
+        """Run an operation, on the meta device where its first tensor is."""
         kwargs = kwargs or {}
         if _on_meta(args):
             args, kwargs = tree_map_only(Tensor, _moved, (args, kwargs))
@@ -76,13 +71,7 @@ class Trace(TorchDispatchMode):
             if func is _aten.bincount.default:
                 size = kwargs.get("minlength", args[2] if len(args) > 2 else 0)
                 return args[0].new_empty(max(size, 1), dtype=torch.long)
-        given = _tensors((args, kwargs))
-        for tensor in given:
-            self._note(tensor, 0)
-        result = func(*args, **kwargs)
-        made = _tensors(result)
-        for tensor in made:
-            self._note(tensor, tensor.untyped_storage().nbytes())
+        result, given, made = self.watched(func, args, kwargs)
         if not func.is_view:
             self._count(func, args, kwargs, given, result, made)
         return result
@@ -90,20 +79,6 @@ class Trace(TorchDispatchMode):
     def _count(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], result: Any, made: list[Tensor]) -> None:
         moved = sum(_size(t) for t in given) + sum(_size(t) for t in made)
         self.work[_flops(func, args, kwargs, result), moved] += 1
-
-    def _note(self, tensor: Tensor, size: int) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._known:
-            return
-        self._known.add(key)
-        weakref.finalize(storage, self._freed, key, size)
-        self.live += size
-        self.most = max(self.most, self.live)
-
-    def _freed(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
 
 
 def _on_meta(args: Any) -> bool:
@@ -115,19 +90,6 @@ def _on_meta(args: Any) -> bool:
 def _moved(tensor: Tensor) -> Tensor:
     """Return a tensor on the meta device: for a model on the CPU, indices that it makes there lie where it is."""
     return tensor.to("meta") if tensor.dim() and tensor.device.type == "cpu" else tensor
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    """Return the tensors in arguments or results; of a sparse one those that it consists of."""
-    return [part for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) for part in _dense(leaf)]
-
-
-def _dense(tensor: Tensor) -> list[Tensor]:
-    if tensor.layout is torch.sparse_csr:
-        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
-    if tensor.layout is torch.sparse_csc:
-        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
-    return [tensor] if tensor.layout is torch.strided else []
 
 
 def _size(tensor: Tensor) -> int:

@@ -115,11 +115,22 @@ def test_a_start_of_ones_own(tmp_path):
         job("orthogonl")
 
 
-def test_a_start_says_where_it_cannot_be_used(tmp_path):
+@pytest.mark.parametrize(
+    "method, start, reason",
+    [
+        ("shira", "orthogonal", "shira.*no factors A and B.*low-rank method"),
+        ("melora", "orthogonal", "melora.*no A of .rank, in.*Take LoRA"),
+        ("pissa", "pissa", "pissa.*a start of its own.*Take the method lora"),
+        ("smora", "pissa", "smora.*gates.*frozen pair.*whose B is zero"),
+        ({"method": "lora-xs", "rank": 4}, "kaiming", "lora-xs.*never trains"),
+        ({"method": "lora", "rank": 9}, "lora-ga", "k_proj' is 16 x 32.*rank must be at most 8, found 9"),
+    ],
+    ids=lambda v: v["method"] if isinstance(v, dict) else v.split(".")[0],
+)
+def test_a_start_says_where_it_cannot_be_used(method, start, reason, tmp_path):
     model = tiny_llama()
-    dora = Job("job", token_rows(12, (5, 14), 1), "dora", start="orthogonal", steps=1)
-    with pytest.raises(SiteError, match="dora"):
-        Fleet(model, None, [dora], tmp_path)
+    with pytest.raises(SiteError, match=reason):
+        Fleet(model, None, [Job("job", token_rows(12, (5, 14), 1), method, start=start, steps=1)], tmp_path)
     assert "_lorry_state" not in model.__dict__
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from core.tiny import same_bytes, snapshot, unchanged
 from methods.small import batch, stack
+from safetensors.torch import save_file
 from training.tiny_bases import tiny_llama, token_rows
 
 import lorry
@@ -15,8 +16,18 @@ from lorry.training.starts import STARTS, apply_start
 
 BATCHES = [batch(40, seed=s) * torch.linspace(3, 0.1, 16) + 0.3 for s in (1, 2)]
 STRUCTURES = ("lora", "rslora", "dora", "lora-fa", "mos-lora", "lora-xs")
-#: Starts that want a file or more tensors than A and B are laid out here with what they need.
-NEEDS: dict[str, dict] = {}
+
+
+def full_weights(folder, base):
+    """A file with the weights from which a base may have been quantised."""
+    draw = torch.Generator().manual_seed(8)
+    noisy = {n: t + 0.05 * torch.randn(t.shape, generator=draw) for n, t in base.state_dict().items()}
+    save_file({n: t.contiguous() for n, t in noisy.items()}, folder / "full.safetensors")
+    return str(folder / "full.safetensors")
+
+
+#: Options without which a start cannot be made, from a folder and the base.
+NEEDS = {"loftq": {"original": full_weights}}
 over_starts = pytest.mark.parametrize("start", list(STARTS))
 
 

@@ -2,6 +2,10 @@
 
 import itertools
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -265,3 +269,34 @@ def test_every_direction_is_a_split_of_the_first_2r():
         for_a, for_b = LoRAGA(direction=direction)._halves(rank, generator)
         assert sorted([*for_a.tolist(), *for_b.tolist()]) == list(range(2 * rank))
         assert len(for_a) == len(for_b) == rank
+
+
+def worker(target):
+    import torch.distributed as dist
+    from safetensors.torch import save_file
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    adapter = started(stack(), BATCHES[rank : rank + 1])
+    save_file({n: t.detach().contiguous() for n, t, _ in adapter.named_tensors()}, Path(target) / f"{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+def test_processes_take_the_mean_of_their_gradients(tmp_path):
+    from safetensors.torch import load_file
+
+    root = Path(__file__).resolve().parents[2]
+    script = tmp_path / "worker.py"
+    script.write_text(f"from training.test_lora_ga import worker; worker({str(tmp_path)!r})")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root / 'src'}:{root / 'tests'}"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    zero, one = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
+    assert zero.keys() == one.keys() and all(torch.equal(t, one[n]) for n, t in zero.items())
+    alone = started(stack(), BATCHES[:2])
+    for name, tensor, _ in alone.named_tensors():
+        if name.endswith(("A", "A0")):  # up to the signs that a decomposition may choose
+            cosines = nn.functional.cosine_similarity(tensor.detach(), zero[name]).abs()
+            torch.testing.assert_close(cosines, torch.ones(RANK), atol=1e-4, rtol=0)

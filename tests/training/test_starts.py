@@ -82,7 +82,7 @@ def test_input_directions_are_those_of_eva(tmp_path):
         assert torch.allclose((ours[name] * eva[name]).sum(1).abs(), torch.ones(4), atol=1e-3)
 
 
-@pytest.mark.parametrize("start", ["orthogonal", "input-directions"])
+@pytest.mark.parametrize("start", ["orthogonal", "input-directions", "pissa", "lora-ga"])
 def test_a_run_with_a_start_is_resumed_exactly(start, tmp_path):
     whole = train(tiny_llama(), None, job(start), tmp_path / "whole")
     first = Fleet(tiny_llama(), None, [job(start)], tmp_path / "part")

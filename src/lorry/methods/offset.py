@@ -93,6 +93,11 @@ class Offset(Bottleneck):
         """Return the other method's."""
         return self._of.rate_factors
 
+    @property
+    def scaled_by_alpha(self) -> bool:
+        """Whether the other method's update is."""
+        return self._of.scaled_by_alpha
+
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         """Return the other method's tensors, and the frozen ``A0`` and ``B0``."""
         return {**self._of.tensors(site), **self._pair(site)}

@@ -32,7 +32,9 @@ def test_probes_see_inputs_gradients_and_gradients_of_outputs():
     model = tiny_llama().double()
     adapter = lorry.attach(model, "lora", name="a")
     site = adapter.entries[SITE].site
-    seen = observe(adapter, {name: [site] for name in PROBES}, [IDS[:3], IDS[3:]], loss)
+    seen = observe(
+        adapter, {name: [site] for name in ("gradient", "input", "output gradient")}, [IDS[:3], IDS[3:]], loss
+    )
     plain = tiny_llama().double().eval()
     inputs, gradients = [], []
     module = plain.get_submodule(SITE)
@@ -51,6 +53,15 @@ def test_probes_see_inputs_gradients_and_gradients_of_outputs():
         )
         assert found.count == len(vectors) == 72
     assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_a_probe_that_moves_the_weights_watches_alone():
+    adapter = lorry.attach(tiny_llama(), "lora", name="a")
+    for name in PROBES:
+        both = {name: adapter.sites, "weight change": adapter.sites}
+        if name != "weight change":
+            with pytest.raises(AdapterError, match="'weight change' moves the weights"):
+                observe(adapter, both, [IDS[:3]], loss)
 
 
 def test_a_start_is_chosen_apart_from_the_method(tmp_path):

@@ -120,7 +120,7 @@ def observe(
     Raises
     ------
     AdapterError
-        An adapter is fused into the base, or there are no batches.
+        An adapter is fused into the base, there are no batches, or a probe that moves the weights is not alone.
     SiteError
         A site that a probe cannot watch.
     """
@@ -128,6 +128,12 @@ def observe(
     if state.fused:
         raise AdapterError(
             f"Adapter '{state.fused[0]}' is fused into the base; unfuse it before calibrating another one."
+        )
+    moving = [name for name in probes if PROBES.find(name).moves]
+    if moving and len(probes) > 1:
+        raise AdapterError(
+            f"The probe '{moving[0]}' moves the weights between batches, so no other can watch beside it; observe with "
+            "each by itself."
         )
     watching = {
         name: PROBES.find(name)(sites, components, **(options or {}).get(name, {})) for name, sites in probes.items()

@@ -33,6 +33,8 @@ class Probe(ABC):
 
     #: Whether it needs the backward pass of a loss.
     backward: ClassVar[bool] = True
+    #: Whether it changes what other probes would see.
+    moves: ClassVar[bool] = False
 
     def __init__(self, sites: Sequence[Site], components: int = 256) -> None:
         self.sites = list(sites)
@@ -157,6 +159,8 @@ class WeightChange(Probe):
     learning_rate
         Of the steps.
     """
+
+    moves: ClassVar[bool] = True
 
     def __init__(self, sites: Sequence[Site], components: int = 256, learning_rate: float = 5e-4) -> None:
         super().__init__(sites, components)

@@ -199,3 +199,21 @@ def test_as_a_program(base):
     assert bad.returncode == MISUSE
     assert bad.stdout == ""
     assert bad.stderr.startswith("error: ") and len(bad.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", ["start", "dynamics"])
+def test_methods_lists_the_other_choices_of_a_job(kind, lorry, run_json):
+    from lorry.training.hooks import DYNAMICS
+    from lorry.training.starts import STARTS
+
+    registry = {"start": STARTS, "dynamics": DYNAMICS}[kind]
+    listed = run_json("methods", "--kind", kind)[kind]
+    assert listed.keys() == registry.keys()
+    assert all(facts["is"] for facts in listed.values())
+    name = next(iter(registry))
+    assert run_json("methods", name, "--kind", kind)[kind] == {name: listed[name]}
+
+
+def test_methods_of_a_kind_that_there_is_not(lorry):
+    failed = lorry("methods", "--kind", "strat")
+    assert failed.exit_code == MISUSE and "structure, start, dynamics" in failed.stderr

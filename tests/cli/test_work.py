@@ -124,6 +124,23 @@ def test_a_router_over_adapters_from_flags_and_from_yaml(run_json, base, data, a
     assert first["jobs"][0]["method"]["method"] == "lora-mixer" and first["jobs"][0]["status"] == "done"
 
 
+def test_a_structure_with_a_start_from_flags_and_from_yaml(run_json, base, data, tmp_path):
+    common = {"objective": "completion", "steps": 2, "learning_rate": 0.01, "method": "dora", "start": "lora-ga"}
+    flags = [part for name, value in common.items() for part in (f"--{name.replace('_', '-')}", value)]
+    options = ("--start-options", "stable_gamma=64", "--option", "rank=2")
+    first = run_json("train", "--base", base, "--data", data, *flags, *options, "--out", tmp_path / "job")
+    start = {"start": "lora-ga", "stable_gamma": 64}
+    job = {"name": "job", "data": str(data), **common, "start": start, "rank": 2}
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps({"base": str(base), "output": str(tmp_path / "yaml"), "jobs": [job]}))
+    second = run_json("train", file)
+    assert first["jobs"][0]["last_loss"] == second["jobs"][0]["last_loss"]
+    assert first["jobs"][0]["status"] == "done"
+    saved = json.loads((tmp_path / "job" / "job" / "adapter" / "lorry.json").read_text())
+    assert saved["method"]["method"] == "offset" and saved["method"]["of"]["method"] == "dora"
+    assert saved["metadata"]["start"] == "lora-ga"
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -32,7 +32,9 @@ def test_probes_see_inputs_gradients_and_gradients_of_outputs():
     model = tiny_llama().double()
     adapter = lorry.attach(model, "lora", name="a")
     site = adapter.entries[SITE].site
-    seen = observe(adapter, {name: [site] for name in PROBES}, [IDS[:3], IDS[3:]], loss)
+    seen = observe(
+        adapter, {name: [site] for name in ("gradient", "input", "output gradient")}, [IDS[:3], IDS[3:]], loss
+    )
     plain = tiny_llama().double().eval()
     inputs, gradients = [], []
     module = plain.get_submodule(SITE)
@@ -51,6 +53,15 @@ def test_probes_see_inputs_gradients_and_gradients_of_outputs():
         )
         assert found.count == len(vectors) == 72
     assert not any(p.grad is not None for p in model.parameters())
+
+
+def test_a_probe_that_moves_the_weights_watches_alone():
+    adapter = lorry.attach(tiny_llama(), "lora", name="a")
+    for name in PROBES:
+        both = {name: adapter.sites, "weight change": adapter.sites}
+        if name != "weight change":
+            with pytest.raises(AdapterError, match="'weight change' moves the weights"):
+                observe(adapter, both, [IDS[:3]], loss)
 
 
 def test_a_start_is_chosen_apart_from_the_method(tmp_path):
@@ -82,7 +93,7 @@ def test_input_directions_are_those_of_eva(tmp_path):
         assert torch.allclose((ours[name] * eva[name]).sum(1).abs(), torch.ones(4), atol=1e-3)
 
 
-@pytest.mark.parametrize("start", ["orthogonal", "input-directions"])
+@pytest.mark.parametrize("start", ["orthogonal", "input-directions", "pissa", "lora-ga"])
 def test_a_run_with_a_start_is_resumed_exactly(start, tmp_path):
     whole = train(tiny_llama(), None, job(start), tmp_path / "whole")
     first = Fleet(tiny_llama(), None, [job(start)], tmp_path / "part")
@@ -115,11 +126,22 @@ def test_a_start_of_ones_own(tmp_path):
         job("orthogonl")
 
 
-def test_a_start_says_where_it_cannot_be_used(tmp_path):
+@pytest.mark.parametrize(
+    "method, start, reason",
+    [
+        ("shira", "orthogonal", "shira.*no factors A and B.*low-rank method"),
+        ("melora", "orthogonal", "melora.*no A of .rank, in.*Take LoRA"),
+        ("pissa", "pissa", "pissa.*a start of its own.*Take the method lora"),
+        ("smora", "pissa", "smora.*gates.*frozen pair.*whose B is zero"),
+        ({"method": "lora-xs", "rank": 4}, "kaiming", "lora-xs.*never trains"),
+        ({"method": "lora", "rank": 9}, "lora-ga", "k_proj' is 16 x 32.*rank must be at most 8, found 9"),
+    ],
+    ids=lambda v: v["method"] if isinstance(v, dict) else v.split(".")[0],
+)
+def test_a_start_says_where_it_cannot_be_used(method, start, reason, tmp_path):
     model = tiny_llama()
-    dora = Job("job", token_rows(12, (5, 14), 1), "dora", start="orthogonal", steps=1)
-    with pytest.raises(SiteError, match="dora"):
-        Fleet(model, None, [dora], tmp_path)
+    with pytest.raises(SiteError, match=reason):
+        Fleet(model, None, [Job("job", token_rows(12, (5, 14), 1), method, start=start, steps=1)], tmp_path)
     assert "_lorry_state" not in model.__dict__
 
 

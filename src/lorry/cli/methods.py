@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Annotated, Any
 
 import typer
@@ -9,14 +10,32 @@ import typer
 from lorry.cli.arguments import Json
 from lorry.cli.output import out, print_json, table
 
+#: Kind of choice -> how its table is called; a job makes each choice by itself.
+KINDS = {"structure": "Methods", "start": "Starts", "dynamics": "Dynamics"}
+
 
 def methods(
     slug: Annotated[
-        str | None, typer.Argument(help="Show this method or preset alone, with the help of each option.")
+        str | None,
+        typer.Argument(help="Show this method, preset, start or dynamic alone, with the help of each option."),
     ] = None,
+    kind: Annotated[str, typer.Option(help="What to list: structure (the methods), start, or dynamics.")] = "structure",
     as_json: Json = False,
 ) -> None:
-    """List the methods: paper, family, site kinds, options, and what can be done with each."""
+    """List the methods: paper, family, site kinds, options, and what can be done with each; or starts and dynamics."""
+    from lorry.core.errors import OptionError, near_misses
+
+    if kind not in KINDS:
+        raise OptionError(
+            f"There is no kind '{kind}' of choices.{near_misses(kind, KINDS)} There are: {', '.join(KINDS)}."
+        )
+    if kind == "structure":
+        _structures(slug, as_json)
+    else:
+        _others(kind, slug, as_json)
+
+
+def _structures(slug: str | None, as_json: bool) -> None:
     from lorry.core.method.registry import METHODS, presets
 
     known = {name: info.to_dict() for name, info in METHODS.items()}
@@ -30,6 +49,38 @@ def methods(
         print_json({"methods": known, "presets": named})
     else:
         _print(known, named, detail=slug is not None)
+
+
+def _others(kind: str, slug: str | None, as_json: bool) -> None:
+    """Show the starts or the dynamics."""
+    from lorry.core.registry import Registry
+    from lorry.training.hooks import DYNAMICS
+    from lorry.training.starts import STARTS
+
+    registries: dict[str, Registry[Any]] = {"start": STARTS, "dynamics": DYNAMICS}
+    registry = registries[kind]
+    if slug is not None:
+        registry.find(slug)
+    known = {name: _facts(cls) for name, cls in registry.items() if slug in (None, name)}
+    if as_json:
+        print_json({kind: known})
+        return
+    rows = [(name, facts["paper"], " ".join(facts["needs"]) or "-", facts["is"]) for name, facts in known.items()]
+    out().print(table(KINDS[kind], (kind, "paper", "looks at", "is"), rows))
+    if slug is not None:
+        _print_options(known)
+
+
+def _facts(cls: type) -> dict[str, Any]:
+    """Return the facts of a registered class as plain data, with its options and their help."""
+    fields = dataclasses.fields(cls)
+    return {
+        "paper": getattr(cls, "paper", ""),
+        "is": " ".join((cls.__doc__ or "").split("\n\n")[0].split()),
+        "needs": list(getattr(cls, "probes", ())),
+        "class": cls.__name__,
+        "options": {f.name: {"default": f.default, "help": f.metadata.get("help", "")} for f in fields},
+    }
 
 
 def _print(known: dict[str, Any], named: dict[str, Any], detail: bool) -> None:
@@ -54,9 +105,13 @@ def _print(known: dict[str, Any], named: dict[str, Any], detail: bool) -> None:
         ]
         out().print(table("Presets", ("preset", "paper", "is"), shown))
     if detail:
-        for slug, info in known.items():
-            options = [(name, _default(o), o["help"]) for name, o in info["options"].items()]
-            out().print(table(f"Options of {slug}", ("option", "default", "meaning"), options))
+        _print_options(known)
+
+
+def _print_options(known: dict[str, Any]) -> None:
+    for slug, info in known.items():
+        options = [(name, _default(o), o["help"]) for name, o in info["options"].items()]
+        out().print(table(f"Options of {slug}", ("option", "default", "meaning"), options))
 
 
 def _default(option: dict[str, Any]) -> str:

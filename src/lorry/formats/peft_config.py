@@ -44,7 +44,7 @@ _REFUSED = {
 #: Starts that leave the base weight as it is, and starts that change it by data or by quantising. Those that take out
 #: of it what can be computed from it again are declared by methods (`PeftForm.start`).
 _HARMLESS_STARTS = ("gaussian", "eva", "orthogonal", "mica", "true", "false", "none")
-_CHANGED_BASE = ("corda", "lora_ga", "loftq")
+_CHANGED_BASE = ("corda", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -286,10 +286,19 @@ def _notes_of_start(config: PeftConfig, where: str) -> tuple[str, ...]:
     """
     values = config.values
     start = str(values.get("init_lora_weights", True)).lower()
+    if start.startswith("loftq"):
+        raise CheckpointError(
+            f"'{where}' was trained with init_lora_weights='{start}', which changed the base weight to a quantised "
+            "one, as no low-rank update could. Where it was trained, save the base too; then set init_lora_weights to "
+            "true and load the adapter onto that base."
+        )
     if start.startswith(_CHANGED_BASE):
         raise CheckpointError(
             f"'{where}' was trained with init_lora_weights='{start}', which changed the base weight, and was saved "
-            "unconverted. Save it in PEFT with path_initial_model_for_weight_conversion, which makes it a plain LoRA."
+            "unconverted. If it was saved before training too, make a plain LoRA of the two folders: "
+            "lorry.formats.peft_initial.with_initial(path, initial, out). Or save it in PEFT with "
+            "path_initial_model_for_weight_conversion; or, if the base was saved as it was left, set init_lora_weights "
+            "to true and load it onto that base."
         )
     if not config.start and not start.startswith(_HARMLESS_STARTS):
         raise CheckpointError(

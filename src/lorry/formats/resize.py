@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
@@ -49,7 +49,7 @@ def rescaled(method: Method, tensors: Mapping[str, Tensor], site: Site, factor: 
     """
     if not math.isfinite(factor):
         raise AdapterError(f"An adapter is scaled by a finite number, found {factor}.")
-    if not method.info.linear_in_scale or "alpha" not in {f.name for f in fields(method)}:  # type: ignore[arg-type]
+    if not method.scaled_by_alpha:
         raise AdapterError(
             f"The update of {type(method).__name__} at '{site.path}' is not proportional to an option alpha, so it "
             "cannot be scaled in the file. Give the weight where the adapter is activated."

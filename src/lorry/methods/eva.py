@@ -43,21 +43,7 @@ class EVA(LoRA):
 
     def allocate(self, seen: Mapping[str, Observed]) -> dict[str, Method | None]:
         """Return the layers whose rank changes."""
-        shares = []
-        for path, observed in seen.items():
-            _, values, _ = components(observed, path)
-            ratio = values.square() / max(observed.variance, 1e-30)
-            most = min(round(self.rank * self.rho), len(ratio))
-            shares += [(-float(value), number, path) for number, value in enumerate(ratio[:most])]
-        budget = self.rank * len(seen)
-        if len(shares) < budget:
-            raise AdapterError(
-                f"Calibration showed {len(shares)} directions in {len(seen)} layers, but rank {self.rank} needs "
-                f"{budget} of them; give more tokens."
-            )
-        ranks = dict.fromkeys(seen, 0)
-        for _, _, path in sorted(shares, key=lambda share: share[0])[:budget]:
-            ranks[path] += 1
+        ranks = ranks_by_variance(seen, self.rank, self.rho)
         return {path: self._of_rank(rank) for path, rank in ranks.items() if rank != self.rank}
 
     def _of_rank(self, rank: int) -> Method | None:
@@ -77,6 +63,41 @@ class EVA(LoRA):
         start = directions[: self.rank]
         tensors["A"].copy_(start / values[: self.rank, None].sqrt() if self.whiten else start)
         tensors["B"].zero_()
+
+
+def ranks_by_variance(seen: Mapping[str, Observed], rank: int, rho: float) -> dict[str, int]:
+    """Return a rank for each site: of all components, ``rank · sites`` that explain the largest shares of variance.
+
+    Parameters
+    ----------
+    seen
+        Site path -> what was seen of its inputs.
+    rank
+        The mean of the ranks.
+    rho
+        No site gets more than `rho` times it.
+
+    Raises
+    ------
+    AdapterError
+        The inputs have fewer directions.
+    """
+    shares = []
+    for path, observed in seen.items():
+        _, values, _ = components(observed, path)
+        ratio = values.square() / max(observed.variance, 1e-30)
+        most = min(round(rank * rho), len(ratio))
+        shares += [(-float(value), number, path) for number, value in enumerate(ratio[:most])]
+    budget = rank * len(seen)
+    if len(shares) < budget:
+        raise AdapterError(
+            f"Calibration showed {len(shares)} directions in {len(seen)} layers, but rank {rank} needs {budget} of "
+            "them; give more tokens."
+        )
+    ranks = dict.fromkeys(seen, 0)
+    for _, _, path in sorted(shares, key=lambda share: share[0])[:budget]:
+        ranks[path] += 1
+    return ranks
 
 
 def components(seen: Observed, path: str) -> tuple[Tensor, Tensor, Tensor]:

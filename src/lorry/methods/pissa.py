@@ -14,6 +14,7 @@ from lorry.core.method.spec import Tensors, TensorSpec
 from lorry.core.options import option
 from lorry.core.sites.site import Site
 from lorry.methods.lora import LoRA
+from lorry.methods.parts.decompose import split_evenly, truncated_svd
 
 
 @register("pissa", paper="arXiv 2404.02948")
@@ -41,16 +42,8 @@ class PiSSA(LoRA):
 
     def setup(self, tensors: dict[str, Tensor], site: Site, generator: Generator) -> None:
         """Split the top singular triples evenly between A and B, divided by the scale."""
-        weight = site.matrix().float()
-        if self.iterations and not site.lead:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(generator.initial_seed() % 2**63)
-                u, s, v = torch.svd_lowrank(weight, self.rank, niter=self.iterations)
-            vt = v.mT
-        else:
-            u, s, vt = torch.linalg.svd(weight, full_matrices=False)
-        root = (s[..., : self.rank] / self.scale(site)).sqrt()
-        a, b = root.unsqueeze(-1) * vt[..., : self.rank, :], u[..., : self.rank] * root.unsqueeze(-2)
+        triples = truncated_svd(site.matrix().float(), self.rank, self.iterations, generator)
+        a, b = split_evenly(*triples, self.scale(site))
         for name, value in {"A": a, "B": b, "A0": a, "B0": b}.items():
             tensors[name].copy_(value)
 

@@ -97,6 +97,7 @@ def observe(
     loss_fn: LossFn,
     *,
     components: int = 256,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, dict[str, Observed]]:
     """Run batches through the bare base in evaluation mode, and return what probes see at sites.
 
@@ -108,6 +109,8 @@ def observe(
         Name of a probe (`lorry.core.life.probes.PROBES`) -> the sites that it watches.
     batches, loss_fn, components
         As in `calibrate`.
+    options
+        Further options of probes, by the names of these.
 
     Returns
     -------
@@ -117,7 +120,7 @@ def observe(
     Raises
     ------
     AdapterError
-        An adapter is fused into the base, or there are no batches.
+        An adapter is fused into the base, there are no batches, or a probe that moves the weights is not alone.
     SiteError
         A site that a probe cannot watch.
     """
@@ -126,7 +129,15 @@ def observe(
         raise AdapterError(
             f"Adapter '{state.fused[0]}' is fused into the base; unfuse it before calibrating another one."
         )
-    watching = {name: PROBES.find(name)(sites, components) for name, sites in probes.items()}
+    moving = [name for name in probes if PROBES.find(name).moves]
+    if moving and len(probes) > 1:
+        raise AdapterError(
+            f"The probe '{moving[0]}' moves the weights between batches, so no other can watch beside it; observe with "
+            "each by itself."
+        )
+    watching = {
+        name: PROBES.find(name)(sites, components, **(options or {}).get(name, {})) for name, sites in probes.items()
+    }
     backward = any(probe.backward for probe in watching.values())
     count = 0
     with _plain(adapter), ExitStack() as stack:
@@ -218,7 +229,7 @@ def _apply(adapter: Adapter, methods: Mapping[str, Method], seen: Mapping[str, O
     if changes:
         adapter.train(False)
         for path, to in changes.items():
-            _exchange(adapter, path, to, seed)
+            exchange_method(adapter, path, to, seed)
         adapter.train(was)
     with torch.no_grad():
         for path in methods:
@@ -228,8 +239,10 @@ def _apply(adapter: Adapter, methods: Mapping[str, Method], seen: Mapping[str, O
                 entry.method.prepare(entry.tensors(), entry.site, seen[path], generator)
 
 
-def _exchange(adapter: Adapter, path: str, method: Method | None, seed: int) -> None:
-    """Give a site another method (other options), or take it out of the adapter."""
+def exchange_method(adapter: Adapter, path: str, method: Method | None, seed: int) -> None:
+    """Give a site of a frozen adapter another method (other options) with fresh tensors, or (None) take it out of the
+    adapter.
+    """
     old = adapter.entries[path]
     if method is None:
         del adapter.entries[path]

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lorry.core.errors import AdapterError, SiteError
@@ -32,6 +33,8 @@ class Probe(ABC):
 
     #: Whether it needs the backward pass of a loss.
     backward: ClassVar[bool] = True
+    #: Whether it changes what other probes would see.
+    moves: ClassVar[bool] = False
 
     def __init__(self, sites: Sequence[Site], components: int = 256) -> None:
         self.sites = list(sites)
@@ -126,9 +129,87 @@ class WeightGradients(Probe):
         none = [s.path for s in self.sites if s.path not in self.sums]
         if len(none) == len(self.sites) and none:
             raise AdapterError(f"The calibration loss depends on none of the {len(none)} sites.")
-        zeros = {s.path: s for s in self.sites if s.path in none}
-        found = {path: Observed(gradient=total / batches) for path, total in self.sums.items()}
-        return {**found, **{path: Observed(gradient=torch.zeros(site.shape)) for path, site in zeros.items()}}
+        zero = {site.path: torch.zeros(site.shape) for site in self.sites}
+        means = {path: self.sums[path] / batches if path in self.sums else zero[path] for path in zero}
+        return {site.path: Observed(gradient=_over_processes(means[site.path], site)) for site in self.sites}
+
+
+def _over_processes(mean: Tensor, site: Site) -> Tensor:
+    """Return the mean of a tensor over data-parallel processes, all of which must take part; itself in one process."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return mean
+    # the backend of the site's device is the one that is sure to be there
+    total = mean.to(site.device)
+    dist.all_reduce(total)
+    return (total / dist.get_world_size()).cpu()
+
+
+@register_probe("weight change")
+class WeightChange(Probe):
+    """Sees how each site's weight changes where every batch is one step of full fine-tuning; the base stays as it is.
+
+    The steps are AdaLomo's (arXiv 2310.10195): a factored second moment, and an update relative to the weight's size.
+    Each weight moves in the backward pass as soon as its gradient is there, so that one gradient lies in memory at a
+    time; the copies of the weights that move do lie there.
+
+    Parameters
+    ----------
+    sites, components
+        As for every probe.
+    learning_rate
+        Of the steps.
+    """
+
+    moves: ClassVar[bool] = True
+
+    def __init__(self, sites: Sequence[Site], components: int = 256, learning_rate: float = 5e-4) -> None:
+        super().__init__(sites, components)
+        self.learning_rate = learning_rate
+        self.originals: dict[str, Tensor] = {}
+        self.changes: dict[str, Tensor] = {}
+        #: Site path -> steps done, and the running means of the squared gradient over columns and over rows.
+        self.moments: dict[str, tuple[int, Tensor, Tensor]] = {}
+
+    @contextmanager
+    def watching(self, adapter: Adapter) -> Iterator[None]:
+        """Watch while the context lasts."""
+        pairs = []
+        for site in self.sites:
+            if not isinstance(storage_of(site), Dense):
+                raise SiteError(
+                    f"'{site.path}' is quantised, and full fine-tuning moves floating-point weights only. Load the "
+                    "base without quantising it, or take another start."
+                )
+            leaf = site.stored.detach().clone().requires_grad_()
+            self.changes[site.path] = torch.zeros(site.shape, device=site.device)
+            leaf.register_post_accumulate_grad_hook(lambda t, s=site: self._step(s, t))
+            pairs.append((site.holder, site.parameter, leaf))
+            self.originals[site.path] = site.stored
+        with exchanged(pairs):
+            yield
+
+    def _step(self, site: Site, leaf: Tensor) -> None:
+        assert leaf.grad is not None
+        gradient = site.kind.to_matrix(site, leaf.grad).float()
+        leaf.grad = None
+        squares = gradient.square() + 1e-30
+        step, rows, columns = self.moments.get(site.path, (0, squares.mean(-1), squares.mean(-2)))
+        step += 1
+        keep = 1 - step**-0.8
+        rows = keep * rows + (1 - keep) * squares.mean(-1)
+        columns = keep * columns + (1 - keep) * squares.mean(-2)
+        self.moments[site.path] = step, rows, columns
+        root = (rows.unsqueeze(-1) * columns.unsqueeze(-2) / rows.mean(-1)[..., None, None]).sqrt()
+        update = gradient / root
+        change, base = self.changes[site.path], site.kind.to_matrix(site, self.originals[site.path].detach()).float()
+        size = (base + change).square().mean().sqrt().clamp_min(1e-3)
+        change.sub_(self.learning_rate * size * update / update.square().mean().sqrt().clamp_min(1))
+        with torch.no_grad():
+            leaf.copy_(site.kind.to_weight(site, base + change).view_as(leaf))
+
+    def result(self, batches: int) -> dict[str, Observed]:
+        """Return the change of each weight."""
+        return {path: Observed(change=change.cpu()) for path, change in self.changes.items()}
 
 
 class _Directions(Probe):

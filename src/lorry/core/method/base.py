@@ -125,6 +125,11 @@ class Method(ABC):
         return frozenset()
 
     @property
+    def scaled_by_alpha(self) -> bool:
+        """Whether the update is proportional to an option ``alpha``."""
+        return self.info.linear_in_scale and "alpha" in {f.name for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+    @property
     def members(self) -> tuple[str, ...]:
         """Names of other adapters whose updates this one reads (`Call.update_of`)."""
         return ()

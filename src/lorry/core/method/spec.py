@@ -102,7 +102,9 @@ class Observed:
     Attributes
     ----------
     gradient
-        Mean over batches of the gradient of the weight, ``(*lead, out, in)``.
+        Mean over batches (and data-parallel processes) of the gradient of the weight, ``(*lead, out, in)``.
+    change
+        What a few steps of full fine-tuning add to the weight, ``(*lead, out, in)``.
     inputs
         Rows ``(k, in)`` with ``inputsᵀ inputs = Σ (x - mean)(x - mean)ᵀ``: exact if k is not less than the rank of the
         inputs, else the principal part.
@@ -113,6 +115,7 @@ class Observed:
     """
 
     gradient: Tensor | None = None
+    change: Tensor | None = None
     inputs: Tensor | None = None
     mean: Tensor | None = None
     count: int = 0

@@ -18,6 +18,8 @@ LORA = {"method": "lora", "rank": 4}
 ACTIVE = {
     "rate-factors": {"factors": {"*.B": 4}},
     "freezing": {"until": "never"},
+    "relora": {"every": 3, "warmup": 1},
+    "delta-lora": {"start": 2},
     "lora-plus": {"ratio": 4.0},
     "lora-fa": {"until": 3},
     "lora-ggpo": {"sigma": 0.5, "beta": 10.0, "smoothing": 0.5},

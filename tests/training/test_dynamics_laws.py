@@ -18,6 +18,7 @@ LORA = {"method": "lora", "rank": 4}
 ACTIVE = {
     "rate-factors": {"factors": {"*.B": 4}},
     "freezing": {"until": "never"},
+    "galore": {"rank": 2, "every": 3},
     "relora": {"every": 3, "warmup": 1},
     "delta-lora": {"start": 2},
     "lora-plus": {"ratio": 4.0},

@@ -1,5 +1,8 @@
 """What every registered dynamic must keep, alone and with others, in the engine and in Hugging Face's Trainer."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from training.results import difference, tensors
@@ -160,3 +163,25 @@ def test_options_follow_names_in_flags():
         job(["lora-plus:4"])
     with pytest.raises(OptionError, match="has no option 'rato'"):
         job(["lora-plus:rato=4"])
+
+
+def test_the_docs_list_every_dynamic_with_what_it_cannot_stand_beside():
+    text = (Path(__file__).parents[2] / "docs" / "dynamics.md").read_text(encoding="utf-8")
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")
+    ]
+    listed = {row[0]: (row[3], row[4]) for row in rows[1:]}
+    assert sorted(listed) == sorted(DYNAMICS)
+    for name, cls in DYNAMICS.items():
+        neutral = ", ".join(f"{k}: {json.dumps(v)}" for k, v in cls.neutral.items())
+        apart = sorted({*cls.apart, *(other for other, c in DYNAMICS.items() if name in c.apart)})
+        assert listed[name] == (f"`{neutral}`" if neutral else "as it is, without options", ", ".join(apart) or "-")
+
+
+def test_flags_and_files_name_several():
+    from lorry.cli.job_flags import job_values
+
+    flags = job_values({"dynamics": ["allora,lora-plus:ratio=4", "lora-ggpo:sigma=0.1"]})
+    file = {"dynamics": ["allora", {"dynamics": "lora-plus", "ratio": 4}, {"dynamics": "lora-ggpo", "sigma": 0.1}]}
+    common = {"name": "job", "data": "rows.jsonl", "method": "lora"}
+    assert Job.from_dict({**common, **flags}).make_dynamics() == Job.from_dict({**common, **file}).make_dynamics()

@@ -7,7 +7,8 @@ from `Moment.generator`, so that a resumed run is the same to the last bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
@@ -15,6 +16,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Generator, Tensor
 
+from lorry.core.errors import OptionError
 from lorry.core.life.adapter import Adapter
 from lorry.core.method.start import mix_seed
 from lorry.core.options import check_options, from_options
@@ -48,6 +50,12 @@ class Moment:
         What the dynamic remembers: tensors by name, kept in checkpoints.
     examples
         Examples of the step under way, in all of its micro-batches.
+    rows
+        Around a pass: first and last (exclusive) row of the job in the batch, and the rows of the whole batch.
+    weight
+        Around and after a pass: factor of the summed loss of the job's rows in what is differentiated.
+    heights, counts
+        Around and after a pass: rows of each example of the micro-batch, and the predictions that each is scored on.
     """
 
     adapter: Adapter
@@ -60,6 +68,10 @@ class Moment:
     name: str
     state: dict[str, Tensor]
     examples: int = 0
+    rows: tuple[int, int, int] | None = None
+    weight: float = 1.0
+    heights: tuple[int, ...] = ()
+    counts: tuple[int, ...] = ()
 
     def generator(self, *parts: object) -> Generator:
         """Return a source of randomness for this dynamic at this step, and for whatever `parts` name."""
@@ -72,6 +84,10 @@ class Dynamic:
     name: ClassVar[str]
     #: Whether `after_pass` is to be given the gradient of each row.
     row_gradients: ClassVar[bool] = False
+    #: Options under which training is plain to the last bit; of every dynamic there are some.
+    neutral: ClassVar[Mapping[str, Any]] = {}
+    #: Dynamics that it cannot act beside, each with the reason.
+    apart: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
         """Check every option against its declared range, then the rules between options."""
@@ -114,6 +130,10 @@ class Dynamic:
         """Act between the last backward pass of a step and the optimizer, before gradients are clipped."""
         return
 
+    def after_clipping(self, at: Moment) -> None:
+        """Act just before the optimizer's step, on gradients that are clipped already."""
+        return
+
     def after_step(self, at: Moment) -> None:
         """Act after the optimizer's step, while its gradients are still there."""
         return
@@ -138,6 +158,8 @@ def register_dynamic(name: str) -> Callable[[D], D]:
 def by_name(registry: Registry[Any], key: str, value: Any) -> Any:
     """Return a registered thing from an instance of it, its name, or ``{key: name, **options}``.
 
+    A name may carry options, as flags have them: ``NAME:OPTION=VALUE:OPTION=VALUE``.
+
     Raises
     ------
     OptionError
@@ -145,9 +167,57 @@ def by_name(registry: Registry[Any], key: str, value: Any) -> Any:
     """
     if value is None or not isinstance(value, str | Mapping):
         return value
-    options = {key: value} if isinstance(value, str) else dict(value)
+    options = _spelled_out(key, value) if isinstance(value, str) else dict(value)
     name = options.pop(key, None) or options.pop("name", "")
     return from_options(registry.find(str(name)), options)
+
+
+def _spelled_out(key: str, text: str) -> dict[str, Any]:
+    """Return the mapping that ``NAME:OPTION=VALUE`` is short for; values are numbers, yes or no, or text."""
+    name, *given = text.split(":")
+    options: dict[str, Any] = {key: name}
+    for part in given:
+        option, equals, value = part.partition("=")
+        if not equals:
+            raise OptionError(f"'{text}': options follow a name as NAME:OPTION=VALUE, found '{part}'.")
+        try:
+            options[option] = json.loads(value)
+        except ValueError:
+            options[option] = value
+    return options
+
+
+def check_together(chosen: Sequence[Dynamic]) -> None:
+    """Refuse dynamics that cannot act on one job.
+
+    Raises
+    ------
+    OptionError
+        Names the two and the reason.
+    """
+    names = {d.name for d in chosen}
+    for dynamic in chosen:
+        for other, reason in dynamic.apart.items():
+            if other in names:
+                raise OptionError(f"The dynamics '{dynamic.name}' and '{other}' cannot act together: {reason}.")
+
+
+def make_dynamics(given: Any) -> list[Dynamic]:
+    """Return dynamics from one or several of them: instances, names, or mappings ``{dynamics: name, **options}``.
+
+    Raises
+    ------
+    OptionError
+        An unknown name or option, one dynamic twice, or two that cannot act together.
+    """
+    several = [given] if isinstance(given, str | Mapping | Dynamic) else given
+    made = [by_name(DYNAMICS, "dynamics", value) for value in several]
+    names = [d.name for d in made]
+    doubled = [name for name in names if names.count(name) > 1]
+    if doubled:
+        raise OptionError(f"The dynamic '{doubled[0]}' is named twice; give each once.")
+    check_together(made)
+    return made
 
 
 @dataclass
@@ -164,6 +234,10 @@ class Acting:
 
     dynamics: list[Dynamic]
     state: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse dynamics that cannot act together."""
+        check_together(self.dynamics)
 
     @property
     def row_gradients(self) -> bool:

@@ -21,13 +21,15 @@ from lorry.core.life.adapter import Adapter
 from lorry.core.life.api import adapters
 
 from .attendance import Attendance
+from .hooks import make_dynamics
+from .trainer_dynamics import acting
 
 #: Exact tensors of all adapters, for resuming; beside it are adapters as `Adapter.save` writes them.
 STATE_FILE = "lorry_adapters.safetensors"
 FOLDER = "adapters"
 
 
-def with_adapters(trainer_class: type[Any]) -> type[Any]:
+def with_adapters(trainer_class: type[Any], dynamics: Any = ()) -> type[Any]:
     """Return a Trainer class that trains adapters with all that their methods need, and saves them instead of the base.
 
     Each checkpoint gets a folder ``adapters/NAME`` for every adapter in training, which loads like any saved one, and
@@ -38,6 +40,9 @@ def with_adapters(trainer_class: type[Any]) -> type[Any]:
     ----------
     trainer_class
         ``transformers.Trainer``, ``trl.SFTTrainer`` or a subclass of them.
+    dynamics
+        What acts on the training of the one adapter, as in `lorry.training.Job`: names, mappings ``{dynamics: name,
+        **options}`` or instances. Their stages are for jobs alone.
 
     Raises
     ------
@@ -46,8 +51,15 @@ def with_adapters(trainer_class: type[Any]) -> type[Any]:
         learns from several draws of each row and the trainer has a loss of its own that cannot be repeated.
     CheckpointError
         At resuming, if the checkpoint holds other adapters than the model.
+    OptionError
+        Unknown dynamics, or such as cannot act together.
     """
+    chosen = make_dynamics(dynamics)
+    made = _with_adapters(trainer_class)
+    return acting(made, chosen, trained_adapters, load_adapters) if chosen else made
 
+
+def _with_adapters(trainer_class: type[Any]) -> type[Any]:
     class WithAdapters(trainer_class):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)

@@ -19,7 +19,7 @@ from lorry.formats.mixture import adopting
 
 from .aliases import with_aliases
 from .data import DataSpec
-from .hooks import DYNAMICS, Dynamic, by_name
+from .hooks import Dynamic, by_name, make_dynamics
 from .objectives import OBJECTIVES, make_objective
 from .schedule import SCHEDULES, Schedule
 from .short_forms import spelled_out
@@ -212,13 +212,10 @@ class Job:
 
     def make_dynamics(self) -> list[Dynamic]:
         """What acts on the training, in the order in which it acts."""
-        given = [self.dynamics] if isinstance(self.dynamics, str | Mapping | Dynamic) else self.dynamics
-        made = [by_name(DYNAMICS, "dynamics", value) for value in given]
-        names = [d.name for d in made]
-        doubled = [name for name in names if names.count(name) > 1]
-        if doubled:
-            raise OptionError(f"Job '{self.name}' names the dynamic '{doubled[0]}' twice; give each once.")
-        return made
+        try:
+            return make_dynamics(self.dynamics)
+        except OptionError as error:
+            raise OptionError(f"Job '{self.name}': {error}") from error
 
     def make_objective(self) -> Task:
         """The task, with the job's length, packing and columns."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -205,7 +205,7 @@ class Run:
             self.fail(f"at step {p.step + 1}: {share.error}")
             return False
         found = {} if self._rows is None else self._rows.found
-        self._each(lambda dynamic, at: dynamic.after_pass(at, found if dynamic.row_gradients else {}))
+        self._each(lambda dynamic, at: dynamic.after_pass(at, found if dynamic.row_gradients else {}), self._facts())
         if not self.running:
             return False
         p.loss += share.loss
@@ -222,18 +222,29 @@ class Run:
         """Let the dynamics be around a pass, and collect the gradients of its rows for those that want them."""
         with ExitStack() as stack:
             for dynamic in self.acting.dynamics:
-                stack.enter_context(dynamic.around_pass(self._moment(dynamic)))
+                at = self._moment(dynamic, {**self._facts(), "rows": (place.start, place.stop, place.total)})
+                stack.enter_context(dynamic.around_pass(at))
             if self._rows is not None:
                 stack.enter_context(self._rows.watching(place.start, place.stop, place.total))
             yield
 
-    def _moment(self, dynamic: Dynamic) -> Moment:
+    def _facts(self) -> dict[str, Any]:
+        """Return what dynamics are told of the micro-batch under way."""
+        assert self.prepared is not None
+        p, task, train = self.progress, self.prepared.task, self.prepared.train
+        if not self.acting.dynamics:
+            return {}
+        examples = [train[i] for i in p.pending[0]]
+        heights, counts = tuple(map(task.rows_of, examples)), tuple(map(task.count, examples))
+        return {"weight": 1.0 / p.labels, "heights": heights, "counts": counts}
+
+    def _moment(self, dynamic: Dynamic, facts: Mapping[str, Any] | None = None) -> Moment:
         assert self.adapter is not None and self.groups is not None
         p, remembered = self.progress, self.acting.remembered(dynamic.name)
         values = (p.step, self.total, p.micro, self.rate, self.job.seed, dynamic.name, remembered, p.examples)
-        return Moment(self.adapter, self.groups, *values)
+        return Moment(self.adapter, self.groups, *values, **facts or {})
 
-    def _each(self, act: Callable[[Dynamic, Moment], None]) -> None:
+    def _each(self, act: Callable[[Dynamic, Moment], None], facts: Mapping[str, Any] | None = None) -> None:
         """Let every dynamic act; one that cannot stops the job."""
         if self.adapter is None:
             return
@@ -241,7 +252,7 @@ class Run:
         for dynamic in self.acting.dynamics:
             try:
                 with torch.no_grad():
-                    act(dynamic, self._moment(dynamic))
+                    act(dynamic, self._moment(dynamic, facts))
             except LorryError as error:
                 self.fail(f"at step {self.progress.step + 1}: {error}")
                 return
@@ -268,6 +279,9 @@ class Run:
             self.fail(f"at step {p.step + 1}: the gradient became {norm} (loss {loss:.4g}, rate {rate:.3g})")
             return None
         set_rate(self.optimizer, rate)
+        self._each(lambda dynamic, at: dynamic.after_clipping(at))
+        if self.optimizer is None:
+            return None
         self.optimizer.step()
         by_site: dict[str, dict[str, Tensor]] = {}
         for (path, name), value in self._records.items():  # summed over the micro-batches of the step

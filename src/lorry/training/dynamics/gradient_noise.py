@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -14,6 +15,8 @@ from lorry.training.hooks import Dynamic, Moment, register_dynamic
 @dataclass(frozen=True)
 class GradientNoise(Dynamic):
     """Adds N(0, eta / (1 + t)^gamma) to every element of the gradient of step t, from 0 (equation 1 of the paper)."""
+
+    neutral: ClassVar = {"eta": 0.0}
 
     eta: float = option(0.01, "Variance of the noise at the first step; 0 adds none.", at_least=0)
     gamma: float = option(0.55, "How fast it fades; 0 keeps it.", at_least=0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,9 @@ from torch.nn import functional as F
 
 from lorry.core.life.api import context, rows
 
-from .rows import IGNORE, Encoded
+from .data_errors import DataError
+from .encode import special_prefix, tokenize
+from .rows import IGNORE, Encoded, ints
 from .task import Setting
 from .text_task import TextTask
 
@@ -85,3 +88,59 @@ def log_probabilities(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the log-probability of the labelled tokens of each row, summed, and how many they are: two ``(n,)``."""
     values, row = token_log_probabilities(logits, labels)
     return row_sums(values, row, len(labels)), row_sums(torch.ones_like(values), row, len(labels))
+
+
+def continued(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str | Tensor],
+    *,
+    generator: torch.Generator,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+) -> list[tuple[Tensor, Tensor]]:
+    """Let a model go on with prompts, all in one left-padded batch.
+
+    Parameters
+    ----------
+    model
+        A model of transformers, with what should apply in force.
+    tokenizer
+        Of the model; without it, prompts are tokens, and nothing ends before `max_new_tokens`.
+    prompts
+        Texts, or tokens ``(L,)``.
+    generator
+        Source of randomness.
+    max_new_tokens
+        Most tokens that are added.
+    temperature
+        Divides the logits; 0 takes the likeliest token.
+
+    Returns
+    -------
+    list
+        For each prompt its tokens, and those that were added, with the end of text if it came: int32.
+    """
+    coded = [
+        p.tolist() if isinstance(p, Tensor) else [*special_prefix(tokenizer), *tokenize(tokenizer, [p])[0]]
+        for p in prompts
+    ]
+    if not all(coded):
+        raise DataError("A prompt is empty, and this tokenizer has no beginning-of-text token to start from.")
+    width, device = max(map(len, coded)), next(model.parameters()).device
+    end = getattr(tokenizer, "eos_token_id", None)
+    pad = next((t for t in (getattr(tokenizer, "pad_token_id", None), end) if t is not None), 0)
+    ids = torch.tensor([[pad] * (width - len(c)) + c for c in coded], device=device)
+    mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in coded], device=device)
+    how: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens, "pad_token_id": pad}
+    how |= {"eos_token_id": end} if end is not None else {}
+    how |= {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        tokens = model.generate(input_ids=ids, attention_mask=mask, **how)[:, width:].cpu()
+    found = []
+    for prompt, new in zip(coded, tokens, strict=True):
+        ended = (new == end).nonzero() if end is not None else new.new_zeros(0)
+        kept = new[: int(ended[0]) + 1] if len(ended) else new
+        found.append((ints(prompt), kept.int()))
+    return found

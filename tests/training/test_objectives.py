@@ -167,7 +167,7 @@ def test_metrics_of_nothing():
 
 def test_registry_and_options():
     assert set(OBJECTIVES) >= {"causal", "completion", "chat", "classification"}
-    for name in OBJECTIVES:
+    for name in RECORDS:
         objective = make_objective(name, {"max_length": 99})
         assert isinstance(objective, Task) and objective.name == name and objective.max_length == 99
         assert hash(objective) == hash(make_objective(name, {"max_length": 99}))
@@ -189,7 +189,7 @@ RECORDS = {
 }
 
 
-@pytest.mark.parametrize("name", list(OBJECTIVES))
+@pytest.mark.parametrize("name", list(RECORDS))
 def test_each_objective_can_be_learned(name):
     """A tiny Llama, from records to a falling loss, by nothing but the public calls."""
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification

@@ -88,17 +88,14 @@ def model_class(config: Any, task: str = "auto") -> Any:
     """Return the transformers class of a base: for a task, or the architecture that the config names."""
     import transformers
 
-    heads = {
-        "causal-lm": transformers.AutoModelForCausalLM,
-        "sequence-classification": transformers.AutoModelForSequenceClassification,
-        "features": transformers.AutoModel,
-    }
     if task != "auto":
-        if task not in heads:
+        from lorry.training.heads import HEADS
+
+        if task not in HEADS:
             raise OptionError(
-                f"There is no task '{task}'.{near_misses(task, heads)} Expected auto, {', '.join(heads)}."
+                f"There is no task '{task}'.{near_misses(task, HEADS)} Expected auto, {', '.join(HEADS)}."
             )
-        return heads[task]
+        return getattr(transformers, HEADS[task].auto)
     for architecture in getattr(config, "architectures", None) or ():
         found = getattr(transformers, architecture, None)
         if found is not None:

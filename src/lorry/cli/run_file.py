@@ -15,6 +15,7 @@ from lorry.cli.overrides import override
 from lorry.core.errors import OptionError
 from lorry.core.options import check_options, from_options, option
 from lorry.training.aliases import EARLIER, FOREIGN, renamed
+from lorry.training.heads import HEADS
 from lorry.training.jobs import Job, jobs_from
 from lorry.training.short_forms import OTHER_NAMES, PARTS, called_here, method_options, spelled_out
 
@@ -33,7 +34,7 @@ class RunFile:
     task: str = option(
         "auto",
         "Head of the base; auto takes what the jobs' objectives need.",
-        choices=("auto", "causal-lm", "sequence-classification"),
+        choices=("auto", *HEADS),
     )
     checkpoint_every: int = option(
         0, "Steps between checkpoints, from which --resume goes on; 0 writes one at the end.", at_least=0

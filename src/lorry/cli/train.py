@@ -160,11 +160,11 @@ def execute(run: RunFile, *, resume: bool = False, overwrite: bool = False) -> d
     from lorry.training.fleet import Fleet
 
     model, jobs = _base_and_jobs(run)
-    from lorry.cli.bases import load_tokenizer
+    from lorry.cli.new_heads import load_processor
 
     fleet = Fleet(
         model,
-        load_tokenizer(run.base),
+        load_processor(run.base, {job.make_objective().task for job in jobs}),
         jobs,
         run.out,
         checkpoint_every=run.checkpoint_every,
@@ -187,24 +187,22 @@ def _base_and_jobs(run: RunFile) -> tuple[Any, list[Job]]:
     import dataclasses
 
     from lorry.cli.new_heads import load_for_training
-    from lorry.training.objectives import Classification
-    from lorry.training.text_task import TextTask
 
     jobs = run.job_list()
     objectives = [job.make_objective() for job in jobs]
-    tasks = {o.task for o in objectives if isinstance(o, TextTask)} if run.task == "auto" else {run.task}
+    tasks = {o.task for o in objectives if o.task is not None} if run.task == "auto" else {run.task}
     if len(tasks) > 1:
         raise OptionError(
-            "Jobs that classify and jobs that predict tokens need different heads, so they cannot share "
-            "one run: make two."
+            f"The objectives of these jobs need different heads ({', '.join(sorted(tasks))}), so they cannot share one "
+            "run: make one for each head."
         )
-    classes = 0
+    outputs = 0
     for index, (job, objective) in enumerate(zip(jobs, objectives, strict=True)):
-        if isinstance(objective, Classification):
-            labels = job.labels or _labels(job, objective)
+        labels = job.labels or _labels(job, objective)
+        if labels:
             jobs[index] = dataclasses.replace(job, labels=labels)
-            classes = max(classes, len(labels or ()))
-    model, fresh = load_for_training(run.base, run.dtype, tasks.pop(), classes or None)
+        outputs = max(outputs, objective.outputs or len(labels or ()))
+    model, fresh = load_for_training(run.base, run.dtype, next(iter(tasks), "auto"), outputs or None)
     if fresh:
         note(f"{', '.join(fresh)}: new, so every job trains it whole and saves it beside its adapter")
         also = [[m] if isinstance(m := j.modules_to_save, str) else list(m) for j in jobs]
@@ -216,13 +214,17 @@ def _base_and_jobs(run: RunFile) -> tuple[Any, list[Job]]:
 
 
 def _labels(job: Job, objective: Any) -> tuple[str, ...] | None:
-    """Return a job's classes; None for data that cannot be read, which the fleet reports as that
-    job's failure.
+    """Return a job's classes; None for an objective without, and for data that cannot be read, which the fleet reports
+    as that job's failure.
     """
     from lorry.training.data import load_records
     from lorry.training.data_errors import DataError
+    from lorry.training.task import Task
 
+    if type(objective).labels_of is Task.labels_of:
+        return None
     try:
-        return tuple(objective.label_names(load_records(job.data)))
+        found = objective.labels_of(load_records(job.data))
+        return None if found is None else tuple(found)
     except DataError:
         return None

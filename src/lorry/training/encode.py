@@ -129,6 +129,29 @@ def encode_completion(
     DataError
         ``max_length`` below 2, unknown truncation, or nothing left to train on.
     """
+    builder = _completions(tokenizer, pairs, max_length, truncation, add_eos)
+    return builder.finish(pack_fit(builder.rows, max_length) if packing else None)
+
+
+def completion_rows(
+    tokenizer: Any,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    max_length: int,
+    truncation: Truncation = "right",
+    add_eos: bool = True,
+) -> list[Encoded | None]:
+    """Encode prompts with completions one by one: a row for each pair, None for what `encode_completion` leaves out."""
+    builder = _completions(tokenizer, pairs, max_length, truncation, add_eos)
+    rows: list[Encoded | None] = [None] * len(pairs)
+    for source, row in zip(builder.sources, builder.rows, strict=True):
+        rows[source] = row
+    return rows
+
+
+def _completions(
+    tokenizer: Any, pairs: Sequence[tuple[str, str]], max_length: int, truncation: Truncation, add_eos: bool
+) -> Builder:
     prefix, eos = special_prefix(tokenizer), _eos(tokenizer) if add_eos else []
     builder = Builder(max_length, truncation, len(prefix))
     prompts = tokenize(tokenizer, [p for p, _ in pairs])
@@ -143,7 +166,7 @@ def encode_completion(
             answer = _continuation(tokenizer, completion)
         answer = answer + (eos if answer[-1:] != eos else [])
         builder.add(prefix + prompt + answer, [IGNORE] * (len(prefix) + len(prompt)) + answer)
-    return builder.finish(pack_fit(builder.rows, max_length) if packing else None)
+    return builder
 
 
 def _continuation(tokenizer: Any, text: str) -> list[int]:

@@ -147,6 +147,7 @@ class Builder:
         self.truncation = truncation
         self.prefix_length = min(prefix_length, max_length - 1)
         self.rows: list[Encoded] = []
+        self.sources: list[int] = []  # the record that each row of `add` was made of
         self.records = 0
         self.truncated = 0
         self.dropped: dict[str, int] = {}
@@ -174,6 +175,7 @@ class Builder:
             labels[0] = IGNORE
             if not any(label != IGNORE for label in labels):
                 return self.drop("with no label left after truncation")
+        self.sources.append(self.records)
         self.records += 1
         self.truncated += cut
         self.rows.append(Encoded(ints(ids), ints(labels)))

@@ -219,6 +219,10 @@ class Task(ABC):
     """
 
     name: ClassVar[str]
+    #: The head of the base that it needs, by its name in `lorry.training.heads.HEADS`; None for any.
+    task: ClassVar[str | None] = None
+    #: How many outputs that head has, where they are no classes of the data.
+    outputs: ClassVar[int | None] = None
     #: The metric by which evaluations are compared, and which way is better.
     best: ClassVar[tuple[str, Literal["min", "max"]]] = ("loss", "min")
     #: What `cost` counts, for reports.
@@ -344,6 +348,13 @@ class Prepared:
 
 #: Task classes by name; a new one is a file that registers its class.
 TASKS: Registry[type[Any]] = Registry("objective", error=DataError)
+T = TypeVar("T", bound=type[Task])
+
+
+def register_task(cls: T) -> T:
+    """Register a task class under its name; a decorator."""
+    TASKS.add(cls.name, cls)
+    return cls
 
 
 def digest(value: Any) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,11 +16,18 @@ from lorry.core.life.state import unwrapped
 from .batches import block_mask, collate
 from .data import Record
 from .data_errors import DataError
+from .heads import check_head
 from .losses import count_labels
-from .rows import Encoded, EncodedSet
+from .rows import Encoded
 from .task import Batch, Examples, Setting, Task
 
-Head = Literal["causal-lm", "sequence-classification"]
+
+def flat(example: Any) -> tuple[Encoded, ...]:
+    """Return the rows of an example: itself, those of a tuple, or its ``rows``; what is no row is passed over."""
+    if isinstance(example, Encoded):
+        return (example,)
+    parts = example if isinstance(example, tuple) else getattr(example, "rows", ())
+    return tuple(row for part in parts for row in flat(part))
 
 
 @dataclass(frozen=True)
@@ -70,15 +77,17 @@ def _pad_id(tokenizer: Any, config: Any) -> int:
 
 
 class TextTask(Task):
-    """A task whose examples are rows of tokens (`Encoded`).
+    """A task whose examples are rows of tokens (`Encoded`), or hold several (`flat`).
 
     Subclasses give `encode`, and a loss of logits and labels.
     """
 
     unit: ClassVar[str] = "tokens"
-    task: ClassVar[Head] = "causal-lm"
+    task: ClassVar[str | None] = "causal-lm"
 
-    def encode(self, tokenizer: Any, records: Sequence[Record], *, labels: Sequence[str] | None = None) -> EncodedSet:
+    def encode(
+        self, tokenizer: Any, records: Sequence[Record], *, labels: Sequence[str] | None = None
+    ) -> Examples[Any]:
         """Return the examples of records, with a report of what was left out."""
         raise NotImplementedError
 
@@ -89,20 +98,20 @@ class TextTask(Task):
 
     def examples(
         self, setting: Setting, records: Sequence[Record], labels: Sequence[str] | None = None
-    ) -> Examples[Encoded]:
+    ) -> Examples[Any]:
         """Encode records."""
         if setting.processor is None:
             raise DataError("Text needs a tokenizer; give one, or give rows that are encoded already (EncodedSet).")
         return self.encode(setting.processor, records, labels=labels)
 
-    def collate(self, setting: Setting, examples: Sequence[Encoded | tuple[Encoded, ...]]) -> Batch:
+    def collate(self, setting: Setting, examples: Sequence[Any]) -> Batch:
         """Pad rows to one length; packed ones get a mask that keeps their documents apart.
 
         An example of a task that compares texts is a tuple of rows.
         """
         how = TextPass.of(setting)
-        flat = [row for e in examples for row in (e if isinstance(e, tuple) else (e,))]
-        batch = {k: v.to(setting.device) for k, v in collate(flat, how.pad_id).items()}
+        found = [row for e in examples for row in flat(e)]
+        batch = {k: v.to(setting.device) for k, v in collate(found, how.pad_id).items()}
         labels, mask = batch.pop("labels"), batch["attention_mask"].bool()
         if "position_ids" in batch:
             dtype = getattr(setting.model, "dtype", torch.float32) if how.eager else None
@@ -122,40 +131,35 @@ class TextTask(Task):
         counts = [count_labels(labels) for _, labels in pairs]
         return torch.stack([self.loss(*pair)[0] for pair in pairs]), torch.tensor(counts)
 
-    def count(self, example: Encoded) -> int:
+    def rows_of(self, example: Any) -> int:
+        """Return the number of rows in the example."""
+        return len(flat(example))
+
+    def count(self, example: Any) -> int:
         """Return the number of labelled tokens, or 1 for a class."""
-        return example.label_count
+        return sum(row.label_count for row in flat(example))
 
-    def cost(self, example: Encoded) -> int:
-        """Return the number of tokens."""
-        return len(example)
+    def cost(self, example: Any) -> int:
+        """Return the number of tokens of its longest row."""
+        return max(map(len, flat(example)))
 
-    def fingerprint(self, examples: Sequence[Encoded]) -> str:
+    def fingerprint(self, examples: Sequence[Any]) -> str:
         """Return a hash of tokens and labels."""
         state = hashlib.blake2b(digest_size=8)
-        for row in examples:
+        for row in (row for example in examples for row in flat(example)):
             state.update(row.input_ids.numpy().tobytes())
             state.update(b"|" if row.labels is None else row.labels.numpy().tobytes())
             state.update(str(row.label).encode())
         return state.hexdigest()
 
     def check_model(self, setting: Setting) -> None:
-        """Tell a model with a classification head from one that predicts tokens by the name of its class."""
-        kind = type(unwrapped(setting.model)).__name__
-        if self.task == "causal-lm" and kind.endswith("ForSequenceClassification"):
-            raise DataError(
-                f"Objective '{self.name}' predicts tokens, but {kind} has a classification head; load the "
-                "base with AutoModelForCausalLM."
-            )
-        if self.task == "sequence-classification" and kind.endswith(("ForCausalLM", "LMHeadModel")):
-            raise DataError(
-                f"Objective '{self.name}' needs a classification head, but {kind} predicts tokens; load "
-                "the base with AutoModelForSequenceClassification."
-            )
+        """Refuse a model that has another head (`check_head`)."""
+        check_head(self.task, setting.model, self.name)
 
-    def check(self, setting: Setting, examples: Examples[Encoded], name: str) -> None:
+    def check(self, setting: Setting, examples: Examples[Any], name: str) -> None:
         """Refuse tokens that the model does not know, and rows that are too long for it."""
-        ids = torch.cat([row.input_ids for row in examples.examples])
+        rows = [row for example in examples.examples for row in flat(example)]
+        ids = torch.cat([row.input_ids for row in rows])
         low, high = int(ids.min()), int(ids.max())
         getter = getattr(setting.model, "get_input_embeddings", None)
         table: Any = getter() if callable(getter) else None
@@ -168,7 +172,7 @@ class TextTask(Task):
             )
         config: Any = getattr(setting.model, "config", None)
         most = getattr(config, "max_position_embeddings", None)
-        longest = max(len(row) for row in examples.examples)
+        longest = max(map(len, rows))
         if most is not None and longest > most:
             raise DataError(
                 f"{name} has rows of {longest} tokens, but the model takes {most}; set max_length to {most} or less."

@@ -36,7 +36,7 @@ def run(
     lengths (log-normal, `median` tokens, `sigma`), with micro-batches of at most `capacity` tokens.
     """
     if min(seeds, jobs, stages, steps, batch) < 1:
-        raise OptionError("seeds, jobs, stages, steps and batch must be at least 1.")
+        raise OptionError("The numbers of seeds, jobs, stages, steps and samples (batch) must be at least 1.")
     rules = Rules(capacity, multiple, stages, slack=capacity // 4, limits=Limits())
     found: dict[str, list[dict[str, float]]] = {}
     for seed in range(seeds):

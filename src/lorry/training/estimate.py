@@ -23,7 +23,7 @@ from lorry.core.life.adapter import Adapter
 from lorry.core.life.api import auxiliary_loss, rows
 from lorry.core.life.state import open_state, unwrapped
 
-from .fleet import attach_job
+from .attaching import attach_job
 from .jobs import Job
 from .joint import Base, Share, forward, grouped
 from .machine import Machine

@@ -105,6 +105,9 @@ class Fleet:
     planner
         How examples are put into passes: a name of `lorry.training.pass_planner.PLANNERS`, ``{planner: name,
         **options}`` or a `PassPlanner`; None is ``joined``, with `max_pad_ratio` and `max_tokens`.
+    max_memory
+        Bytes that training may take, by `lorry.training.estimate`, weights included: the planner makes its passes
+        small enough. For jobs that learn from text.
 
     Raises
     ------
@@ -130,6 +133,7 @@ class Fleet:
         base_dropout: bool = False,
         loggers: Any = None,
         planner: Any = None,
+        max_memory: int | None = None,
     ) -> None:
         if checkpoint_every < 0 or keep_checkpoints < 1:
             raise OptionError("checkpoint_every must be at least 0 and keep_checkpoints at least 1.")
@@ -142,6 +146,8 @@ class Fleet:
         self.checkpoint_every, self.keep = checkpoint_every, keep_checkpoints
         self.max_pad_ratio, self.max_tokens = max_pad_ratio, max_tokens
         self.planner: PassPlanner = planner_from(planner, max_pad_ratio, max_tokens)
+        if max_memory is not None:
+            self.planner = self.planner.within(model, self.jobs, max_memory)
         self.show, self.console = progress, console
         self.base = Base(Setting(model, tokenizer), base_dropout)
         self.tick = 0

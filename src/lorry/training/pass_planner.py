@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
+from torch import nn
+
+from lorry.core.errors import OptionError
 from lorry.core.options import check_options, from_options
 from lorry.core.registry import Registry
 
 from . import planners
+from .jobs import Job
 from .joint import Share
 from .run import Run
 from .task import Setting
@@ -37,6 +41,16 @@ class PassPlanner(ABC):
     def check(self, runs: Sequence[Run], setting: Setting) -> None:
         """Raise `OptionError` where it cannot plan for one of these jobs, before anything is trained."""
         return
+
+    def within(self, model: nn.Module, jobs: Sequence[Job], limit: int) -> Self:
+        """Return this planner, bounded so that training takes at most `limit` bytes; the model has no adapters yet.
+
+        Raises
+        ------
+        OptionError
+            It cannot bound memory, or no pass is small enough.
+        """
+        raise OptionError(f"The planner '{self.name}' cannot bound memory; leave max_memory out.")
 
     @abstractmethod
     def passes(self, shares: Sequence[Share]) -> Sequence[Sequence[Share]]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
+
+from torch import nn
 
 from lorry.core.errors import OptionError
 from lorry.core.options import option
+from lorry.training.jobs import Job
 from lorry.training.joint import Share
 from lorry.training.pass_planner import PassPlanner, register_planner
+from lorry.training.planning.memory import tokens_within
 from lorry.training.planning.order import Rules, planned
 from lorry.training.planning.packing import Limits, check_lengths
 from lorry.training.planning.samples import Sample
@@ -54,6 +59,10 @@ class LoRAFusion(PassPlanner):
             look_ahead=self.look_ahead,
             limits=Limits(self.time_limit, self.node_limit) if self.solver == "highs" else None,
         )
+
+    def within(self, model: nn.Module, jobs: Sequence[Job], limit: int) -> Self:
+        """Return it with the `capacity` that memory allows."""
+        return replace(self, capacity=min(self.capacity, tokens_within(model, jobs, limit)))
 
     def check(self, runs: Sequence[Run], setting: Setting) -> None:
         """Refuse jobs that cannot do without padding, and samples longer than the capacity."""

@@ -8,7 +8,20 @@ import pytest
 import torch
 
 import lorry
-from lorry.bench import BENCHES, decode, fleet, fuse, load, merge_adapters, methods, rows, step, switch, switch_fused
+from lorry.bench import (
+    BENCHES,
+    decode,
+    fleet,
+    fuse,
+    load,
+    merge_adapters,
+    methods,
+    rows,
+    schedule,
+    step,
+    switch,
+    switch_fused,
+)
 from lorry.bench._cases import options, targets
 from lorry.bench._count import flops, kept, peak, training_memory
 from lorry.bench._measure import integers, interleaved, llama, ratios
@@ -177,3 +190,15 @@ def test_fusing_into_the_base_and_merging_of_adapters():
     assert [c["type"] for c in result["cases"]] == ["svd", "cat", "linear"]
     assert all(c["difference"] < 1e-5 for c in result["cases"])
     assert "svd" in shown(merge_adapters, result)
+
+
+def test_the_simulated_schedule_is_the_shortest_and_the_same_every_time():
+    options = {"seeds": 2, "jobs": 3, "stages": 3, "steps": 2, "batch": 4, "capacity": 1024, "multiple": 64}
+    result = schedule.run(**options, median=200)
+    assert result == schedule.run(**options, median=200)
+    times = {name: way["milliseconds"] for name, way in result["ways"].items()}
+    assert min(times, key=times.get) == "lorafusion"
+    assert all(way["least"] <= way["ratio"] <= way["most"] for way in result["ways"].values())
+    assert "pad-concat" in shown(schedule, result)
+    with pytest.raises(lorry.OptionError, match="at least 1"):
+        schedule.run(jobs=0)

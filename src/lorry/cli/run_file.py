@@ -17,6 +17,7 @@ from lorry.core.options import check_options, from_options, option
 from lorry.training.aliases import EARLIER, FOREIGN, renamed
 from lorry.training.heads import HEADS
 from lorry.training.jobs import Job, jobs_from
+from lorry.training.pass_planner import planner_from
 from lorry.training.short_forms import OTHER_NAMES, PARTS, called_here, method_options, spelled_out
 
 
@@ -46,6 +47,13 @@ class RunFile:
         at_least=1,
     )
     max_tokens: int | None = option(None, "Most tokens of a joint pass, padding included, to bound memory.", at_least=1)
+    planner: Any = option(
+        "joined",
+        "How examples are put into passes: joined, lorafusion, or {planner: name, **options} such as capacity.",
+    )
+    max_memory: str | None = option(
+        None, "Memory that training may take, weights included, e.g. 24GiB; passes are made small enough."
+    )
     loggers: Any = option(
         None, "Where metrics go besides metrics.jsonl: tensorboard, wandb, or {logger: name, **options}; one or a list."
     )
@@ -54,6 +62,7 @@ class RunFile:
     def __post_init__(self) -> None:
         """Check every option."""
         check_options(self)
+        planner_from(self.planner)
 
     def job_list(self) -> list[Job]:
         """Return the jobs with the defaults filled in, checked."""
@@ -148,6 +157,15 @@ class StrictLoader(yaml.SafeLoader):
 StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
+
+
+def plain_yaml(text: str, flag: str) -> Any:
+    """Return the value of a flag that is written as in the YAML; raises `OptionError` if it is none."""
+    try:
+        return yaml.load(text, Loader=StrictLoader)  # noqa: S506  a SafeLoader
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or error
+        raise OptionError(f"{flag} expects a name or a YAML mapping, found {text!r} ({problem}).") from error
 
 
 def schema() -> dict[str, Any]:

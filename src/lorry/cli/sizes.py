@@ -50,7 +50,7 @@ def byte_count(text: str | None) -> int | None:
         return None
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     if not found or found[2].lower() not in _UNITS:
-        raise OptionError(f"--memory expects a size such as 24GiB or 800MB, found {text!r}.")
+        raise OptionError(f"Expected a size such as 24GiB or 800MB, found {text!r}.")
     return int(float(found[1]) * _UNITS[found[2].lower()])
 
 

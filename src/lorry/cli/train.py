@@ -50,6 +50,14 @@ def _signature(
         int | None,
         typer.Option("--checkpoint-every", help="Steps between checkpoints; 0 writes one at the end."),
     ] = None,
+    planner: Annotated[
+        str | None,
+        typer.Option(
+            "--planner",
+            help="How examples are put into passes: joined, lorafusion, or with options as in YAML, e.g. "
+            "'{planner: lorafusion, capacity: 8192}'.",
+        ),
+    ] = None,
     loggers: Annotated[
         list[str] | None, typer.Option("--loggers", help="Also log to tensorboard or wandb; repeatable.")
     ] = None,
@@ -126,12 +134,13 @@ def _run_of(own: dict[str, Any], job: dict[str, Any]) -> RunFile:
     """
     import dataclasses
 
-    from lorry.cli.run_file import RunFile, read_run_file
+    from lorry.cli.run_file import RunFile, plain_yaml, read_run_file
     from lorry.core.options import from_options
 
     top = {"base": own["base"], "out": own["out_folder"], "dtype": own["base_dtype"]}
     top |= {"task": own["task"], "checkpoint_every": own["checkpoint_every"]}
     top["loggers"] = names(own["loggers"]) or None
+    top["planner"] = None if own["planner"] is None else plain_yaml(own["planner"], "--planner")
     given = {k: v for k, v in top.items() if v is not None}
     if own["config"] is not None:
         if job:
@@ -157,6 +166,7 @@ def _run_of(own: dict[str, Any], job: dict[str, Any]) -> RunFile:
 def execute(run: RunFile, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Train all jobs and return the fleet's report."""
     from lorry.cli.output import err
+    from lorry.cli.sizes import byte_count
     from lorry.training.fleet import Fleet
 
     model, jobs = _base_and_jobs(run)
@@ -172,6 +182,8 @@ def execute(run: RunFile, *, resume: bool = False, overwrite: bool = False) -> d
         max_pad_ratio=run.max_pad_ratio,
         max_tokens=run.max_tokens,
         base_dropout=run.base_dropout,
+        planner=run.planner,
+        max_memory=byte_count(run.max_memory),
         loggers=run.loggers,
         resume=resume,
         overwrite=overwrite,

@@ -131,6 +131,12 @@ class BatchCursor(Iterator[tuple[int, ...]]):
             self._batches = (epoch, self.plan.epoch(epoch))
         return self._batches[1][position]
 
+    def ahead(self) -> BatchCursor:
+        """Return another cursor at the same position, to see what comes next."""
+        other = BatchCursor(self.plan)
+        other.epoch, other.position, other._batches = self.epoch, self.position, self._batches
+        return other
+
     @property
     def batches_seen(self) -> int:
         """Batches handed out since the beginning."""

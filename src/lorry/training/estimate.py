@@ -23,7 +23,7 @@ from lorry.core.life.adapter import Adapter
 from lorry.core.life.api import auxiliary_loss, rows
 from lorry.core.life.state import open_state, unwrapped
 
-from .fleet import attach_job
+from .attaching import attach_job
 from .jobs import Job
 from .joint import Base, Share, forward, grouped
 from .machine import Machine
@@ -154,6 +154,7 @@ def estimate_training(
     padded: bool = True,
     max_pad_ratio: float | None = 2.0,
     max_tokens: int | None = None,
+    padding_free: bool = False,
 ) -> TrainingEstimate:
     """Estimate what `lorry.training.fleet.Fleet` would take; nothing is allocated, and the model stays as it is.
 
@@ -174,6 +175,8 @@ def estimate_training(
         Whether rows differ in length, so that attention needs a mask.
     max_pad_ratio, max_tokens
         How passes are shared; see `lorry.training.fleet.Fleet`.
+    padding_free
+        Whether the rows of all jobs lie one after another in one pass, as the planner ``lorafusion`` has it.
 
     Raises
     ------
@@ -187,15 +190,13 @@ def estimate_training(
     with _understood():
         adapters = [attach_job(base, job) for job in made]
     shares = [_share(job, length) for job in made]
-    for adapter, job in zip(adapters, made, strict=True):
-        if job.gradient_accumulation_steps > 1:  # gradients of the micro-batches before are there
-            for parameter in adapter.parameters():
-                parameter.grad = torch.zeros_like(parameter)
+    _accumulate(adapters, made)
     weights, tensors = _weights(base), sum(_bytes(adapter) for adapter in adapters)
     early = _gradients(adapters)
     whole = Base(Setting(base))
     with _understood(), traced(padded) as trace, whole.mode(training=True):
-        for group in grouped(shares, max_pad_ratio, max_tokens):
+        groups = [_in_one(shares)] if padding_free else grouped(shares, max_pad_ratio, max_tokens)
+        for group in groups:
             _pass(whole, group)
     gradients = _gradients(adapters)
     state = sum(_state(job, adapter) for job, adapter in zip(made, adapters, strict=True))
@@ -328,6 +329,18 @@ def _share(job: Job, length: int | None) -> Share:
     examples = EncodedSet(rows, EncodeReport(len(rows), len(rows), len(rows), {}, 0, size, size))
     tags = [0] * len(rows) if job.task_ids is not None else None
     return Share(job.name, Prepared(task, examples), rows, tags)
+
+
+def _in_one(shares: Sequence[Share]) -> list[Share]:
+    return [dataclasses.replace(share, padding_free=True) for share in shares]
+
+
+def _accumulate(adapters: Sequence[Adapter], jobs: Sequence[Job]) -> None:
+    """Give the adapters of jobs that accumulate the gradients of the micro-batches before."""
+    for adapter, job in zip(adapters, jobs, strict=True):
+        if job.gradient_accumulation_steps > 1:
+            for parameter in adapter.parameters():
+                parameter.grad = torch.zeros_like(parameter)
 
 
 def _pass(base: Base, shares: Sequence[Share]) -> None:

@@ -16,19 +16,20 @@ from torch import nn
 
 from lorry.core.errors import LorryError, OptionError
 from lorry.core.life.adapter import Adapter
-from lorry.core.life.api import attach, context
+from lorry.core.life.api import context
 from lorry.core.life.calibrate import calibrate, needs_calibration
 from lorry.core.life.state import open_state
 from lorry.core.method.start import mix_seed
-from lorry.formats.mixture import from_adapters
 
 from . import checkpoint
+from .attaching import attach_job
 from .batches import BatchPlan
 from .data_errors import DataError
 from .evaluate import evaluate
-from .jobs import DTYPES, Job, jobs_from
-from .joint import Base, grouped, train_pass
+from .jobs import Job, jobs_from
+from .joint import Base, Share, train_pass
 from .loggers import Logs, loggers_from
+from .pass_planner import PassPlanner, planner_from
 from .prepare import prepare
 from .progress import Bars
 from .report import VERSION, MetricsFile, draw_curves, job_report, print_table, read_metrics
@@ -65,9 +66,9 @@ class FleetResult:
 class Fleet:
     """Jobs on one frozen base; one job is a fleet of one.
 
-    In a joint pass every unfinished job contributes one micro-batch. The rows of jobs whose tasks are of one family go
-    through the base once, each with its own job's adapter; each job then has its own loss, clipping, optimizer and
-    schedule. Padding, dropout and normalisation of a job do not depend on the others.
+    In a joint pass every unfinished job contributes one micro-batch, unless another `planner` is asked for. The rows of
+    jobs whose tasks are of one family go through the base once, each with its own job's adapter; each job then has its
+    own loss, clipping, optimizer and schedule. Padding, dropout and normalisation of a job do not depend on the others.
 
     Parameters
     ----------
@@ -80,7 +81,7 @@ class Fleet:
     output
         Folder for adapters, metrics, checkpoints and the report.
     checkpoint_every
-        Joint passes between checkpoints; 0 writes one at the end alone.
+        Joint passes (rounds of the planner) between checkpoints; 0 writes one at the end alone.
     keep_checkpoints
         How many of them stay.
     resume
@@ -101,6 +102,12 @@ class Fleet:
         Let the base's own dropout be on in training. Results then depend on the company.
     loggers
         Where metrics go besides ``metrics.jsonl``: ``tensorboard``, ``wandb``, ``{logger: name, **options}``.
+    planner
+        How examples are put into passes: a name of `lorry.training.pass_planner.PLANNERS`, ``{planner: name,
+        **options}`` or a `PassPlanner`; None is ``joined``, with `max_pad_ratio` and `max_tokens`.
+    max_memory
+        Bytes that training may take, by `lorry.training.estimate`, weights included: the planner makes its passes
+        small enough. For jobs that learn from text.
 
     Raises
     ------
@@ -125,6 +132,8 @@ class Fleet:
         max_tokens: int | None = None,
         base_dropout: bool = False,
         loggers: Any = None,
+        planner: Any = None,
+        max_memory: int | None = None,
     ) -> None:
         if checkpoint_every < 0 or keep_checkpoints < 1:
             raise OptionError("checkpoint_every must be at least 0 and keep_checkpoints at least 1.")
@@ -136,13 +145,16 @@ class Fleet:
         self.model = model
         self.checkpoint_every, self.keep = checkpoint_every, keep_checkpoints
         self.max_pad_ratio, self.max_tokens = max_pad_ratio, max_tokens
+        self.planner: PassPlanner = planner_from(planner, max_pad_ratio, max_tokens)
+        if max_memory is not None:
+            self.planner = self.planner.within(model, self.jobs, max_memory)
         self.show, self.console = progress, console
         self.base = Base(Setting(model, tokenizer), base_dropout)
         self.tick = 0
         self.runs = [Run(job) for job in self.jobs]
         self._metrics: dict[str, MetricsFile] = {}
         self._logs: dict[str, Logs] = {}
-        self._stop = False
+        self._stop, self._clock = False, 0.0
         self._begin()
         try:
             self._open(resume, overwrite)
@@ -175,6 +187,11 @@ class Fleet:
             except LorryError:
                 self._detach()
                 raise
+        try:
+            self.planner.check([run for run in self.runs if run.running], self.base.setting)
+        except LorryError:
+            self._detach()
+            raise
 
     def _calibrate(self, run: Run, prepared: Prepared) -> None:
         """Show the first examples to a method or a start that wants to see some; the same ones at a resumed run."""
@@ -278,33 +295,46 @@ class Fleet:
         return FleetResult(report, {r.name: r.adapter for r in self.runs if r.adapter is not None})
 
     def _tick(self) -> None:
-        """One joint pass, the optimizer steps that it completes, and what follows from them."""
-        begun = time.perf_counter()
-        runs = {run.name: run for run in self.runs if run.running}
-        for run in runs.values():
+        """One round of the planner: its passes, the optimizer steps that they complete, and what follows from them."""
+        self._clock = time.perf_counter()
+        tried = [run for run in self.runs if run.running]
+        for run in tried:
             run.open_step()
-        tried, runs = runs, {name: run for name, run in runs.items() if run.running}
-        shares = [run.share() for run in runs.values()]
-        complete = []
-        for number, group in enumerate(grouped(shares, self.max_pad_ratio, self.max_tokens)):
-            train_pass(self.base, group, mix_seed("base", self.tick, number))
-        for share in shares:
-            if runs[share.name].take(share):
-                complete.append(runs[share.name])
-        rows = {run.name: run.finish_step() for run in complete}
+        runs = {run.name: run for run in tried if run.running}
+        for number, group in enumerate(self.planner.passes(self._shares(runs))):
+            self._pass(runs, group, mix_seed("base", self.tick, number))
         self.tick += 1
-        elapsed = time.perf_counter() - begun
-        for run in runs.values():
-            run.progress.seconds += elapsed
-            row = rows.get(run.name)
-            if row is not None:
-                self._log(run.name, {**row, "seconds": round(run.progress.seconds, 4)})
-        stepped = [run for run in complete if run.running]
-        self._evaluate([run for run in stepped if self._due(run)])
-        self._finish([run for run in tried.values() if not run.running or run.progress.step >= run.total])
+        self._finish([run for run in tried if not run.running or run.progress.step >= run.total])
         over = not any(run.running for run in self.runs)
         if self._stop or over or (self.checkpoint_every and self.tick % self.checkpoint_every == 0):
             self.save_checkpoint()
+
+    def _shares(self, runs: Mapping[str, Run]) -> list[Share]:
+        """Return what the planner plans: the next micro-batch of each job, or whole steps of it."""
+        ahead = self.planner.steps_ahead
+        if not ahead:
+            return [run.share() for run in runs.values()]
+        return [share for run in runs.values() for share in run.ahead(ahead)]
+
+    def _pass(self, runs: Mapping[str, Run], planned: Sequence[Share], seed: int) -> None:
+        """One joint pass, for those of its jobs that still run; a pass without any is a no-op."""
+        for share in planned:
+            if runs[share.name].running:
+                runs[share.name].open_step()
+        group = [share for share in planned if runs[share.name].running]
+        if not group:
+            return
+        train_pass(self.base, group, seed)
+        complete = [runs[share.name] for share in group if runs[share.name].take(share)]
+        rows = {run.name: run.finish_step() for run in complete}
+        now = time.perf_counter()
+        for run in runs.values():
+            run.progress.seconds += now - self._clock
+            row = rows.get(run.name)
+            if row is not None:
+                self._log(run.name, {**row, "seconds": round(run.progress.seconds, 4)})
+        self._clock = now
+        self._evaluate([run for run in complete if run.running and self._due(run)])
 
     @staticmethod
     def _due(run: Run) -> bool:
@@ -403,43 +433,6 @@ def train(
 ) -> FleetResult:
     """Train one or several jobs on a base; see `Fleet` for the options."""
     return Fleet(model, tokenizer, [jobs] if isinstance(jobs, Job) else jobs, output, **options).train()
-
-
-def attach_job(model: nn.Module, job: Job) -> Adapter:
-    """Attach the adapter of a job to its base, not active."""
-    experts = job.experts()
-    if experts:
-        weights = {name: weight for name, (_, weight) in experts.items() if weight is not None}
-        made = from_adapters(
-            model,
-            job.make_method(),
-            {name: path for name, (path, _) in experts.items()},
-            weights=weights or None,
-            name=job.name,
-            seed=job.seed,
-            dtype=DTYPES[job.dtype],
-            activate=False,
-        )
-        if not made.parameters():
-            made.detach()
-            raise OptionError(
-                f"Job '{job.name}': {made.method.info.slug} built from {len(experts)} adapters has nothing left to "
-                "train. Give more adapters, or options that let it train them."
-            )
-        return made
-    return attach(
-        model,
-        job.make_method(),
-        targets=job.targets,
-        name=job.name,
-        seed=job.seed,
-        exclude=job.exclude,
-        layers=job.layers,
-        site_options=job.site_options,
-        train_also=job.modules_to_save,
-        dtype=DTYPES[job.dtype],
-        activate=False,
-    )
 
 
 def _facts(run: Run) -> dict[str, Any]:

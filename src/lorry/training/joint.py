@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorry.core.life.api import auxiliary_loss, context, rows
+from lorry.core.method.start import mix_seed
 
 from .routing import policy_loss
 from .task import Prepared, Setting, Tally, Task, split
@@ -58,6 +59,13 @@ class Share:
         and above 1 the difference between them trains what drew the routes.
     around
         What the job does around the pass, given the place of its rows.
+    step
+        The optimizer step that its examples belong to, counted from the one that is open.
+    chosen
+        Which examples of the data they are, where a planner takes the examples of a step apart; None for the next
+        micro-batch as a whole.
+    padding_free
+        Whether its rows lie one after another in a pass ``(1, tokens)``; all shares of a pass have the same.
     loss
         Filled in by the pass: the summed loss of its examples.
     penalty
@@ -77,6 +85,9 @@ class Share:
     auxiliary: float = 1.0
     draws: int = 1
     around: Callable[[Place], AbstractContextManager[Any]] | None = None
+    step: int = 0
+    chosen: tuple[int, ...] | None = None
+    padding_free: bool = False
     loss: float = 0.0
     penalty: float = 0.0
     records: dict[tuple[str, str], Tensor] = field(default_factory=dict)
@@ -106,6 +117,20 @@ class Share:
     def height(self) -> int:
         """Number of its rows in the pass."""
         return self.draws * sum(self.task.rows_of(e) for e in self.examples)
+
+    def part(self, places: Sequence[int]) -> Share:
+        """Return the share of some examples of a whole step, to go without padding; `places` are theirs in it."""
+        assert self.chosen is not None
+        chosen = tuple(self.chosen[i] for i in places)
+        return replace(
+            self,
+            examples=[self.examples[i] for i in places],
+            chosen=chosen,
+            seed=mix_seed(self.seed, *chosen),
+            auxiliary=len(chosen) / len(self.chosen),
+            padding_free=True,
+            records={},
+        )
 
     @property
     def row_tasks(self) -> list[int]:
@@ -202,7 +227,8 @@ def forward(base: Base, shares: Sequence[Share], seeds: dict[str, int] | None = 
     What the pass left behind (auxiliary losses, the state of its dropout) lasts as long as the context.
     """
     task, model = shares[0].task, base.model
-    batch = task.collate(base.setting, [e for share in shares for e in share.passed])
+    together = task.collate_in_one if shares[0].padding_free else task.collate
+    batch = together(base.setting, [e for share in shares for e in share.passed])
     facts = dict(batch.facts)
     if shares[0].task_ids is not None:
         tags = [tag for share in shares for tag in share.row_tasks]
@@ -212,15 +238,20 @@ def forward(base: Base, shares: Sequence[Share], seeds: dict[str, int] | None = 
     names = [share.name for share, size in zip(shares, sizes, strict=True) for _ in range(size)]
     with ExitStack() as stack:
         left = stack.enter_context(context(model, **facts))
-        stack.enter_context(rows(model, names, seeds=seeds))
+        stack.enter_context(rows(model, names, seeds=seeds, lengths=batch.lengths))
         start = 0
         for share, size in zip(shares, sizes, strict=True):
             if share.around is not None:
                 stack.enter_context(share.around(Place(start, start + size, sum(sizes))))
             start += size
         outputs = task.forward(base.setting, batch)
-        pairs = zip(shares, split(outputs, sizes), split(batch.targets, sizes), strict=True)
-        yield Outcome([(share.prepared.own(own), targets) for share, own, targets in pairs], left.records)
+        if batch.lengths is None:
+            own, targets = split(outputs, sizes), split(batch.targets, sizes)
+        else:
+            tokens = [sum(share.task.cost(e) for e in share.examples) for share in shares]
+            own, targets = outputs.split(tokens, 1), batch.targets.split(tokens, 1)
+        pairs = zip(shares, own, targets, strict=True)
+        yield Outcome([(share.prepared.own(out), wanted) for share, out, wanted in pairs], left.records)
 
 
 def train_pass(base: Base, shares: Sequence[Share], seed: int) -> None:

@@ -46,8 +46,8 @@ def causal_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
     Returns
     -------
     tuple[Tensor, int]
-        The sum as a float32 scalar with gradient (0 with zero gradients if nothing is labelled), and the
-        number of predictions.
+        The sum as a float32 scalar (float64 of few logits in float64) with gradient (0 with zero gradients if nothing
+        is labelled), and the number of predictions.
 
     Raises
     ------
@@ -61,7 +61,8 @@ def causal_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
     chosen = targets[index]
     _check_targets(chosen, logits.shape[-1], "vocabulary size", "the tokenizer does not belong to this model")
     if flat.numel() <= _CHUNK // 4:  # small enough that torch's own, which keeps a copy, is the cheaper
-        return F.cross_entropy(flat.float(), targets, ignore_index=IGNORE, reduction="sum"), count
+        exact = flat if flat.dtype == torch.float64 else flat.float()
+        return F.cross_entropy(exact, targets, ignore_index=IGNORE, reduction="sum"), count
     few = 2 * count < len(targets)
     arguments = (flat, chosen, index) if few else (flat, targets, None)
     total: Tensor = _ChunkedCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]

@@ -295,6 +295,12 @@ def pack_fit(rows: Sequence[Encoded], max_length: int) -> list[Encoded]:
     return packed
 
 
+def one_row(rows: Sequence[Encoded]) -> Encoded:
+    """Return rows one after another as one, with positions that begin anew at each."""
+    counts = [torch.arange(len(r), dtype=torch.int32) if r.position_ids is None else r.position_ids for r in rows]
+    return Encoded(torch.cat([r.input_ids for r in rows]), torch.cat([_labels(r) for r in rows]), torch.cat(counts))
+
+
 def _labels(row: Encoded) -> Tensor:
     if row.labels is None:
         raise DataError("Classification examples cannot be packed: each needs a row of its own.")

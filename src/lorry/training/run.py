@@ -166,11 +166,7 @@ class Run:
         p, train = self.progress, self.prepared.train
         if p.pending:
             return
-        for _ in range(self.job.gradient_accumulation_steps):
-            batch = next(self.cursor, None)
-            if batch is None:
-                break
-            p.pending.append(list(batch))
+        p.pending = self._drawn(self.cursor)
         p.micro, p.loss, p.penalty, p.size = 0, 0.0, 0.0, len(p.pending)
         p.labels = sum(self.prepared.task.count(train[i]) for batch in p.pending for i in batch)
         p.examples = sum(map(len, p.pending))
@@ -198,6 +194,38 @@ class Run:
             around=self._around if self.acting.dynamics else None,
         )
 
+    def _drawn(self, cursor: BatchCursor) -> list[list[int]]:
+        """Return the micro-batches of the step that a cursor comes to next; fewer, or none, at the end of the data."""
+        batches = (next(cursor, None) for _ in range(self.job.gradient_accumulation_steps))
+        return [list(batch) for batch in batches if batch is not None]
+
+    def ahead(self, steps: int) -> list[Share]:
+        """Return what is left of the step that is open and the steps after it as a share each, `steps` in all.
+
+        A planner takes them apart (`Share.part`). Their examples are not drawn anew in each pass.
+        """
+        assert self.prepared is not None and self.cursor is not None
+        p, made, cursor = self.progress, self.prepared, self.cursor.ahead()
+        shares = []
+        for number in range(min(steps, self.total - p.step)):
+            chosen = [i for batch in (self._drawn(cursor) if number else p.pending) for i in batch]
+            if not chosen:
+                break
+            labels = sum(made.task.count(made.train[i]) for i in chosen) if number else p.labels
+            shares.append(
+                Share(
+                    name=self.name,
+                    prepared=made,
+                    examples=made.train.take(chosen),
+                    seed=mix_seed(self.job.seed, "step", p.step + number),
+                    weight=1.0 / labels,
+                    around=self._around if self.acting.dynamics else None,
+                    step=number,
+                    chosen=tuple(chosen),
+                )
+            )
+        return shares
+
     def take(self, share: Share) -> bool:
         """Count a share that went through a pass; returns whether the step's gradient is complete."""
         p = self.progress
@@ -209,10 +237,16 @@ class Run:
         if not self.running:
             return False
         p.loss += share.loss
-        p.penalty += share.penalty / p.size
+        p.penalty += share.penalty * share.auxiliary
         p.size_seen += sum(share.task.cost(e) * share.task.rows_of(e) for e in share.examples)
         p.micro += 1
-        p.pending.pop(0)
+        if share.chosen is None:
+            p.pending.pop(0)
+        else:
+            left = [i for batch in p.pending for i in batch]
+            for i in share.chosen:
+                left.remove(i)
+            p.pending = [left] if left else []
         for key, value in share.records.items():
             self._records[key] = self._records[key] + value if key in self._records else value
         return not p.pending

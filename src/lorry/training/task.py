@@ -71,11 +71,14 @@ class Batch:
         counts rows; None if there is nothing to compare.
     facts
         What `lorry.context` tells methods of these rows (``padding_mask``, ``timestep``, ``token_kinds``).
+    lengths
+        Tokens of each row where all lie one after another in one ``(1, tokens)``; None where rows come first.
     """
 
     inputs: Mapping[str, Any]
     targets: Any = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    lengths: tuple[int, ...] | None = None
 
 
 class Report(Protocol):
@@ -242,6 +245,14 @@ class Task(ABC):
     @abstractmethod
     def collate(self, setting: Setting, examples: Sequence[Any]) -> Batch:
         """Return the rows of examples, which may be of several jobs, on the model's device."""
+
+    def padding_needed(self, setting: Setting, examples: Sequence[Any]) -> str | None:
+        """Return why rows of these examples cannot lie one after another in one ``(1, tokens)``; None if they can."""
+        return f"objective '{self.name}' works on whole rows"
+
+    def collate_in_one(self, setting: Setting, examples: Sequence[Any]) -> Batch:
+        """Return the rows of examples one after another, with their `Batch.lengths`; see `padding_needed`."""
+        raise DataError(f"Objective '{self.name}' cannot do without padding; use the planner 'joined'.")
 
     @abstractmethod
     def forward(self, setting: Setting, batch: Batch) -> Any:

@@ -18,7 +18,7 @@ from .data import Record
 from .data_errors import DataError
 from .heads import check_head
 from .losses import count_labels
-from .rows import Encoded
+from .rows import Encoded, one_row
 from .task import Batch, Examples, Setting, Task
 
 
@@ -83,6 +83,8 @@ class TextTask(Task):
     """
 
     unit: ClassVar[str] = "tokens"
+    #: Whether the loss is a sum over tokens that needs no borders of rows, but for first tokens, which have no label.
+    token_by_token: ClassVar[bool] = False
     task: ClassVar[str | None] = "causal-lm"
 
     def encode(
@@ -119,6 +121,35 @@ class TextTask(Task):
         if not how.token_types:
             batch.pop("token_type_ids", None)
         return Batch(batch, labels, {"padding_mask": mask})
+
+    def padding_needed(self, setting: Setting, examples: Sequence[Any]) -> str | None:
+        """Return why rows cannot lie one after another: a loss of whole rows, or a model that would mix them."""
+        if not self.token_by_token:
+            return super().padding_needed(setting, examples)
+        model = unwrapped(setting.model)
+        config: Any = getattr(model, "config", None)
+        attention = getattr(config, "_attn_implementation", "sdpa")
+        reach = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+        longest = max(map(len, examples))
+        if "position_ids" not in inspect.signature(model.forward).parameters:
+            return f"{type(model).__name__} takes no position_ids"
+        if getattr(model, "_is_stateful", False):
+            return f"{type(model).__name__} carries a state from one token to the next, across rows"
+        if attention not in ("sdpa", "eager"):
+            return f"its attention is '{attention}', which takes no mask of blocks (load the base with sdpa or eager)"
+        if any(isinstance(r, int) and r < longest for r in reach):
+            return f"its attention reaches fewer tokens back than the {longest} of the longest row"
+        return None
+
+    def collate_in_one(self, setting: Setting, examples: Sequence[Encoded]) -> Batch:
+        """Put rows one after another; positions begin anew with each, and a mask keeps them apart."""
+        how = TextPass.of(setting)
+        joined = collate([one_row(examples)], how.pad_id)
+        batch = {k: v.to(setting.device) for k, v in joined.items()}
+        dtype = getattr(setting.model, "dtype", torch.float32) if how.eager else None
+        batch["attention_mask"] = block_mask(batch["position_ids"], batch["attention_mask"], dtype)
+        labels = batch.pop("labels")
+        return Batch(batch, labels, lengths=tuple(map(len, examples)))
 
     def forward(self, setting: Setting, batch: Batch) -> Tensor:
         """Return the model's logits."""

@@ -30,6 +30,8 @@ from lorry.training.text_task import TextTask
 class TokenObjective(TextTask):
     """The loss and the metrics of all objectives that predict tokens."""
 
+    token_by_token: ClassVar[bool] = True
+
     def loss(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, int]:
         """Return the summed cross-entropy and the number of labelled tokens (`causal_loss`)."""
         return causal_loss(outputs, targets)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -34,14 +34,13 @@ def start(model: nn.Module, options: Federation, rank: int, seed: int, name: str
     With ``freeze: B`` the factors change places: B is drawn and A begins at zero.
     """
     job = options.make_job()
-    modules = [job.modules_to_save] if isinstance(job.modules_to_save, str) else list(job.modules_to_save)
     adapter = attach(
         model,
         method_of(options, rank),
         targets=job.targets,
         exclude=job.exclude,
         layers=job.layers,
-        train_also=modules,
+        train_also=modules_of(options),
         name=name,
         seed=seed,
         activate=False,
@@ -107,11 +106,31 @@ def beside(model: nn.Module, offset: Mapping[str, Factors]) -> Iterator[str | No
         adapter.detach()
 
 
-def attach_factors(model: nn.Module, factors: Mapping[str, Factors], name: str) -> Adapter:
-    """Attach a plain LoRA that holds factors, scale 1 at every site, not active."""
+def attach_factors(
+    model: nn.Module,
+    factors: Mapping[str, Factors],
+    name: str,
+    modules: Sequence[str] = (),
+    extra: Mapping[str, Tensor] | None = None,
+) -> Adapter:
+    """Attach a plain LoRA that holds factors, scale 1 at every site, not active; `extra` fills whole modules."""
     ranks = {path: {"rank": f.rank, "alpha": float(f.rank)} for path, f in factors.items()}
-    adapter = attach(model, LoRA(rank=1), targets=list(factors), site_options=ranks, name=name, activate=False)
+    adapter = attach(
+        model,
+        LoRA(rank=1),
+        targets=list(factors),
+        site_options=ranks,
+        train_also=modules,
+        name=name,
+        activate=False,
+    )
     found = {f"{path}.{key}": getattr(f, key.lower()).float() for path, f in factors.items() for key in "AB"}
-    load(adapter, found)
+    load(adapter, {**found, **(extra or {})})
     adapter.train(False)
     return adapter
+
+
+def modules_of(options: Federation) -> list[str]:
+    """Return the modules that are trained whole."""
+    modules = options.make_job().modules_to_save
+    return [modules] if isinstance(modules, str) else list(modules)

@@ -302,7 +302,9 @@ class Server:
         """Attach what the rounds made so far, not active; where nothing lies beside the factors, as the job has it."""
         options, model = self.options, self.setting.model
         if self.state.offset or self.state.pairs is None or self.state.folded:
-            made = holding.attach_factors(model, self.whole(), "federated")
+            made = holding.attach_factors(
+                model, self.whole(), "federated", holding.modules_of(options), self.state.extra
+            )
             try:
                 yield made
             finally:

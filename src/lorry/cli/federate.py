@@ -22,7 +22,9 @@ def federate(
     config: Annotated[Path, typer.Argument(help="YAML with base, out, job, clients, rounds and so on.")],
     replaced: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the YAML, e.g. job.rank=4; repeatable."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Replace a value of the YAML, e.g. rounds=5, rank=4; repeatable."
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last round in the output folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a federation in the output folder.")] = False,
@@ -76,7 +78,9 @@ def read(path: Path, overrides: list[str] | None = None) -> Federation:
         raise OptionError(f"{path} must hold a mapping with base, out and job; found {type(values).__name__}.")
     try:
         known = {f.name for f in dataclasses.fields(Federation)}
-        return from_options(Federation, override(values, overrides or (), known))
+        # as in a run of `lorry train`, what is no option of the whole is one of the job
+        texts = [t if t.partition("=")[0].split(".")[0] in known else f"job.{t}" for t in overrides or ()]
+        return from_options(Federation, override(values, texts, known))
     except OptionError as error:
         raise OptionError(f"{path}: {error}") from None
 

@@ -59,6 +59,16 @@ def test_a_simulation_writes_an_adapter_that_loads(run_file, tmp_path):
     assert program(run_file, "--overwrite")[0] == 0
 
 
+def test_a_private_simulation_that_is_replaced_begins_with_its_whole_budget(run_file, tmp_path):
+    pytest.importorskip("opacus", reason="the extra federated is not installed")
+    private = ["--set", "privacy={epsilon: 8, delta: 0.001}", "--set", "batch_size=4"]
+    assert program(run_file, *private)[0] == 0
+    code, said = program(run_file, "--overwrite", *private)
+    assert code == 0 and "epsilon" in said
+    spent = json.loads((tmp_path / "out" / "report.json").read_text())["privacy"]
+    assert {name: facts["steps"] for name, facts in spent.items()} == {"a": 2, "b": 2}
+
+
 def test_misuse_says_what_to_do(run_file, tmp_path):
     code, said = program(run_file, "--set", "clients.b.rank=4")
     assert code == 2 and "stack or svd" in said.replace("\n", " ")

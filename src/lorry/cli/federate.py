@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -103,6 +104,8 @@ def execute(options: Federation, *, resume: bool = False, overwrite: bool = Fals
     """Simulate a federation in this process."""
     from lorry.federated import simulate
 
+    if overwrite and (Path(options.out) / "clients").is_dir():
+        shutil.rmtree(Path(options.out) / "clients")  # what simulated clients spent goes with the run that spent it
     options, setting = loaded(options)
     clients = {name: _client(options, name, setting) for name in options.names()}
     return simulate(options, setting, clients, resume=resume, overwrite=overwrite)

@@ -109,8 +109,8 @@ class GridTransport:
             new = [node for node in here if node not in self.nodes.values()]
             for node, answer in self._ask(dict.fromkeys(new, b""), "query").items():
                 name = answer.decode() if isinstance(answer, bytes) else ""
-                if name and self.nodes.setdefault(name, node) != node:
-                    raise OptionError(f"Two nodes say that they are client '{name}'; give each its own name.")
+                if name:  # of two that give one name the first is asked, as long as it is there
+                    self.nodes.setdefault(name, node)
             if len(self.nodes) >= self.least or time.monotonic() > until:
                 return list(self.nodes)
             time.sleep(1)

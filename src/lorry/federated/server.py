@@ -200,8 +200,8 @@ class Server:
 
     def _chosen(self, number: int) -> list[str]:
         """Return the clients of a round: those that can be reached, or a share of them."""
-        allowed = self.options.names()
-        names = [n for n in allowed if n in self.transport.names()]
+        here = set(self.transport.names())
+        names = [n for n in self.options.names() if n in here]
         if self.options.fraction == 1:
             return names
         count = max(self.options.minimum, math.ceil(self.options.fraction * len(names)))

@@ -107,7 +107,7 @@ def test_the_budget_is_that_of_all_rounds_and_the_receipt_says_it(tmp_path, acco
     from opacus.accountants import create_accountant
 
     privacy = {"epsilon": 4.0, "delta": 1e-3, "accountant": accountant}
-    options = federation(tmp_path, privacy=privacy, rounds=3, local_steps=2)
+    options = federation(tmp_path, privacy=privacy, rounds=2, local_steps=3)
     made = server_of(options).run()
     spent = made.report["privacy"]["client-0"]
     assert spent["steps"] == 6

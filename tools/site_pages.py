@@ -190,6 +190,7 @@ def _leaves(command: Any, path: tuple[str, ...]) -> Iterable[tuple[tuple[str, ..
 def run_file_page() -> str:
     """Return the page of the files that commands read: a run's YAML, a merge recipe, what an objective takes."""
     from lorry.cli.run_file import RunFile
+    from lorry.federated import Federation, Privacy
     from lorry.merging.recipe import Recipe, RecipeInput, RecipeStep
     from lorry.training.data import DataSpec
     from lorry.training.jobs import Job
@@ -216,6 +217,7 @@ def run_file_page() -> str:
     for name, cls in OBJECTIVES.items():
         if dataclasses.is_dataclass(cls):
             lines += [f"## Objective `{name}`", *paragraphs(cls.__doc__)[:1], fields(cls)]
+    lines += ["## A federation: `lorry federate run.yaml`", fields(Federation), "### `privacy`", fields(Privacy)]
     lines += ["## A merge recipe: `lorry merge recipe.yaml`", fields(Recipe)]
     lines += ["### Each entry of `inputs`", fields(RecipeInput), "### Each entry of `schedule`", fields(RecipeStep)]
     return "\n\n".join(lines) + "\n"

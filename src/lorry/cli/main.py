@@ -20,6 +20,7 @@ from lorry.cli import (
     demo,
     doctor,
     evaluate,
+    federate,
     fuse,
     generate,
     init,
@@ -162,6 +163,7 @@ app.command("methods")(methods.methods)
 app.command("plan")(plan.plan)
 app.command("compare")(compare.compare)
 app.command("train", cls=train.TrainCommand)(train.train)
+app.command("federate")(federate.federate)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)

@@ -29,8 +29,8 @@ def test_loss_and_gradients_are_those_of_trl(form, unbiased, tmp_path):
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     tokenizer = byte_tokenizer()
     model = tiny(tokenizer)
-    objective = {"objective": "grpo", "reward": vowels, "group_size": 4, "max_new_tokens": 6, "beta": 0.2, "unbiased": unbiased,
-                 "temperature": 1.3, "form": form}  # fmt: skip
+    objective = {"objective": "grpo", "reward": vowels, "group_size": 4, "max_new_tokens": 6}
+    objective |= {"beta": 0.2, "unbiased": unbiased, "temperature": 1.3, "form": form}
     job = Job("job", PROMPTS, LORA, objective=objective, steps=1, batch_size=3)
     share, loss, gradients, adapter = first_pass(model, tokenizer, job, tmp_path / "mine")
     trainer = trl.GRPOTrainer(

@@ -27,7 +27,7 @@ def chosen_objective(name: str | None, options: Mapping[str, Any], facts: Sequen
     from lorry.training.objectives import OBJECTIVES, make_objective
 
     if name is not None:
-        return make_objective(name, options)
+        return _measurable(make_objective(name, options))
     fields = {f.name for f in dataclasses.fields(Job)}
     for fact in facts:
         job = fact.get("job")
@@ -43,5 +43,20 @@ def chosen_objective(name: str | None, options: Mapping[str, Any], facts: Sequen
                 f"Objective '{trained.name}' has no option '{unknown[0]}'. It has: {', '.join(sorted(known))}."
             )
         changed = {**({"packing": False} if "packing" in known else {}), **options}
-        return dataclasses.replace(trained, **changed)  # type: ignore[type-var]
+        return _measurable(dataclasses.replace(trained, **changed))  # type: ignore[type-var]
     raise OptionError(f"No adapter says what it was trained for: give --objective (one of {', '.join(OBJECTIVES)}).")
+
+
+def _measurable(goal: Any) -> Any:
+    """Refuse objectives whose rows cannot be measured one by one, without what a job draws or asks beside them."""
+    from lorry.training.task import Task
+    from lorry.training.text_task import TextTask
+
+    kind = type(goal)
+    plain = isinstance(goal, TextTask) and kind.collate is TextTask.collate and kind.draw is Task.draw
+    if not plain or goal.outputs is not None or goal.task not in ("causal-lm", "sequence-classification"):
+        raise OptionError(
+            f"Rows of '{goal.name}' cannot be measured one by one. Give its job eval_data or hold_out; the metrics are "
+            "in the run's report then."
+        )
+    return goal

@@ -296,8 +296,9 @@ def _understood() -> Iterator[None]:
 
 def _job(given: Job | Mapping[str, Any], number: int) -> Job:
     job = given if isinstance(given, Job) else Job.from_dict({"name": f"job-{number}", "data": [], **given})
-    if not isinstance(job.make_objective(), TextTask):
-        raise OptionError(f"Job '{job.name}' does not learn from text; only rows of tokens can be estimated.")
+    task = job.make_objective()
+    if not isinstance(task, TextTask) or type(task).collate is not TextTask.collate or task.outputs is not None:
+        raise OptionError(f"Job '{job.name}' does not learn from plain rows of tokens; only those can be estimated.")
     return job
 
 

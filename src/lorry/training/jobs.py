@@ -50,7 +50,9 @@ class Job:
     layers: tuple[int, ...] | None = option(None, "Indices of the transformer blocks to adapt; all if not given.")
     site_options: Mapping[str, Any] | None = option(None, "Pattern -> method options at the layers that match.")
     modules_to_save: Any = option((), "Whole modules to train beside the adapter, such as a new head.")
-    objective: Any = option("causal", "causal, completion, chat or classification; or {objective: name, **options}.")
+    objective: Any = option(
+        "causal", "Name of what is learned (causal, chat, dpo, ...); or {objective: name, **options}."
+    )
     columns: Mapping[str, str] | None = option(None, "Role -> column name, e.g. {text: review, label: stars}.")
     max_length: int | None = option(None, "Tokens of a row; the objective's own default if not given.", at_least=2)
     packing: bool = option(False, "Put several examples into a row.")

@@ -129,12 +129,7 @@ def observe(
         raise AdapterError(
             f"Adapter '{state.fused[0]}' is fused into the base; unfuse it before calibrating another one."
         )
-    moving = [name for name in probes if PROBES.find(name).moves]
-    if moving and len(probes) > 1:
-        raise AdapterError(
-            f"The probe '{moving[0]}' moves the weights between batches, so no other can watch beside it; observe with "
-            "each by itself."
-        )
+    _check_alone(probes)
     watching = {
         name: PROBES.find(name)(sites, components, **(options or {}).get(name, {})) for name, sites in probes.items()
     }
@@ -152,6 +147,16 @@ def observe(
     if not count:
         raise AdapterError("Calibration was given no batches.")
     return {name: probe.result(count) for name, probe in watching.items()}
+
+
+def _check_alone(probes: Mapping[str, Sequence[Site]]) -> None:
+    """Raise `AdapterError` if a probe that moves the weights would watch beside others."""
+    moving = [name for name in probes if PROBES.find(name).moves]
+    if moving and len(probes) > 1:
+        raise AdapterError(
+            f"The probe '{moving[0]}' moves the weights between batches, so no other can watch beside it; observe with "
+            "each by itself."
+        )
 
 
 def _past(adapter: Adapter) -> str | None:

@@ -29,16 +29,16 @@ def test_loss_and_gradients_are_those_of_trl(form, unbiased, tmp_path):
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     tokenizer = byte_tokenizer()
     model = tiny(tokenizer)
-    objective = {
-        "objective": "grpo",
-        "reward": vowels,
-        "group_size": 4,
-        "max_new_tokens": 6,
-        "beta": 0.2,
-        "unbiased": unbiased,
-        "temperature": 1.3,
-        "form": form,
-    }
+    objective = {"objective": "grpo", "reward": vowels, "group_size": 4, "max_new_tokens": 6}
+    objective |= {"beta": 0.2, "unbiased": unbiased, "temperature": 1.3, "form": form}
+    job = Job("job", PROMPTS, LORA, objective=objective, steps=1, batch_size=3)
+    share, loss, gradients, adapter = first_pass(model, tokenizer, job, tmp_path / "mine")
+    trainer = trl.GRPOTrainer(
+        model, vowels, processing_class=tokenizer, train_dataset=datasets.Dataset.from_list(PROMPTS),
+        args=trl.GRPOConfig(**{k: v for k, v in options(tmp_path).items() if k != "max_length"},
+                            loss_type=form, temperature=1.3, num_generations=4, max_completion_length=6,
+                            use_bias_correction_kl=unbiased),
+    )  # fmt: skip
     trainer.current_gradient_accumulation_steps = 1
     trainer.beta = 0.2  # set late: the reference is in the batch, and no second copy is wanted
     rows = [row for group in share.examples for row in group.rows]

@@ -90,12 +90,12 @@ def loaded(options: Federation) -> tuple[Federation, Setting]:
     """Return the run file with what the base's head needs filled in, and the base with its tokenizer."""
     from lorry.cli.bases import load_tokenizer
     from lorry.cli.run_file import RunFile
-    from lorry.cli.train import _base_and_jobs
+    from lorry.cli.train import base_and_jobs
     from lorry.training.task import Setting
 
     job = options.make_job()
     fields = {f.name: getattr(job, f.name) for f in dataclasses.fields(job)}
-    model, jobs = _base_and_jobs(RunFile(options.base, options.out, [fields], dtype=options.dtype))
+    model, jobs = base_and_jobs(RunFile(options.base, options.out, [fields], dtype=options.dtype))
     setting = Setting(model, load_tokenizer(options.base))
     return dataclasses.replace(options, job=jobs[0]), setting
 

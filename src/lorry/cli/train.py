@@ -107,7 +107,7 @@ def train(**flags: Any) -> None:
     if own["find_rate"]:
         from lorry.cli.find_rate import advise
 
-        return advise(run, *_base_and_jobs(run), own["as_json"])
+        return advise(run, *base_and_jobs(run), own["as_json"])
     report = execute(run, resume=own["resume"], overwrite=own["overwrite"])
     if own["as_json"]:
         print_json(report)
@@ -169,7 +169,7 @@ def execute(run: RunFile, *, resume: bool = False, overwrite: bool = False) -> d
     from lorry.cli.sizes import byte_count
     from lorry.training.fleet import Fleet
 
-    model, jobs = _base_and_jobs(run)
+    model, jobs = base_and_jobs(run)
     from lorry.cli.new_heads import load_processor
 
     fleet = Fleet(
@@ -192,7 +192,7 @@ def execute(run: RunFile, *, resume: bool = False, overwrite: bool = False) -> d
     return fleet.train().report
 
 
-def _base_and_jobs(run: RunFile) -> tuple[Any, list[Job]]:
+def base_and_jobs(run: RunFile) -> tuple[Any, list[Job]]:
     """Load the base with the head that the jobs need; parts of it that came without weights are
     trained by every job.
     """

@@ -13,7 +13,7 @@ import pytest
 import torch
 from training.tiny_bases import tiny_llama, token_rows
 
-from lorry.core.errors import CheckpointError
+from lorry.core.errors import CheckpointError, OptionError
 from lorry.training import Fleet, Job, train
 from lorry.training.report import read_metrics
 
@@ -195,3 +195,29 @@ def test_old_checkpoints_and_drafts_go(tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["00000003", "00000004"]
     files = {p.suffix for p in (tmp_path / "checkpoints").rglob("*") if p.is_file()}
     assert files == {".json", ".safetensors"}
+
+
+def test_two_runs_do_not_share_a_folder_and_nothing_is_touched(tmp_path):
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom lorry.training.folder_lock import locked\n"
+        "with locked(Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)\n"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(OptionError, match=f"Another run writes to .*process {holder.pid}"):
+            train(tiny_llama(), None, jobs()[2], tmp_path)
+        assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+    finally:
+        holder.kill()
+        holder.wait()
+    train(tiny_llama(), None, jobs()[2], tmp_path)  # the lock of a process that was killed is free
+    assert not (tmp_path / ".lock").exists() and (tmp_path / "report.json").is_file()
+
+
+def test_what_a_killed_run_left_half_written_goes_at_the_next_start(tmp_path):
+    left = tmp_path / "checkpoints" / ".draft-killed"
+    left.mkdir(parents=True)
+    (left / "job.safetensors").write_bytes(b"half")
+    train(tiny_llama(), None, jobs()[2], tmp_path)
+    assert not left.exists()

@@ -99,9 +99,14 @@ def save(folder: Path, tick: int, runs: Sequence[Run], offsets: Mapping[str, int
         shutil.rmtree(draft, ignore_errors=True)
     for old in _found(folder)[:-keep]:
         shutil.rmtree(old)
+    clear_drafts(folder)
+    return final
+
+
+def clear_drafts(folder: Path) -> None:
+    """Remove what a process that was killed left half written."""
     for left in folder.glob(".draft-*"):
         shutil.rmtree(left, ignore_errors=True)
-    return final
 
 
 def clear(folder: Path) -> None:

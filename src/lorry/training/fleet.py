@@ -26,6 +26,7 @@ from .attaching import attach_job
 from .batches import BatchPlan
 from .data_errors import DataError
 from .evaluate import evaluate
+from .folder_lock import locked
 from .jobs import Job, jobs_from
 from .joint import Base, Share, train_pass
 from .loggers import Logs, loggers_from
@@ -157,7 +158,8 @@ class Fleet:
         self._stop, self._clock = False, 0.0
         self._begin()
         try:
-            self._open(resume, overwrite)
+            with locked(self.output):
+                self._open(resume, overwrite)
         except BaseException:
             self._detach()
             raise
@@ -227,8 +229,11 @@ class Fleet:
                 run.adapter = None
 
     def _open(self, resume: bool, overwrite: bool) -> None:
-        """Open the output folder: take up a checkpoint, or start anew."""
+        """Open the output folder: take up a checkpoint, or start anew; what a run that was killed left half written
+        goes.
+        """
         folder = self.output / "checkpoints"
+        checkpoint.clear_drafts(folder)
         path = checkpoint.latest(folder) if resume else None
         there = checkpoint.latest(folder) is not None or (self.output / "report.json").exists()
         if there and not resume and not overwrite:
@@ -274,6 +279,7 @@ class Fleet:
         begun = time.perf_counter()
         active = open_state(self.model).active
         with (
+            locked(self.output),
             Bars(self.runs, self.show, self.console) as bars,
             self._interruptible(),
             self.base.mode(training=True),

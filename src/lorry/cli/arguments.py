@@ -35,6 +35,12 @@ ExcludeOption = Annotated[
 LayersOption = Annotated[
     str | None, typer.Option("--layers", help="Transformer blocks to adapt, e.g. 0-3,8; all if not given.")
 ]
+CheckBase = Annotated[
+    bool, typer.Option("--check-base/--any-base", help="Refuse adapters that were made for another base.")
+]
+Head = Annotated[
+    str, typer.Option("--task", help="Head: auto (the config's), causal-lm, sequence-classification or features.")
+]
 Dtype = Annotated[str, typer.Option("--dtype", help="Dtype of the base in memory: auto, float32, bfloat16, float16.")]
 
 _WEIGHTED = re.compile(r"(?P<path>.+):(?P<weight>[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)", re.IGNORECASE)

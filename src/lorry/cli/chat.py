@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorry.cli.arguments import BaseArgument, Dtype, adapter_references
+from lorry.cli.arguments import BaseArgument, CheckBase, Dtype, adapter_references
 from lorry.cli.generate import Composition, label, parse_composition
 from lorry.cli.output import failure, note
 from lorry.cli.sampling import (
@@ -24,6 +24,7 @@ from lorry.cli.sampling import (
     TopK,
     TopP,
     chat_tokens,
+    conversation,
     template_of,
 )
 from lorry.core.errors import LorryError, OptionError
@@ -49,9 +50,7 @@ def chat(
     repetition_penalty: RepetitionPenalty = 1.0,
     stop: Stop = None,
     seed: Seed = 0,
-    check_base: Annotated[
-        bool, typer.Option("--check-base/--any-base", help="Refuse adapters that were made for another base.")
-    ] = True,
+    check_base: CheckBase = True,
     dtype: Dtype = "auto",
 ) -> None:
     """Talk with a base and its adapters; answers appear as they are made. /help lists the commands."""
@@ -175,9 +174,8 @@ class Conversation:
                 said.append(text)
                 print(text, end="\n" if stream_end else "", flush=True)
 
-        first = [{"role": "system", "content": self.system}] if self.system else []
-        turns = [*self.messages, {"role": "user", "content": text}]
-        ids = torch.tensor([chat_tokens(self.tokenizer, [*first, *turns], self.template)], device=self.model.device)
+        turns = conversation(text, self.system, self.messages)
+        ids = torch.tensor([chat_tokens(self.tokenizer, turns, self.template)], device=self.model.device)
         streamer = Written(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         options = {"pad_token_id": self.tokenizer.pad_token_id, **self.sampling.options(self.tokenizer)}
         try:
@@ -186,5 +184,5 @@ class Conversation:
         except KeyboardInterrupt:
             streamer.end()
         answer = self.sampling.cut("".join(said))
-        self.messages = [*turns, {"role": "assistant", "content": answer}]
+        self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
         return answer

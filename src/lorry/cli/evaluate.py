@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorry.cli.arguments import BaseArgument, Dtype, Json, adapter_references, key_values
+from lorry.cli.arguments import BaseArgument, CheckBase, Dtype, Json, adapter_references, key_values
 from lorry.cli.output import note, out, print_json, progress, table
 from lorry.core.errors import OptionError
 
@@ -42,9 +42,7 @@ def evaluate(
     exact: Annotated[
         bool, typer.Option("--exact/--no-exact", help="Also generate, and count exact answers (completion).")
     ] = True,
-    check_base: Annotated[
-        bool, typer.Option("--check-base/--any-base", help="Refuse adapters that were made for another base.")
-    ] = True,
+    check_base: CheckBase = True,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:

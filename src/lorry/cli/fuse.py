@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorry.cli.arguments import Dtype, Json, adapter_references
+from lorry.cli.arguments import CheckBase, Dtype, Head, Json, adapter_references
 from lorry.cli.output import note, out, print_json
 from lorry.core.errors import CheckpointError, OptionError
 
@@ -27,13 +27,9 @@ def fuse(
     ] = None,
     to: Annotated[Path | None, typer.Option("--out", help="Folder for the model; must not exist.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
-    check_base: Annotated[
-        bool, typer.Option("--check-base/--any-base", help="Refuse adapters that were made for another base.")
-    ] = True,
+    check_base: CheckBase = True,
     dtype: Dtype = "auto",
-    task: Annotated[
-        str, typer.Option(help="Head: auto (the config's), causal-lm, sequence-classification or features.")
-    ] = "auto",
+    task: Head = "auto",
     as_json: Json = False,
 ) -> None:
     """Put adapters into a base and save the whole model, with a receipt of every step."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lorry.cli.arguments import BaseArgument, Dtype, Json, adapter_references
+from lorry.cli.arguments import BaseArgument, CheckBase, Dtype, Json, adapter_references
 from lorry.cli.output import note, out, print_json, table
 from lorry.cli.sampling import (
     MaxNewTokens,
@@ -73,9 +73,7 @@ def generate(
     stop: Stop = None,
     seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts in one batch.")] = 32,
-    check_base: Annotated[
-        bool, typer.Option("--check-base/--any-base", help="Refuse adapters that were made for another base.")
-    ] = True,
+    check_base: CheckBase = True,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:

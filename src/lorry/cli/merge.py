@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorry.cli.arguments import Dtype, Json, adapter_references
+from lorry.cli.arguments import CheckBase, Dtype, Head, Json, adapter_references
 from lorry.cli.fuse import into_base
 from lorry.cli.output import note, out, print_json
 from lorry.core.errors import OptionError
@@ -42,13 +42,9 @@ def merge(
     ] = None,
     to: Annotated[Path | None, typer.Option("--out", help="Folder for the merged model; must not exist.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
-    check_base: Annotated[
-        bool, typer.Option("--check-base/--any-base", help="Refuse adapters that were made for another base.")
-    ] = True,
+    check_base: CheckBase = True,
     dtype: Dtype = "auto",
-    task: Annotated[
-        str, typer.Option(help="Head: auto (the config's), causal-lm, sequence-classification or features.")
-    ] = "auto",
+    task: Head = "auto",
     as_json: Json = False,
 ) -> None:
     """Merge adapters with each other, by a recipe or by flags; the result is an adapter, with a receipt."""

@@ -11,6 +11,7 @@ from lorry.cli.arguments import (
     BASE_HELP,
     Dtype,
     ExcludeOption,
+    Head,
     Json,
     LayersOption,
     MethodOption,
@@ -36,9 +37,7 @@ def plan(
         list[str] | None,
         typer.Option("--train-also", help="Module to train whole beside the adapter; repeatable."),
     ] = None,
-    task: Annotated[
-        str, typer.Option(help="Head: auto (the config's), causal-lm, sequence-classification or features.")
-    ] = "auto",
+    task: Head = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of a micro-batch of each job, in training.")] = 8,
     length: Annotated[int, typer.Option(min=1, help="Tokens of a row or of a request.")] = 512,
     jobs: Annotated[int, typer.Option(min=1, help="Adapters of this sort that are trained or served at once.")] = 1,

@@ -112,7 +112,7 @@ def chat_tokens(tokenizer: Any, messages: Sequence[Mapping[str, str]], template:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def conversation(text: str, system: str | None) -> list[dict[str, str]]:
-    """Return a conversation that a user begins."""
+def conversation(text: str, system: str | None, before: Sequence[Mapping[str, str]] = ()) -> list[Mapping[str, str]]:
+    """Return a conversation up to what a user says now, `before` being the turns that went ahead."""
     first = [{"role": "system", "content": system}] if system else []
-    return [*first, {"role": "user", "content": text}]
+    return [*first, *before, {"role": "user", "content": text}]

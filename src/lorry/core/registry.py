@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
 
 from lorry.core.errors import LorryError, OptionError, near_misses
 
 T = TypeVar("T")
+C = TypeVar("C")
 _FIRST: list[str] = []
 
 
@@ -59,6 +60,17 @@ class Registry(Mapping[str, T], Generic[T]):
             raise self.error(f"Two {self.what}s are called '{name}': {_origin(found)} and {_origin(item)}.")
         self._items[name] = item
         return item
+
+    def named(self, name: str, **more: Any) -> Callable[[C], C]:
+        """Return a decorator that gives a class its ``name``, and other attributes, and registers it."""
+
+        def add(cls: C) -> C:
+            for attribute, value in {"name": name, **more}.items():
+                setattr(cls, attribute, value)
+            self.add(name, cls)  # type: ignore[arg-type]  # each registry's own decorator says what it takes
+            return cls
+
+        return add
 
     def discover(self) -> None:
         """Import what has not been imported yet."""

@@ -146,13 +146,7 @@ DYNAMICS.source(dynamics.__name__, dynamics.__path__)
 
 def register_dynamic(name: str) -> Callable[[D], D]:
     """Return a decorator that registers a dynamic under a name."""
-
-    def add(cls: D) -> D:
-        cls.name = name
-        DYNAMICS.add(name, cls)
-        return cls
-
-    return add
+    return DYNAMICS.named(name)
 
 
 def by_name(registry: Registry[Any], key: str, value: Any) -> Any:

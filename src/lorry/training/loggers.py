@@ -64,13 +64,7 @@ LOGGERS: Registry[type[Logger]] = Registry("logger")
 
 def register_logger(name: str) -> Callable[[L], L]:
     """Return a decorator that registers a logger under a name."""
-
-    def add(cls: L) -> L:
-        cls.name = name
-        LOGGERS.add(name, cls)
-        return cls
-
-    return add
+    return LOGGERS.named(name)
 
 
 def loggers_from(given: Any) -> list[Logger]:

@@ -76,13 +76,7 @@ PLANNERS.source(planners.__name__, planners.__path__)
 
 def register_planner(name: str) -> Callable[[P], P]:
     """Return a decorator that registers a planner under a name."""
-
-    def add(cls: P) -> P:
-        cls.name = name
-        PLANNERS.add(name, cls)
-        return cls
-
-    return add
+    return PLANNERS.named(name)
 
 
 def planner_from(value: Any, max_pad_ratio: float | None = 2.0, max_tokens: int | None = None) -> PassPlanner:

@@ -102,13 +102,7 @@ STARTS.source(__name__, __path__)
 
 def register_start(name: str, *, paper: str = "") -> Callable[[S], S]:
     """Return a decorator that registers a start under a name, with the reference of what published it."""
-
-    def add(cls: S) -> S:
-        cls.name, cls.paper = name, paper
-        STARTS.add(name, cls)
-        return cls
-
-    return add
+    return STARTS.named(name, paper=paper)
 
 
 def apply_start(start: Start, adapter: Adapter, batches: Sequence[Any], loss_fn: LossFn, seed: int) -> None:

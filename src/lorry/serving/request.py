@@ -13,8 +13,8 @@ from typing import Literal
 #: Which adapters apply, with which weights; empty for the bare base.
 Composition = Mapping[str, float]
 
-#: Why a request ended: a stop text, stop token or end of sequence; its limit of tokens; cancelled by its client; dropped by
-#: the scheduler, which could not meet its deadline; or a failure that is the server's.
+#: Why a request ended: a stop text, stop token or end of sequence; its limit of tokens; cancelled by its client; dropped
+#: by the scheduler, which could not meet its deadline; or a failure that is the server's.
 Finish = Literal["stop", "length", "cancelled", "dropped", "error"]
 
 
@@ -45,8 +45,8 @@ class Sampling:
     temperature
         0 is greedy.
     top_k, top_p, min_p
-        Draw among the k likeliest (0 for all), among the likeliest with this sum, among those with at least this part of
-        the likeliest's probability.
+        Draw among the k likeliest (0 for all), among the likeliest with this sum, among those with at least this part
+        of the likeliest's probability.
     repetition_penalty
         Divides positive and multiplies negative logits of tokens that occur in the prompt or the answer.
     presence_penalty, frequency_penalty

@@ -13,8 +13,8 @@ from typing import Literal
 #: Which adapters apply, with which weights; empty for the bare base.
 Composition = Mapping[str, float]
 
-#: Why a request ended: a stop text, stop token or end of sequence; its limit of tokens; cancelled by its client; dropped
-#: by the scheduler, which could not meet its deadline; or a failure that is the server's.
+#: Why a request ended: a stop text, stop token or end of sequence; its limit of tokens; cancelled by its client;
+#: dropped by the scheduler, which could not meet its deadline; or a failure that is the server's.
 Finish = Literal["stop", "length", "cancelled", "dropped", "error"]
 
 

@@ -106,11 +106,11 @@ def start_page() -> str:
     looks = {name: ", ".join(cls.probes) or "the weight alone" for name, cls in STARTS.items()}
     lines = [
         "# Starts",
-        "A start sets the tensors of an adapter before training, and is chosen apart from the method: `start: pissa` in "
-        "a [job](training.md), `--start pissa` as a flag, a name or an instance in Python. Where the product of A and B "
-        "is not zero at the start, a frozen pair takes it back, so that the model's function and the base's bytes are "
-        "unchanged, and any number of such adapters share one base; such an adapter is saved as plain LoRA of twice the "
-        "rank. What looks at more than the weight takes the first batches of the job's own data.",
+        "A start sets the tensors of an adapter before training, and is chosen apart from the method: `start: pissa` "
+        "in a [job](training.md), `--start pissa` as a flag, a name or an instance in Python. Where the product of A "
+        "and B is not zero at the start, a frozen pair takes it back, so that the model's function and the base's "
+        "bytes are unchanged, and any number of such adapters share one base; such an adapter is saved as plain LoRA "
+        "of twice the rank. What looks at more than the weight takes the first batches of the job's own data.",
         table(
             ("start", "paper", "looks at", "in a word"),
             ((f"[`{name}`](#{name})", cls.paper, looks[name], headline(cls)) for name, cls in STARTS.items()),

@@ -26,8 +26,14 @@ def full_weights(folder, base):
     return str(folder / "full.safetensors")
 
 
+def another_adapter(folder, base):
+    """A saved adapter on the base, of the rank that these tests use."""
+    lorry.attach(base, {"method": "lora", "rank": 3}, name="other", seed=77).save(folder / "other")
+    return str(folder / "other")
+
+
 #: Options without which a start cannot be made, from a folder and the base.
-NEEDS = {"loftq": {"original": full_weights}}
+NEEDS = {"loftq": {"original": full_weights}, "shared-down": {"adapter": another_adapter, "sites": "*"}}
 over_starts = pytest.mark.parametrize("start", list(STARTS))
 
 
@@ -165,7 +171,7 @@ def in_a_trainer(start, structure, folder, steps=4):
     from lorry.training.huggingface import with_adapters
 
     model = tiny_llama()
-    lorry.attach(model, {"method": structure, "rank": 4}, name="job", seed=1)
+    lorry.attach(model, {"method": structure, "rank": 3}, name="job", seed=1)
     data = [{"input_ids": r.input_ids.long(), "labels": r.labels.long()} for r in token_rows(32, (12, 12), 1).rows]
     arguments = TrainingArguments(**options(folder, steps=steps, save_steps=2))
     return with_adapters(Trainer, start=start)(model, arguments, train_dataset=data)

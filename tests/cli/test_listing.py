@@ -20,6 +20,7 @@ COMMANDS = (
     "merge",
     "convert",
     "inspect",
+    "limits",
     "methods",
     "bench",
     "demo",

@@ -107,9 +107,11 @@ def _plain(entry: Entry, resident: Resident) -> SiteFactors | None:
     if not {"stored", "plain"} <= able or entry.shared is not None or not entry.site.kind.plain_product:
         return None
     a, b = (resident.slot(entry.home, name) for name in ("A", "B"))
-    flat = all(len(s.shape) == 2 and s.nbytes and s.stride == (s.shape[1], 1) for s in (a, b)) and a.dtype == b.dtype
-    scale = cast(Bottleneck, entry.method).scale(entry.site)
-    return SiteFactors(entry, a, b, scale) if flat and a.dtype.is_floating_point else None
+    if len(a.shape) != 2 or len(b.shape) != 2 or not a.nbytes or a.dtype != b.dtype or not a.dtype.is_floating_point:
+        return None
+    rank, width = a.shape
+    dense = rank == 1 or (a.stride == (width, 1) and b.stride == (1, b.shape[0]))
+    return SiteFactors(entry, a, b, cast(Bottleneck, entry.method).scale(entry.site)) if dense else None
 
 
 @dataclass(frozen=True)
@@ -194,41 +196,43 @@ class _Short:
         places = [place for stretch in stretches for place in range(stretch.start, stretch.stop)]
         run = places == list(range(places[0], places[0] + len(places)))
         self._index = slice(places[0], places[-1] + 1) if run else torch.tensor(places, device=device)
-        counts = torch.tensor([stretch.stop - stretch.start for stretch in stretches], device=device)
-        self._counts = None if len(places) == len(stretches) else counts
-        weights = torch.tensor([stretch.weight for stretch in stretches], dtype=torch.float64)
-        scales = torch.stack([stretch.factors.scales for stretch in stretches]) * weights[:, None]
-        self._scales = scales.to(device, dtype)
-        addresses = [stretch.factors.addresses() for stretch in stretches]
+        #: Each stretch once for each of its tokens.
+        self._each = [stretch for stretch in stretches for _ in range(stretch.start, stretch.stop)]
+        weights = torch.tensor([stretch.weight for stretch in self._each], dtype=torch.float64)
+        scales = torch.stack([stretch.factors.scales for stretch in self._each]) * weights[:, None]
+        self._scales = scales.to(device, dtype)[:, :, None, None].unbind(1)
+        addresses = [stretch.factors.addresses() for stretch in self._each]
         whole = [address for address in addresses if address is not None]
-        self._units = torch.stack(whole).to(device) // ALIGNED if len(whole) == len(addresses) else None
+        self._units = None
+        if len(whole) == len(addresses):
+            self._units = torch.stack(whole, 2).to(device) // ALIGNED
 
     def made(self, number: int) -> _Made:
-        """Return what to multiply with at the site of a number: factors of each token, those of B scaled."""
+        """Return what to multiply with at the site of a number, for each token."""
         path = self.paths[number]
         site = self._stretches[0].factors.sites[path]
         if self._units is None:
-            pairs = [stretch.factors.ready(path) for stretch in self._stretches]
-            a, b = (torch.stack(each) for each in zip(*pairs, strict=True))
+            pairs = [stretch.factors.ready(path) for stretch in self._each]
+            a, b = torch.stack([a for a, _ in pairs]), torch.stack([b.t() for _, b in pairs])
         else:
-            pool = self._stretches[0].factors.resident.pool
-            a, b = (_windows(pool, s, self._units[:, number, at]) for at, s in enumerate((site.a, site.b)))
-        a, b = a.to(self._dtype).mT, (b.to(self._dtype) * self._scales[:, number, None, None]).mT.contiguous()
-        if self._counts is not None:
-            a, b = a.repeat_interleave(self._counts, 0), b.repeat_interleave(self._counts, 0)
-        return self._index, a, b, None
+            pool, (of_a, of_b) = self._stretches[0].factors.resident.pool, self._units[number]
+            rank = site.a.shape[0]
+            a, b = _windows(pool, site.a, rank, of_a), _windows(pool, site.b, rank, of_b)
+        return self._index, a.to(self._dtype).mT, b.to(self._dtype), self._scales[number]
 
 
-def _windows(pool: PagePool, slot: Slot, units: Tensor) -> Tensor:
-    """Return tensors of one shape from all over a pool ``(tensors, *shape)``; they begin at multiples of `ALIGNED`."""
+def _windows(pool: PagePool, slot: Slot, rank: int, units: Tensor) -> Tensor:
+    """Return tensors of one shape from all over a pool, ``(tensors, rank, width)`` as they lie in memory; they begin at
+    multiples of `ALIGNED`.
+    """
     flat = pool.rows(slot.dtype).view(-1)
     size, step = slot.nbytes // slot.dtype.itemsize, ALIGNED // slot.dtype.itemsize
     windows = flat.as_strided(((len(flat) - size) // step + 1, size), (step, 1))
-    return windows.index_select(0, units).view(-1, *slot.shape)
+    return windows.index_select(0, units).view(len(units), rank, -1)
 
 
-#: Which tokens; Aᵀ and Bᵀ, for all of them or one for each; and a scale, None where it is in Bᵀ.
-_Made = tuple[slice | Tensor, Tensor, Tensor, float | None]
+#: Which tokens; Aᵀ, Bᵀ and a scale, for all of them or one for each.
+_Made = tuple[slice | Tensor, Tensor, Tensor, float | Tensor]
 
 
 class SiteUpdate:
@@ -256,14 +260,14 @@ class SiteUpdate:
         flat, tokens = out.view(-1, out.shape[-1]), x.reshape(-1, x.shape[-1])
         for index, a, b, scale in self._made:
             part = tokens[index].to(a.dtype)
-            if scale is not None:
+            if isinstance(scale, float):
                 h = part @ a
                 if flat.dtype == b.dtype and isinstance(index, slice):
                     flat[index].addmm_(h, b, alpha=scale)
                 else:
                     _add(flat, index, (h @ b) * scale)
                 continue
-            h = torch.bmm(part.unsqueeze(1), a)
+            h = torch.bmm(part.unsqueeze(1), a).mul_(scale)
             if flat.dtype == b.dtype and isinstance(index, slice):
                 flat[index].unsqueeze(1).baddbmm_(h, b)
             else:

@@ -166,6 +166,7 @@ def prepare(active: Active, stretches: Sequence[Stretch], tokens: int, dtype: to
                 updates.setdefault(path, SiteUpdate(tokens)).parts.append((member, number))
     for path, update in updates.items():
         active.kept[STACKED, path] = update
+        active.ready[path] = False  # that way is for one adapter on all tokens
 
 
 class _Long:
@@ -203,32 +204,54 @@ class _Short:
         self._scales = scales.to(device, dtype)[:, :, None, None].unbind(1)
         addresses = [stretch.factors.addresses() for stretch in self._each]
         whole = [address for address in addresses if address is not None]
-        self._units = None
+        self._units: Tensor | None = None
         if len(whole) == len(addresses):
-            self._units = torch.stack(whole, 2).to(device) // ALIGNED
+            self._units = torch.stack(whole, 2).to(device) // ALIGNED  # (sites, A and B, tokens)
+        self._gathered: list[list[Tensor]] = [[], []]
 
     def made(self, number: int) -> _Made:
         """Return what to multiply with at the site of a number, for each token."""
-        path = self.paths[number]
-        site = self._stretches[0].factors.sites[path]
         if self._units is None:
-            pairs = [stretch.factors.ready(path) for stretch in self._each]
+            pairs = [stretch.factors.ready(self.paths[number]) for stretch in self._each]
             a, b = torch.stack([a for a, _ in pairs]), torch.stack([b.t() for _, b in pairs])
         else:
-            pool, (of_a, of_b) = self._stretches[0].factors.resident.pool, self._units[number]
-            rank = site.a.shape[0]
-            a, b = _windows(pool, site.a, rank, of_a), _windows(pool, site.b, rank, of_b)
+            if not self._gathered[0]:
+                sites = tuple(self._stretches[0].factors.sites.values())
+                ranks = [site.a.shape[0] for site in sites]
+                pool = self._stretches[0].factors.resident.pool
+                for which, slots in enumerate(([site.a for site in sites], [site.b for site in sites])):
+                    self._gathered[which] = _windows(pool, slots, ranks, self._units[:, which])
+            a, b = (gathered[number] for gathered in self._gathered)
         return self._index, a.to(self._dtype).mT, b.to(self._dtype), self._scales[number]
 
 
-def _windows(pool: PagePool, slot: Slot, rank: int, units: Tensor) -> Tensor:
-    """Return tensors of one shape from all over a pool, ``(tensors, rank, width)`` as they lie in memory; they begin at
-    multiples of `ALIGNED`.
+def _windows(pool: PagePool, slots: Sequence[Slot], ranks: Sequence[int], units: Tensor) -> list[Tensor]:
+    """Return tensors from all over a pool, for each slot ``(tokens, rank, width)`` as they lie in memory.
+
+    They begin at multiples of `ALIGNED`, so a tensor of any size is one row of a view of the pool whose rows overlap.
+    Sites whose tensors are of one shape are read together.
+
+    Parameters
+    ----------
+    pool
+        The pool.
+    slots, ranks
+        What is read: one tensor for each site.
+    units
+        Where they begin, in units of `ALIGNED` bytes ``(sites, tokens)``.
     """
-    flat = pool.rows(slot.dtype).view(-1)
-    size, step = slot.nbytes // slot.dtype.itemsize, ALIGNED // slot.dtype.itemsize
-    windows = flat.as_strided(((len(flat) - size) // step + 1, size), (step, 1))
-    return windows.index_select(0, units).view(len(units), rank, -1)
+    alike: dict[tuple[int, int, torch.dtype], list[int]] = {}
+    for number, (slot, rank) in enumerate(zip(slots, ranks, strict=True)):
+        alike.setdefault((rank, slot.nbytes, slot.dtype), []).append(number)
+    found: list[Tensor] = [units] * len(slots)
+    for (rank, nbytes, dtype), numbers in alike.items():
+        flat = pool.rows(dtype).view(-1)
+        size, step = nbytes // dtype.itemsize, ALIGNED // dtype.itemsize
+        windows = flat.as_strided(((flat.numel() - size) // step + 1, size), (step, 1))
+        read = windows.index_select(0, units[numbers].view(-1)).view(len(numbers), units.shape[1], rank, -1)
+        for number, tensor in zip(numbers, read.unbind(), strict=True):
+            found[number] = tensor
+    return found
 
 
 #: Which tokens; Aᵀ, Bᵀ and a scale, for all of them or one for each.

@@ -99,6 +99,32 @@ def method_page() -> str:
     return "\n\n".join(lines) + "\n"
 
 
+def start_page() -> str:
+    """Return the page of starts: what each looks at, what it does, and its options."""
+    from lorry.training.starts import STARTS
+
+    looks = {name: ", ".join(cls.probes) or "the weight alone" for name, cls in STARTS.items()}
+    lines = [
+        "# Starts",
+        "A start sets the tensors of an adapter before training, and is chosen apart from the method: `start: pissa` "
+        "in a [job](training.md), `--start pissa` as a flag, a name or an instance in Python. Where the product of A "
+        "and B is not zero at the start, a frozen pair takes it back, so that the model's function and the base's "
+        "bytes are unchanged, and any number of such adapters share one base; such an adapter is saved as plain LoRA "
+        "of twice the rank. What looks at more than the weight takes the first batches of the job's own data.",
+        table(
+            ("start", "paper", "looks at", "in a word"),
+            ((f"[`{name}`](#{name})", cls.paper, looks[name], headline(cls)) for name, cls in STARTS.items()),
+        ),
+    ]
+    for name, cls in STARTS.items():
+        lines += [f"## {name}", *paragraphs(cls.__doc__)[:1]]
+        fields = dataclasses.fields(cls)
+        options = [(f"`{f.name}`", f"`{_default(f.default)}`", str(f.metadata.get("help", ""))) for f in fields]
+        if options:
+            lines.append(table(("option", "default", "meaning"), options))
+    return "\n\n".join(lines) + "\n"
+
+
 def headline(cls: type) -> str:
     """Return what a method's file says in its first paragraph."""
     return paragraphs(importlib.import_module(cls.__module__).__doc__)[0]
@@ -255,6 +281,7 @@ def _directive(path: str, heading: str) -> str:
 
 PAGES: dict[str, Callable[[], str]] = {
     "methods.md": method_page,
+    "starts.md": start_page,
     "merge-methods.md": merge_method_page,
     "reference/command-line.md": command_page,
     "reference/files.md": run_file_page,

@@ -13,6 +13,7 @@ from lorry.bench import (
     decode,
     fleet,
     fuse,
+    limits,
     load,
     merge_adapters,
     methods,
@@ -202,3 +203,17 @@ def test_the_simulated_schedule_is_the_shortest_and_the_same_every_time():
     assert "pad-concat" in shown(schedule, result)
     with pytest.raises(lorry.OptionError, match="at least 1"):
         schedule.run(jobs=0)
+
+
+def test_limits_measures_growth_and_the_same_gradients():
+    result = limits.run(lengths="64,128,256", rounds=1)
+    assert list(result["lengths"]) == ["64", "128", "256"]
+    for row in result["lengths"].values():
+        assert row["relative error"] < 1e-6 and row["ratio to torch"]["ratio"] > 0
+    memory = result["slopes"]["bytes"]
+    assert memory["factors"] < 1.1 < 1.8 < memory["matrix"]
+    assert set(result["slopes"]["seconds"]) == {"factors", "torch", "matrix"}
+    assert "Growth with the length" in shown(limits, result)
+    assert limits.slope([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2)
+    with pytest.raises(lorry.OptionError, match="at least two numbers"):
+        limits.run(lengths="64")

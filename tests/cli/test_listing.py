@@ -20,6 +20,7 @@ COMMANDS = (
     "merge",
     "convert",
     "inspect",
+    "limits",
     "methods",
     "bench",
     "demo",
@@ -201,12 +202,13 @@ def test_as_a_program(base):
     assert bad.stderr.startswith("error: ") and len(bad.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("kind", ["start", "dynamics"])
+@pytest.mark.parametrize("kind", ["start", "scaling", "dynamics"])
 def test_methods_lists_the_other_choices_of_a_job(kind, lorry, run_json):
     from lorry.training.hooks import DYNAMICS
+    from lorry.training.scalings import SCALINGS
     from lorry.training.starts import STARTS
 
-    registry = {"start": STARTS, "dynamics": DYNAMICS}[kind]
+    registry = {"start": STARTS, "scaling": SCALINGS, "dynamics": DYNAMICS}[kind]
     listed = run_json("methods", "--kind", kind)[kind]
     assert listed.keys() == registry.keys()
     assert all(facts["is"] for facts in listed.values())
@@ -214,6 +216,14 @@ def test_methods_lists_the_other_choices_of_a_job(kind, lorry, run_json):
     assert run_json("methods", name, "--kind", kind)[kind] == {name: listed[name]}
 
 
+def test_methods_lists_presets_of_methods_and_of_combinations(lorry, run_json):
+    listed = run_json("methods", "--kind", "preset")["preset"]
+    assert listed["rslora"]["method"] == {"method": "lora", "rank_stabilized": True}
+    assert listed["lora-ga"]["start"] == "lora-ga" and listed["lora-ga"]["scaling"] == "rslora"
+    assert run_json("methods", "dude", "--kind", "preset")["preset"] == {"dude": listed["dude"]}
+    assert "lora-ggpo:beta=0.0" in lorry("methods", "flat-lora", "--kind", "preset").stdout
+
+
 def test_methods_of_a_kind_that_there_is_not(lorry):
     failed = lorry("methods", "--kind", "strat")
-    assert failed.exit_code == MISUSE and "structure, start, dynamics" in failed.stderr
+    assert failed.exit_code == MISUSE and "structure, start, scaling, dynamics, preset" in failed.stderr

@@ -26,8 +26,14 @@ def full_weights(folder, base):
     return str(folder / "full.safetensors")
 
 
+def another_adapter(folder, base):
+    """A saved adapter on the base, of the rank that these tests use."""
+    lorry.attach(base, {"method": "lora", "rank": 3}, name="other", seed=77).save(folder / "other")
+    return str(folder / "other")
+
+
 #: Options without which a start cannot be made, from a folder and the base.
-NEEDS = {"loftq": {"original": full_weights}}
+NEEDS = {"loftq": {"original": full_weights}, "shared-down": {"adapter": another_adapter, "sites": "*"}}
 over_starts = pytest.mark.parametrize("start", list(STARTS))
 
 
@@ -155,3 +161,37 @@ def test_alone_is_as_in_a_fleet(start, tmp_path):
     for (name, one, spec), (_, two, _) in zip(*(a.named_tensors() for a in pair), strict=True):
         assert torch.allclose(one, two, atol=1e-5), name
         assert spec.trained or torch.equal(one, begun[0][name])
+
+
+def in_a_trainer(start, structure, folder, steps=4):
+    """A Hugging Face Trainer with a start on a fresh adapter of a tiny Llama."""
+    from training.test_huggingface import options
+    from transformers import Trainer, TrainingArguments
+
+    from lorry.training.huggingface import with_adapters
+
+    model = tiny_llama()
+    lorry.attach(model, {"method": structure, "rank": 3}, name="job", seed=1)
+    data = [{"input_ids": r.input_ids.long(), "labels": r.labels.long()} for r in token_rows(32, (12, 12), 1).rows]
+    arguments = TrainingArguments(**options(folder, steps=steps, save_steps=2))
+    return with_adapters(Trainer, start=start)(model, arguments, train_dataset=data)
+
+
+@over_starts
+def test_a_trainer_begins_with_it_and_resumes(start, tmp_path):
+    start, before = made(start, tmp_path, tiny_llama()), snapshot(tiny_llama())
+    structure = next(iter(structures(start)))
+    (straight := in_a_trainer(start, structure, tmp_path / "run")).train()
+    (plain := in_a_trainer(None, structure, tmp_path / "plain")).train()
+    first, usual = (next(row["loss"] for row in t.state.log_history if "loss" in row) for t in (straight, plain))
+    assert (abs(first - usual) < 1e-4) == start.keeps_function
+    expected, other = (tensors(lorry.adapters(t.model)["job"]) for t in (straight, plain))
+    assert any(n not in other or not torch.equal(t, other[n]) for n, t in expected.items())
+    assert unchanged(straight.model, before)
+    resumed = in_a_trainer(start, structure, tmp_path / "run")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    found = tensors(lorry.adapters(resumed.model)["job"])
+    assert all(torch.equal(t, found[n]) for n, t in expected.items())
+    again = type(straight)(straight.model, straight.args, train_dataset=straight.train_dataset)
+    with pytest.raises(lorry.AdapterError, match="begun with a start already"):
+        again.train()

@@ -248,6 +248,22 @@ class AttentionCall:
         return self._scaling
 
     @property
+    def extras(self) -> tuple[str, ...]:
+        """What the product has besides scaling and masks: ``softcap``, ``sinks``, ``bias``, ``dropout``, ``hidden``.
+
+        ``hidden`` says that the implementation does not tell its mask.
+        """
+        p = self._of()
+        held = {
+            "softcap": p.softcap,
+            "sinks": p.sinks,
+            "bias": p.bias,
+            "dropout": p.dropout or None,
+            "hidden": p.refusal,
+        }
+        return tuple(name for name, value in held.items() if value is not None)
+
+    @property
     def probabilities(self) -> Tensor:
         """Probabilities ``(batch, heads, length, keys)`` before dropout, float32 or better; computed when asked for.
 

@@ -18,7 +18,7 @@ _LISTS = ("targets", "exclude", "modules_to_save", "labels", "dynamics", "built_
 #: Mappings, with what their values are.
 _PAIRS: dict[str, Callable[[Any], Any]] = {"columns": str, "stages": float, "schedule_options": lambda value: value}
 #: Parts of a job with options of their own, and what else their flags are called.
-_PARTS = (("method", "--option", "-o"), ("objective", "--objective-option"), ("start",))
+_PARTS = (("method", "--option", "-o"), ("objective", "--objective-option"), ("start",), ("scaling",))
 #: Options of the method that nearly every command line has.
 _SHORT = {"rank": int, "alpha": float}
 _SIMPLE = {"int": int, "float": float, "str": str, "bool": bool}

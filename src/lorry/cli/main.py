@@ -25,6 +25,7 @@ from lorry.cli import (
     generate,
     init,
     inspect_adapter,
+    limits,
     merge,
     methods,
     plan,
@@ -173,6 +174,7 @@ app.command("convert")(convert.convert)
 app.command("push")(push.push)
 app.command("pull")(push.pull)
 app.command("inspect")(inspect_adapter.inspect)
+app.command("limits")(limits.limits)
 app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)

@@ -11,18 +11,28 @@ from lorry.cli.arguments import Json
 from lorry.cli.output import out, print_json, table
 
 #: Kind of choice -> how its table is called; a job makes each choice by itself.
-KINDS = {"structure": "Methods", "start": "Starts", "dynamics": "Dynamics"}
+KINDS = {
+    "structure": "Methods",
+    "start": "Starts",
+    "scaling": "Scalings",
+    "dynamics": "Dynamics",
+    "preset": "Presets: published names for combinations of these",
+}
 
 
 def methods(
     slug: Annotated[
         str | None,
-        typer.Argument(help="Show this method, preset, start or dynamic alone, with the help of each option."),
+        typer.Argument(help="Show this method, preset, start, scaling or dynamic alone, with the help of each option."),
     ] = None,
-    kind: Annotated[str, typer.Option(help="What to list: structure (the methods), start, or dynamics.")] = "structure",
+    kind: Annotated[
+        str, typer.Option(help="What to list: structure (the methods), start, scaling, dynamics, or preset.")
+    ] = "structure",
     as_json: Json = False,
 ) -> None:
-    """List the methods: paper, family, site kinds, options, and what can be done with each; or starts and dynamics."""
+    """List the methods: paper, family, site kinds, options, and what can be done with each; or starts,
+    scalings, dynamics, or presets.
+    """
     from lorry.core.errors import OptionError, near_misses
 
     if kind not in KINDS:
@@ -31,6 +41,8 @@ def methods(
         )
     if kind == "structure":
         _structures(slug, as_json)
+    elif kind == "preset":
+        _presets(slug, as_json)
     else:
         _others(kind, slug, as_json)
 
@@ -52,12 +64,13 @@ def _structures(slug: str | None, as_json: bool) -> None:
 
 
 def _others(kind: str, slug: str | None, as_json: bool) -> None:
-    """Show the starts or the dynamics."""
+    """Show the starts, the scalings or the dynamics."""
     from lorry.core.registry import Registry
     from lorry.training.hooks import DYNAMICS
+    from lorry.training.scalings import SCALINGS
     from lorry.training.starts import STARTS
 
-    registries: dict[str, Registry[Any]] = {"start": STARTS, "dynamics": DYNAMICS}
+    registries: dict[str, Registry[Any]] = {"start": STARTS, "scaling": SCALINGS, "dynamics": DYNAMICS}
     registry = registries[kind]
     if slug is not None:
         registry.find(slug)
@@ -69,6 +82,31 @@ def _others(kind: str, slug: str | None, as_json: bool) -> None:
     out().print(table(KINDS[kind], (kind, "paper", "looks at", "is"), rows))
     if slug is not None:
         _print_options(known)
+
+
+def _presets(slug: str | None, as_json: bool) -> None:
+    """Show what published names stand for."""
+    from lorry.core.method.registry import presets
+    from lorry.training.presets import COMBINATIONS, named
+
+    names = sorted({*COMBINATIONS, *presets()}) if slug is None else [slug]
+    known = {name: named(name).to_dict() for name in names}
+    if as_json:
+        print_json({"preset": known})
+        return
+    parts = ("method", "start", "scaling", "dynamics")
+    rows = [(name, facts["paper"], *(_written(facts[part]) for part in parts)) for name, facts in known.items()]
+    out().print(table(KINDS["preset"], ("preset", "paper", *parts), rows))
+
+
+def _written(part: Any) -> str:
+    """Return a part of a preset as a flag has it: ``NAME:OPTION=VALUE``, several separated by commas."""
+    if isinstance(part, list):
+        return ", ".join(map(_written, part)) or "-"
+    if isinstance(part, dict):
+        name, *options = part.items()
+        return ":".join([str(name[1]), *(f"{k}={v}" for k, v in options)])
+    return str(part or "-")
 
 
 def _facts(cls: type) -> dict[str, Any]:

@@ -95,6 +95,51 @@ def _spectra(figure: Any, axis: Any, spectra: Any, paths: Sequence[str]) -> None
     figure.colorbar(image, ax=axis, shrink=0.9)
 
 
+def limits_map(panels: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, title: str) -> Path:
+    """Draw the ratio and the logit radius of each attention head, before and after, as maps of module by head.
+
+    Parameters
+    ----------
+    panels
+        Name ("before", "after") -> the records of `lorry.attention.HeadLimits`, in the order of the model.
+    path
+        The PNG file to write.
+    title
+        What the picture shows.
+    """
+    import numpy as np
+    from matplotlib.colors import LogNorm, Normalize
+
+    modules = list(dict.fromkeys(r["path"] for records in panels.values() for r in records))
+    heads = 1 + max(r["head"] for records in panels.values() for r in records)
+    shown = [("ratio", "Γ / √ln L", "viridis"), ("radius", "logit radius R", "magma")]
+    count = len(shown) * len(panels)
+    height = max(2.8, 1.7 + 0.26 * len(modules))
+    figure, axes = _canvas(1.8 + count * max(2.1, 0.3 * heads), height, count)
+    for number, (key, label, colours) in enumerate(shown):
+        maps = {}
+        for name, records in panels.items():
+            maps[name] = np.full((len(modules), heads), np.nan)
+            for r in records:
+                maps[name][modules.index(r["path"]), r["head"]] = r[key]
+        every = np.concatenate([m.ravel() for m in maps.values()])
+        most = max(float(np.nanmax(every)), 1e-6)
+        # radii of trained heads are tens of times those of others
+        scale = LogNorm(max(float(np.nanmin(every)), most / 1e4), most) if key == "radius" else Normalize(0, most)
+        own = axes[number * len(panels) : (number + 1) * len(panels)]
+        for position, (axis, (name, picture)) in enumerate(zip(own, maps.items(), strict=True)):
+            image = axis.imshow(picture, aspect="auto", cmap=colours, norm=scale)
+            axis.set_title(f"{label}, {name}" if len(panels) > 1 else label, fontsize=9)
+            axis.set_xticks(range(0, heads, max(1, heads // 16)))
+            axis.set_xlabel("head")
+            named = not (number or position) and len(modules) <= NAMED_ROWS
+            axis.set_yticks(range(len(modules)) if named else [], [_short(p) for p in modules] if named else [])
+            axis.tick_params(labelsize=8)
+        figure.colorbar(image, ax=list(own), shrink=0.9)
+    figure.suptitle(title, fontsize=11)
+    return _save(figure, path)
+
+
 def _label(path: str) -> str:
     """Return the name of a site with its parent where that says more (``mlp.experts`` of a bank keeps
     both).

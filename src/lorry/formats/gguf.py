@@ -313,7 +313,7 @@ def _refuse_foreign(file: AdapterFile, plain: Sequence[Plain], facts: Mapping[st
     whole = [p for p, m in file.methods.items() if m.whole] + list(file.base_copies)
     if whole:
         raise CheckpointError(
-            f"'{whole[0]}' was trained whole, which a LoRA file of llama.cpp cannot hold. Merge the adapter into the "
+            f"'{whole[0]}' was trained whole, which a LoRA file of llama.cpp cannot hold. Fuse the adapter into the "
             "base and convert that with convert_hf_to_gguf.py."
         )
     for item in plain:

@@ -87,13 +87,13 @@ def _check(file: AdapterFile, plain: list[Plain], max_rank: int) -> None:
     if whole:
         raise CheckpointError(
             f"vLLM takes no modules that were trained whole, and '{whole[0]}' was. Fuse the adapter into the base "
-            "(lorry merge) and serve that, or train without modules_to_save."
+            "(lorry fuse) and serve that, or train without modules_to_save."
         )
     for item in plain:
         if item.site.kind.name not in ("linear", "embedding"):
             raise CheckpointError(
                 f"vLLM has no LoRA at '{item.site.path}' ({item.site.kind.name}). Fuse the adapter into the base "
-                "(lorry merge) and serve that."
+                "(lorry fuse) and serve that."
             )
     widest = max((item.rank for item in plain), default=0)
     if widest > max_rank:

@@ -88,6 +88,11 @@ class AdaLoRA(Bottleneck):
         """Return alpha over the initial rank; it stays when ranks fall."""
         return 1.0 if self.alpha is None else self.alpha / self.initial_rank
 
+    @property
+    def alpha_rank(self) -> int:
+        """The initial rank."""
+        return self.initial_rank
+
     def penalty(self, places: Places) -> Tensor | None:
         """Return how far A and B are from orthonormal."""
         if not self.orthogonality or not places:

@@ -86,6 +86,11 @@ class BlockLoRA(Bottleneck):
         a, b = tensors["A"], tensors["B"].sum(-3)
         return (a, b) if self.partition == "rank" else (a.repeat(*[1] * (a.ndim - 1), self.blocks), b)
 
+    @property
+    def alpha_rank(self) -> None:
+        """None: its scale is alpha over the root of one of two ranks, by an option of its own."""
+        return None
+
     def scale(self, site: Site) -> float:
         """Return alpha/sqrt(r)."""
         return self.alpha / math.sqrt(self.rank if self.scale_rank == "total" else self.rank / self.blocks)

@@ -93,6 +93,11 @@ class ReMix(Bottleneck):
         """Return the draws of each row; one where nothing is drawn."""
         return 1 if self.constant else self.draws
 
+    @property
+    def alpha_rank(self) -> int:
+        """The ranks of all active experts together."""
+        return self.top_k * self.rank
+
     def mid(self, h: Tensor, call: Call, tensors: Tensors) -> Tensor:
         """Keep the units of the selected experts."""
         logits = self._logits(call, tensors["router"])

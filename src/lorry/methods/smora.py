@@ -79,6 +79,11 @@ class SMoRA(Bottleneck):
         """Return alpha/top_k: gates average to 1 over the active ranks."""
         return self.alpha / self.top_k
 
+    @property
+    def alpha_rank(self) -> int:
+        """The number of active ranks."""
+        return self.top_k
+
     def mid(self, h: Tensor, call: Call, tensors: Tensors) -> Tensor:
         """Return the rank units times their gates."""
         units, logits = h.split([self.rank, self.experts], dim=-1)

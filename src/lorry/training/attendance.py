@@ -14,13 +14,14 @@ from lorry.core.errors import AdapterError
 from lorry.core.life import duties
 from lorry.core.life.adapter import Adapter
 from lorry.core.life.api import context
-from lorry.core.life.calibrate import calibrate, needs_calibration
+from lorry.core.life.calibrate import calibrate, needs_calibration, past_of
 from lorry.core.life.state import state_of
 from lorry.core.method.context import Context
 
 from .loop import Companion, facts_of
 from .objectives import Causal, Classification
 from .routing import policy_loss, repeated
+from .starts import Start, apply_start
 
 #: Batches that methods see before training.
 _CALIBRATION = 8
@@ -37,12 +38,15 @@ class Attendance:
     ----------
     trainer
         A ``transformers.Trainer`` whose model carries adapters in training.
+    start
+        How their tensors begin; None for the methods' own way.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, start: Start | None = None) -> None:
         self.trainer = trainer
+        self.start = start
         self.companion = Companion(trainer.model)
-        self._inside = False
+        self._inside = self._started = False
 
     @property
     def adapters(self) -> dict[str, Adapter]:
@@ -65,17 +69,19 @@ class Attendance:
         return AfterStep()
 
     def calibrate(self, compute_loss: Callable[..., Any]) -> None:
-        """Show the first batches to methods that want to see some; the same ones when a run is resumed."""
+        """Show the first batches to methods and a start that want to see some; the same ones when a run is resumed."""
         for adapter in self.adapters.values():
             duties.attend(adapter, duties.CALIBRATION, duties.DRAWS)
         waiting = [a for a in self.adapters.values() if needs_calibration(a)]
-        if not waiting:
+        starting = self._starting()
+        if not waiting and not starting:
             return
         # ranks may move, so that parameters are others than an optimizer was made for
         if self.trainer.optimizer is not None:
             raise AdapterError(
                 "Calibration comes before the optimizer; do not give the trainer an optimizer of your own for adapters "
-                f"that want to see batches first ({', '.join(a.name for a in waiting)}), or calibrate them before."
+                f"that want to see batches first ({', '.join(a.name for a in waiting or starting)}), or calibrate them "
+                "before."
             )
         with torch.random.fork_rng(devices=[]):  # the order of the data in training stays what it is
             torch.manual_seed(self.trainer.args.seed)
@@ -88,6 +94,23 @@ class Attendance:
 
         for adapter in waiting:
             calibrate(adapter, batches, loss, again=True)
+        for adapter in starting:
+            assert self.start is not None
+            apply_start(self.start, adapter, batches, loss, self.trainer.args.seed)
+
+    def _starting(self) -> list[Adapter]:
+        """Return the adapters whose start is yet to be made, which must be fresh."""
+        if self.start is None or self._started:
+            return []
+        self._started = True
+        for adapter in self.adapters.values():
+            past = "has begun with a start already" if "start" in adapter.metadata else past_of(adapter)
+            if past is not None:
+                raise AdapterError(
+                    f"Adapter '{adapter.name}' {past}, and the start '{self.start.name}' would set its tensors anew. "
+                    "Attach a fresh adapter, or make the trainer without a start."
+                )
+        return list(self.adapters.values())
 
     @contextmanager
     def told(self, inputs: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Context]]:

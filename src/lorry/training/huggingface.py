@@ -21,7 +21,8 @@ from lorry.core.life.adapter import Adapter
 from lorry.core.life.api import adapters
 
 from .attendance import Attendance
-from .hooks import make_dynamics
+from .hooks import by_name, make_dynamics
+from .starts import STARTS, Start
 from .trainer_dynamics import acting
 
 #: Exact tensors of all adapters, for resuming; beside it are adapters as `Adapter.save` writes them.
@@ -29,7 +30,7 @@ STATE_FILE = "lorry_adapters.safetensors"
 FOLDER = "adapters"
 
 
-def with_adapters(trainer_class: type[Any], dynamics: Any = ()) -> type[Any]:
+def with_adapters(trainer_class: type[Any], dynamics: Any = (), start: Any = None) -> type[Any]:
     """Return a Trainer class that trains adapters with all that their methods need, and saves them instead of the base.
 
     Each checkpoint gets a folder ``adapters/NAME`` for every adapter in training, which loads like any saved one, and
@@ -43,6 +44,9 @@ def with_adapters(trainer_class: type[Any], dynamics: Any = ()) -> type[Any]:
     dynamics
         What acts on the training of the one adapter, as in `lorry.training.Job`: names, mappings ``{dynamics: name,
         **options}`` or instances. Their stages are for jobs alone.
+    start
+        How the tensors of fresh adapters begin, as in `lorry.training.Job`: a name, ``{start: name, **options}`` or an
+        instance. One that wants to see data is shown the trainer's first batches.
 
     Raises
     ------
@@ -52,19 +56,19 @@ def with_adapters(trainer_class: type[Any], dynamics: Any = ()) -> type[Any]:
     CheckpointError
         At resuming, if the checkpoint holds other adapters than the model.
     OptionError
-        Unknown dynamics, or such as cannot act together.
+        Unknown dynamics or an unknown start, or dynamics that cannot act together.
     """
     chosen = make_dynamics(dynamics)
-    made = _with_adapters(trainer_class)
+    made = _with_adapters(trainer_class, by_name(STARTS, "start", start))
     return acting(made, chosen, trained_adapters, load_adapters) if chosen else made
 
 
-def _with_adapters(trainer_class: type[Any]) -> type[Any]:
+def _with_adapters(trainer_class: type[Any], start: Start | None) -> type[Any]:
     class WithAdapters(trainer_class):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             trained_adapters(self.model)
-            self.lorry = Attendance(self)
+            self.lorry = Attendance(self, start)
             self.add_callback(self.lorry.callback())
 
         def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -21,6 +21,8 @@ from .aliases import with_aliases
 from .data import DataSpec
 from .hooks import Dynamic, by_name, make_dynamics
 from .objectives import OBJECTIVES, make_objective
+from .presets import parts_of
+from .scalings import SCALINGS, Scaling
 from .schedule import SCHEDULES, Schedule
 from .short_forms import spelled_out
 from .starts import STARTS, Start
@@ -45,6 +47,9 @@ class Job:
     name: str = option(MISSING, "Name of the job and of its adapter.")
     data: Any = option(MISSING, "Training data: a file or folder, a mapping {path, format, split, limit}, or records.")
     method: Any = option(None, "Slug of the method, or a mapping {method: slug, **options}.")
+    preset: str | None = option(
+        None, "Published name of a method with a start, a scaling and dynamics; see `lorry methods --kind preset`."
+    )
     targets: Any = option("all-linear", "Which layers get adapters: a preset, a name, a pattern, or a list of these.")
     exclude: Any = option((), "Layers to leave out, in the same syntax.")
     layers: tuple[int, ...] | None = option(None, "Indices of the transformer blocks to adapt; all if not given.")
@@ -87,6 +92,9 @@ class Job:
     )
     start: Any = option(
         None, "How the adapter starts, if not in its method's way: a name, or {start: name, **options}."
+    )
+    scaling: Any = option(
+        None, "How alpha and rank scale the update, if not in the method's way: a name, or {scaling: name, **options}."
     )
     dynamics: Any = option((), "What acts on the training itself: names, or mappings {dynamics: name, **options}.")
     stages: Mapping[str, float] | None = option(
@@ -131,6 +139,8 @@ class Job:
         if self.betas is not None and len(self.betas) != 2:
             raise OptionError(f"Job '{self.name}': betas are two numbers, found {self.betas!r}.")
         self._check_task_ids()
+        for part, value in parts_of(self).items():
+            object.__setattr__(self, part, value)
         self.make_method()
         self.make_objective()
         self.make_schedule()
@@ -200,8 +210,10 @@ class Job:
         return from_options(cls, spelled_out(values, known=known))
 
     def make_method(self) -> Method:
-        """The method, built from its slug or mapping."""
-        return self.method if isinstance(self.method, Method) else method_from(self.method)
+        """The method, built from its slug or mapping, with the job's scaling."""
+        method = self.method if isinstance(self.method, Method) else method_from(self.method)
+        scaling = self.make_scaling()
+        return method if scaling is None else scaling.of(method)
 
     def make_schedule(self) -> Schedule:
         """The course of the learning rate after its warm-up."""
@@ -210,6 +222,11 @@ class Job:
     def make_start(self) -> Start | None:
         """What sets the adapter's tensors before training; None for the method's own way."""
         found = by_name(STARTS, "start", self.start)
+        return found
+
+    def make_scaling(self) -> Scaling | None:
+        """What scales the update; None for the method's own way."""
+        found = by_name(SCALINGS, "scaling", self.scaling)
         return found
 
     def make_dynamics(self) -> list[Dynamic]:
@@ -289,7 +306,7 @@ def _roles(name: str) -> list[str]:
 def _plain(value: Any) -> Any:
     if isinstance(value, Method):
         return value.to_dict()
-    if isinstance(value, Task | Start | Dynamic):
+    if isinstance(value, Task | Start | Scaling | Dynamic):
         return {"name": value.name, **{f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}}  # type: ignore[arg-type]
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}

@@ -16,7 +16,7 @@ from lorry.core.method.registry import METHODS
 from .aliases import renamed
 
 #: Parts of a job that have options of their own: ``part: name`` and ``part_options: {...}``, or both in one mapping.
-PARTS = ("method", "objective", "start")
+PARTS = ("method", "objective", "start", "scaling")
 #: Options that exclude each other: a job that sets one does not take the other from the defaults.
 _RIVALS = {"steps": "epochs", "epochs": "steps"}
 

@@ -65,7 +65,7 @@ def calibrate(
     wanted = {path: e for path, e in adapter.entries.items() if e.method.calibration != "none"}
     if not wanted:
         raise AdapterError(f"Adapter '{adapter.name}' ({adapter.method.info.slug}) takes no calibration.")
-    past = None if again else _past(adapter)
+    past = None if again else past_of(adapter)
     if past is not None:
         raise AdapterError(
             f"Adapter '{adapter.name}' {past}, and calibration sets its tensors anew: what it learned would be lost. "
@@ -159,7 +159,7 @@ def _check_alone(probes: Mapping[str, Sequence[Site]]) -> None:
         )
 
 
-def _past(adapter: Adapter) -> str | None:
+def past_of(adapter: Adapter) -> str | None:
     """Return why an adapter is not fresh, as the rest of a sentence; None if it is."""
     if "calibration" in adapter.metadata:
         return "was calibrated already"

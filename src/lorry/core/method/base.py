@@ -130,6 +130,13 @@ class Method(ABC):
         return self.info.linear_in_scale and "alpha" in {f.name for f in dataclasses.fields(self)}  # type: ignore[arg-type]
 
     @property
+    def alpha_rank(self) -> int | None:
+        """The rank by which ``alpha`` is divided in the scale of the update; None if no alpha over a rank scales it."""
+        rank = getattr(self, "rank", None)
+        has = "alpha" in {f.name for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return rank if has and isinstance(rank, int) else None
+
+    @property
     def members(self) -> tuple[str, ...]:
         """Names of other adapters whose updates this one reads (`Call.update_of`)."""
         return ()

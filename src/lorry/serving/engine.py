@@ -1,0 +1,390 @@
+"""The engine: many requests, each with its own composition of adapters or none, in one pass at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorry.core.errors import OptionError
+from lorry.core.life.page_pool import PagePool
+from lorry.core.receipt import Receipt
+from lorry.formats.file import AdapterFile
+from lorry.serving.admission import Need, peak_pages
+from lorry.serving.options import EngineOptions
+from lorry.serving.paging.batch import Batch, Part
+from lorry.serving.paging.blocks import Blocks
+from lorry.serving.paging.hooks import PagedModel
+from lorry.serving.paging.store import Store
+from lorry.serving.request import Finish, Output, Request
+from lorry.serving.results import Completed, Served, Stats
+from lorry.serving.runner import Runner
+from lorry.serving.sequence import Sequence
+from lorry.serving.served import Catalogue
+
+#: A sequence and how many of its tokens a pass computes.
+_Share = tuple[Sequence, int]
+
+
+class Engine:
+    """Serves requests on one base, batched anew at every step.
+
+    One thread calls `step`; every other method may be called from any thread.
+
+    Parameters
+    ----------
+    model
+        A causal language model of transformers, quantised or not. Adapters that it carries already are served under
+        their names. It is left in evaluation mode, and must not be trained meanwhile.
+    tokenizer
+        Gives the texts of answers; None for answers without text.
+    options
+        Memory and limits.
+
+    Raises
+    ------
+    OptionError
+        The model does not go through transformers' attention interface and cache, or the pool is too small for a page.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, options: EngineOptions | None = None) -> None:
+        self.options = options if options is not None else EngineOptions()
+        self.tokenizer = tokenizer
+        model.eval()
+        paged = PagedModel(model)
+        shape = paged.shape()
+        page_bytes = shape.page_bytes(self.options.page_tokens)
+        pages = self.options.pages if self.options.pages is not None else self.options.pool_bytes // page_bytes
+        self._pool = PagePool(pages, page_bytes, shape.device)
+        self._blocks = Blocks(self._pool, self.options.page_tokens, self.options.prefix_cache)
+        self._runner = Runner(paged, Store(self._pool, shape, self.options.page_tokens))
+        self._passes = threading.RLock()  # held while the model runs, and while its adapters are changed
+        self._lock = threading.Lock()  # guards the queues
+        self._catalogue = Catalogue(model, self._passes)
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._known: dict[str, Sequence] = {}
+        config: Any = model.config
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self._context: int | None = getattr(text, "max_position_embeddings", None)
+        self._vocabulary: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        self._ends = _end_tokens(model)
+        self._counts = dict.fromkeys(("prefilled", "cached", "decoded", "hits", "misses", "steps", "finished"), 0)
+
+    # -- requests
+
+    def submit(self, request: Request) -> None:
+        """Take a request in; its outputs come from `step`.
+
+        Raises
+        ------
+        AdapterError
+            Its composition names an adapter that is not served.
+        OptionError
+            A prompt that is empty, has tokens that the model does not know, or is too long for the model or for the
+            pool together with the answer; a weight or a number out of range; an id that is under way.
+        """
+        self._check(request)
+        resolved = self._catalogue.acquire(request.composition)
+        sequence = Sequence(request, resolved)
+        with self._lock:
+            taken = request.id in self._known
+            if not taken:
+                self._known[request.id] = sequence
+                self._waiting.append(sequence)
+        if taken:
+            self._catalogue.give_back(resolved)
+            raise OptionError(f"A request '{request.id}' is under way already. Give each request an id of its own.")
+
+    def cancel(self, id: str) -> bool:
+        """End a request at the next step; returns whether it was under way."""
+        with self._lock:
+            sequence = self._known.get(id)
+            if sequence is not None:
+                sequence.cancelled = True
+            return sequence is not None
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is under way."""
+        with self._lock:
+            return not self._known
+
+    def generate(self, requests: Iterable[Request]) -> list[Completed]:
+        """Submit requests and step until they are done; returns what became of them, in their order.
+
+        Raises
+        ------
+        AdapterError, OptionError
+            As for `submit`; nothing of these requests is under way then.
+        """
+        asked: list[Request] = []
+        try:
+            for request in requests:
+                self.submit(request)
+                asked.append(request)
+        except BaseException:
+            for request in asked:
+                self.cancel(request.id)
+            self.step()
+            raise
+        outputs: dict[str, list[Output]] = {request.id: [] for request in asked}
+        left = set(outputs)
+        while left:
+            for output in self.step():
+                if output.id in outputs:
+                    outputs[output.id].append(output)
+                if output.finish is not None:
+                    left.discard(output.id)
+        return [Completed.of(outputs[request.id]) for request in asked]
+
+    # -- adapters
+
+    def load(self, name: str, source: Path | str | AdapterFile, pinned: bool = False) -> Receipt:
+        """Load an adapter under a name while requests run.
+
+        Requests under way keep the version that they began with; it is unloaded when the last of them ends.
+
+        Parameters
+        ----------
+        name
+            Under which requests name it; may be served already.
+        source
+            A folder or file that `lorry.load` takes, or an opened adapter.
+        pinned
+            Keep it where it is used.
+
+        Raises
+        ------
+        CheckpointError, FingerprintError, AdapterError, SiteError
+            As for `lorry.load`; what was served under the name goes on being served.
+        """
+        return self._catalogue.load(name, source, pinned)
+
+    def unload(self, name: str) -> None:
+        """Serve an adapter no more; requests under way end on it.
+
+        Raises
+        ------
+        AdapterError
+            An unknown name.
+        """
+        self._catalogue.unload(name)
+
+    def adapters(self) -> list[Served]:
+        """Return the adapters that requests may name, and versions that requests under way still use."""
+        return self._catalogue.list()
+
+    def stats(self) -> Stats:
+        """Return what the engine holds and has done."""
+        with self._lock:
+            running, waiting = len(self._running), len(self._waiting)
+        count = self._counts
+        places: dict[str, int] = {}
+        for served in self._catalogue.list():
+            places[served.place] = places.get(served.place, 0) + 1
+        return Stats(
+            running=running,
+            waiting=waiting,
+            pages=self._pool.pages,
+            pages_free=self._blocks.free,
+            pages_kept=self._blocks.kept,
+            adapters=places,
+            tokens_prefilled=count["prefilled"],
+            tokens_cached=count["cached"],
+            tokens_decoded=count["decoded"],
+            prefix_hits=count["hits"],
+            prefix_misses=count["misses"],
+            preemptions=0,
+            steps=count["steps"],
+            finished=count["finished"],
+        )
+
+    # -- a step
+
+    def step(self) -> list[Output]:
+        """Compute one pass for all running requests, after taking in those that fit; returns what it adds to each."""
+        with self._passes:
+            outputs = self._cancelled()
+            shares = self._schedule()
+            for group in _passes(shares):
+                outputs += self._pass(group)
+            self._counts["steps"] += bool(shares)
+            return outputs
+
+    def _cancelled(self) -> list[Output]:
+        with self._lock:
+            gone = [sequence for sequence in self._known.values() if sequence.cancelled]
+        return [self._end(sequence, Output(sequence.request.id, finish="cancelled")) for sequence in gone]
+
+    def _schedule(self) -> list[_Share]:
+        """Return what this step computes: a token of each request that decodes, and as much of prompts as fits."""
+        shares: list[_Share] = [(sequence, 1) for sequence in self._running if sequence.missing == 1]
+        room = self.options.max_batch_tokens - len(shares)
+        for sequence in self._running:
+            if sequence.missing > 1 and room > 0:
+                shares.append((sequence, min(sequence.missing, room)))
+                room -= shares[-1][1]
+        for share in shares:
+            self._cover(*share)
+        while room > 0 and (fresh := self._admitted()) is not None:
+            shares.append((fresh, min(fresh.missing, room)))
+            room -= shares[-1][1]
+            self._cover(*shares[-1])
+        return shares
+
+    def _admitted(self) -> Sequence | None:
+        """Return the next waiting request, running from now on; None if there is none or no room for it."""
+        with self._lock:
+            if not self._waiting or len(self._running) >= self.options.max_running:
+                return None
+            sequence = self._waiting[0]
+            needs = [_need(each) for each in (*self._running, sequence)]
+            if peak_pages(needs, self.options.page_tokens, self._chunk) > self._pool.pages:
+                return None
+            self._waiting.popleft()
+            self._running.append(sequence)
+        sequence.blocks = self._blocks.match(sequence.root, sequence.tokens[:-1])
+        sequence.stored = sequence.cached = len(sequence.blocks) * self.options.page_tokens
+        self._counts["hits" if sequence.cached else "misses"] += 1
+        self._counts["cached"] += sequence.cached
+        self._counts["prefilled"] += len(sequence.request.prompt) - sequence.cached
+        return sequence
+
+    @property
+    def _chunk(self) -> int:
+        return max(self.options.max_batch_tokens - self.options.max_running, 1)
+
+    def _cover(self, sequence: Sequence, count: int) -> None:
+        """Take the pages that the next tokens of a sequence need, and let those be found that get full."""
+        size, stop = self.options.page_tokens, sequence.stored + count
+        sequence.blocks += self._blocks.take(-(-stop // size) - len(sequence.blocks))
+        for place in range(sequence.stored // size, stop // size):
+            before = sequence.blocks[place - 1] if place else None
+            tokens = sequence.tokens[place * size : (place + 1) * size]
+            self._blocks.publish(sequence.root, before, sequence.blocks[place], tokens)
+
+    def _pass(self, shares: list[_Share]) -> list[Output]:
+        """Run the model over shares of sequences and return what it adds to each."""
+        parts = [
+            Part(
+                sequence.tokens[sequence.stored : sequence.stored + count],
+                sequence.stored,
+                [block.page for block in sequence.blocks],
+                wanted=count == sequence.missing,
+            )
+            for sequence, count in shares
+        ]
+        try:
+            batch = Batch.of(parts, self.options.page_tokens, self._pool.device)
+            logits = self._runner.logits(batch, [sequence.composition for sequence, _ in shares])
+        except Exception as error:
+            return self._failed(shares, error)
+        tokens = iter(logits.argmax(-1).tolist())
+        outputs = []
+        for (sequence, count), part in zip(shares, parts, strict=True):
+            sequence.stored += count
+            if part.wanted:
+                outputs.append(self._chosen(sequence, next(tokens)))
+        return outputs
+
+    def _failed(self, shares: list[_Share], error: Exception) -> list[Output]:
+        """Let the composition at which a pass fails go under alone."""
+        roots = {sequence.root for sequence, _ in shares}
+        if len(roots) > 1:
+            groups = [[share for share in shares if share[0].root == root] for root in roots]
+            return [output for group in groups for output in self._pass(group)]
+        outputs = []
+        for sequence, _ in shares:
+            self._blocks.withdraw(sequence.blocks[sequence.stored // self.options.page_tokens :])
+            text = f"The model failed in this request's pass: {type(error).__name__}: {error}"
+            outputs.append(self._end(sequence, Output(sequence.request.id, finish="error", error=text)))
+        return outputs
+
+    def _chosen(self, sequence: Sequence, token: int) -> Output:
+        """Add a token to an answer and return what that makes known."""
+        before = self._text(sequence)
+        sequence.tokens.append(token)
+        self._counts["decoded"] += 1
+        finish: Finish | None = None
+        sampling = sequence.request.sampling
+        ends = set(sampling.stop_tokens) | (set() if sampling.ignore_end else self._ends)
+        stop = token if token in ends and sequence.answered > sampling.min_tokens else None
+        if stop is not None:
+            finish = "stop"
+        elif sequence.left <= 0:
+            finish = "length"
+        text = self._text(sequence)[len(before) :]
+        output = Output(sequence.request.id, (token,), text, finish=finish, stop=stop, usage=sequence.usage)
+        return output if finish is None else self._end(sequence, output)
+
+    def _text(self, sequence: Sequence) -> str:
+        if self.tokenizer is None:
+            return ""
+        answer = sequence.tokens[len(sequence.request.prompt) :]
+        text = self.tokenizer.decode(answer, skip_special_tokens=True)
+        assert isinstance(text, str)
+        return text.rstrip("\N{REPLACEMENT CHARACTER}")
+
+    def _end(self, sequence: Sequence, output: Output) -> Output:
+        """Let go of a request, and return its last output."""
+        with self._lock:
+            if self._known.pop(sequence.request.id, None) is None:
+                return output
+            if sequence in self._running:
+                self._running.remove(sequence)
+            else:
+                self._waiting.remove(sequence)
+        self._blocks.release(sequence.blocks)
+        sequence.blocks = []
+        self._catalogue.give_back(sequence.resolved)
+        self._counts["finished"] += 1
+        return Output(**{**vars(output), "usage": sequence.usage})
+
+    def _check(self, request: Request) -> None:
+        """Raise `OptionError` unless a request can be served at all."""
+        what, prompt, most = f"Request '{request.id}'", request.prompt, request.sampling.max_tokens
+        if not prompt:
+            raise OptionError(f"{what} has an empty prompt; give at least one token, such as the beginning of text.")
+        wrong = next((token for token in prompt if not 0 <= token < self._vocabulary), None)
+        if wrong is not None:
+            raise OptionError(f"{what} has the token {wrong}, but the model knows tokens 0 to {self._vocabulary - 1}.")
+        if most < 1:
+            raise OptionError(f"{what} asks for max_tokens={most}; expected at least 1.")
+        if self._context is not None and len(prompt) + most > self._context:
+            raise OptionError(
+                f"{what} has {len(prompt)} tokens of prompt and asks for {most} more, but the model sees "
+                f"{self._context} at most. Shorten the prompt, or ask for fewer tokens."
+            )
+        need = peak_pages([Need(len(prompt), most - 1)], self.options.page_tokens, self._chunk)
+        if need > self._pool.pages:
+            raise OptionError(
+                f"{what} needs {need} pages of {self.options.page_tokens} tokens, but the pool has {self._pool.pages}. "
+                "Ask for fewer tokens, or give the engine a larger pool."
+            )
+
+
+def _need(sequence: Sequence) -> Need:
+    return Need(len(sequence.tokens), sequence.left - 1, sequence.missing)
+
+
+def _passes(shares: list[_Share]) -> list[list[_Share]]:
+    """Return the shares by passes: one for all that may lie side by side, and one for each other composition."""
+    groups: dict[object, list[_Share]] = {}
+    for share in shares:
+        groups.setdefault(None if share[0].by_token else share[0].root, []).append(share)
+    return list(groups.values())
+
+
+def _end_tokens(model: Any) -> set[int]:
+    """Return the tokens at which the model ends a text."""
+    config = getattr(model, "generation_config", None) or model.config
+    ends = getattr(config, "eos_token_id", None)
+    if ends is None:
+        return set()
+    return set(ends) if isinstance(ends, list | tuple | torch.Tensor) else {int(ends)}

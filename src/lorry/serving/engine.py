@@ -280,7 +280,7 @@ class Engine:
         ]
         try:
             batch = Batch.of(parts, self.options.page_tokens, self._pool.tokens.device)
-            logits = self._runner.logits(batch, [share.sequence.composition for share in shares])
+            logits = self._runner.logits(batch, [share.sequence.resolved for share in shares])
         except Exception as error:
             return self._failed(shares, error)
         tokens = iter(logits.argmax(-1).tolist())

@@ -168,7 +168,9 @@ def passes(shares: list[Share]) -> Iterator[list[Share]]:
     groups: dict[object, list[Share]] = {}
     for share in shares:
         groups.setdefault(None if share.sequence.by_token else share.sequence.root, []).append(share)
-    yield from groups.values()
+    for group in groups.values():
+        # tokens of one adapter, and adapters of one kind, lie side by side, so that they are read as ranges
+        yield sorted(group, key=lambda share: (share.count > 1, share.sequence.order))
 
 
 def _need(sequence: Sequence) -> Need:

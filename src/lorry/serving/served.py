@@ -21,6 +21,7 @@ from lorry.formats.reader import open_adapter
 from lorry.serving.paging.pool import Pool
 from lorry.serving.paging.resident import Resident
 from lorry.serving.paging.shelf import Shelf
+from lorry.serving.paging.updates import Factors
 from lorry.serving.results import Served
 
 #: Versions with their weights, in the order of their serial numbers: what pages of keys and values belong to.
@@ -61,11 +62,14 @@ class Version:
     #: Whether tokens of one batch may have it beside others.
     by_token: bool = field(init=False)
     rank: int = field(init=False)
+    #: Its plain updates, for batches in which it lies beside others.
+    factors: Factors = field(init=False)
 
     def __post_init__(self) -> None:
         """Look at its sites once."""
         kinds = {entry.site.kind for entry in self.adapter.entries.values()}
         self.by_token = all(kind.additive and kind.positionwise for kind in kinds)
+        self.factors = Factors(self.resident)
         ranks = (getattr(entry.method, "rank", 0) for entry in self.adapter.entries.values())
         self.rank = max((rank for rank in ranks if isinstance(rank, int)), default=0)
 

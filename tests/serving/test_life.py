@@ -87,14 +87,14 @@ def test_cancelled_requests_end_at_the_next_step_and_free_their_pages():
         (request("0", (1,), "b"), "No adapter 'b' is served"),
         (request("0", (1,), {"a": float("nan")}), "finite number"),
         (request("0", prompt(100), most=29), "sees 128 at most"),
-        (request("0", prompt(30), most=20), "needs 13 pages of 4 tokens, but the pool has 12"),
+        (request("0", prompt(30), "a", most=20), "needs 13 pages of 4 tokens, but the pool has 12"),
         (request("0", (1,), most=0), "at least 1"),
     ],
 )
 def test_what_cannot_be_served_is_refused(asked, error):
     model = tiny()
     adapt(model, "a")
-    machine = engine(model, pages=12)
+    machine = engine(model, pages=31)  # 19 of them for the adapter
     with pytest.raises((OptionError, AdapterError), match=error):
         machine.submit(asked)
     assert machine.idle and machine.adapters()[0].in_use == 0

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import threading
+<<<<<<< HEAD
+from collections.abc import Iterable
+=======
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+>>>>>>> http
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +17,25 @@ import torch
 from torch import nn
 
 from lorry.core.errors import OptionError
+<<<<<<< HEAD
+=======
 from lorry.core.life.page_pool import PagePool
 from lorry.core.life.state import kept_state
+>>>>>>> http
 from lorry.core.receipt import Receipt
 from lorry.formats.file import AdapterFile
-from lorry.serving.admission import Need, peak_pages
 from lorry.serving.options import EngineOptions
 from lorry.serving.paging.batch import Batch, Part
-from lorry.serving.paging.blocks import Blocks
 from lorry.serving.paging.hooks import PagedModel
+from lorry.serving.paging.pool import made_pool
+from lorry.serving.paging.shelf import Shelf
 from lorry.serving.paging.store import Store
 from lorry.serving.request import Composition, Finish, Output, Request
 from lorry.serving.results import Completed, Served, Stats
 from lorry.serving.runner import Runner
+from lorry.serving.schedule import Scheduler, Share, passes
 from lorry.serving.sequence import Sequence
 from lorry.serving.served import Catalogue
-
-#: A sequence and how many of its tokens a pass computes.
-_Share = tuple[Sequence, int]
 
 
 class Engine:
@@ -60,23 +65,22 @@ class Engine:
         model.eval()
         paged = PagedModel(model)
         shape = paged.shape()
-        page_bytes = shape.page_bytes(self.options.page_tokens)
-        pages = self.options.pages if self.options.pages is not None else self.options.pool_bytes // page_bytes
-        self._pool = PagePool(pages, page_bytes, shape.device)
-        self._blocks = Blocks(self._pool, self.options.page_tokens, self.options.prefix_cache)
-        self._runner = Runner(paged, Store(self._pool, shape, self.options.page_tokens))
+        self._pool = made_pool(self.options, shape.page_bytes(self.options.page_tokens), shape.device)
+        self._runner = Runner(paged, Store(self._pool.tokens, shape, self.options.page_tokens))
         self._passes = threading.RLock()  # held while the model runs, and while its adapters are changed
-        self._lock = threading.Lock()  # guards the queues
-        self._catalogue = Catalogue(model, self._passes)
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
+        self._lock = threading.Lock()  # guards what has arrived
+        self._shelf = Shelf(self.options.host_bytes, self.options.folder)
+        self._catalogue = Catalogue(model, self._passes, self._pool, self._shelf)
+        self._scheduler = Scheduler(self._pool, self._shelf, self.options)
+        self._arrived: list[Sequence] = []
         self._known: dict[str, Sequence] = {}
         config: Any = model.config
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         self._context: int | None = getattr(text, "max_position_embeddings", None)
         self._vocabulary: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         self._ends = _end_tokens(model)
-        self._counts = dict.fromkeys(("prefilled", "cached", "decoded", "hits", "misses", "steps", "finished"), 0)
+        self._decoded = self._steps = self._finished = 0
+        self._pool.dropped = self._runner.dropped
 
     # -- requests
 
@@ -94,11 +98,16 @@ class Engine:
         self._check(request)
         resolved = self._catalogue.acquire(request.composition)
         sequence = Sequence(request, resolved)
+        try:
+            self._check_room(sequence)
+        except BaseException:
+            self._catalogue.give_back(resolved)
+            raise
         with self._lock:
             taken = request.id in self._known
             if not taken:
                 self._known[request.id] = sequence
-                self._waiting.append(sequence)
+                self._arrived.append(sequence)
         if taken:
             self._catalogue.give_back(resolved)
             raise OptionError(f"A request '{request.id}' is under way already. Give each request an id of its own.")
@@ -196,28 +205,40 @@ class Engine:
     def stats(self) -> Stats:
         """Return what the engine holds and has done."""
         with self._lock:
-            running, waiting = len(self._running), len(self._waiting)
-        count = self._counts
+            arrived = len(self._arrived)
+        count = self._scheduler.counts
         places: dict[str, int] = {}
         for served in self._catalogue.list():
             places[served.place] = places.get(served.place, 0) + 1
         return Stats(
-            running=running,
-            waiting=waiting,
-            pages=self._pool.pages,
-            pages_free=self._blocks.free,
-            pages_kept=self._blocks.kept,
+            running=len(self._scheduler.running),
+            waiting=len(self._scheduler.waiting) + arrived,
+            pages=self._pool.tokens.pages,
+            pages_free=self._pool.free,
+            pages_kept=self._pool.blocks.kept,
+            pages_adapters=sum(resident.pages for resident in tuple(self._pool.held)),
             adapters=places,
-            tokens_prefilled=count["prefilled"],
-            tokens_cached=count["cached"],
-            tokens_decoded=count["decoded"],
-            prefix_hits=count["hits"],
-            prefix_misses=count["misses"],
+            tokens_prefilled=count.prefilled,
+            tokens_cached=count.cached,
+            tokens_decoded=self._decoded,
+            prefix_hits=count.hits,
+            prefix_misses=count.misses,
             preemptions=0,
-            steps=count["steps"],
-            finished=count["finished"],
+            steps=self._steps,
+            finished=self._finished,
         )
 
+<<<<<<< HEAD
+    def close(self) -> None:
+        """Give the model's adapters their tensors back and end the side thread; requests under way are dropped."""
+        with self._passes:
+            with self._lock:
+                left = list(self._known.values())
+            for sequence in left:
+                self._end(sequence, Output(sequence.request.id, finish="cancelled"))
+            self._catalogue.close()
+            self._shelf.close()
+=======
     @contextmanager
     def applied(self, composition: Composition) -> Iterator[nn.Module]:
         """Give the model with a composition, for passes that generate nothing; steps wait meanwhile.
@@ -238,113 +259,68 @@ class Engine:
                 yield model
         finally:
             self._catalogue.give_back(resolved)
+>>>>>>> http
 
     # -- a step
 
     def step(self) -> list[Output]:
         """Compute one pass for all running requests, after taking in those that fit; returns what it adds to each."""
         with self._passes:
-            outputs = self._cancelled()
-            shares = self._schedule()
-            for group in _passes(shares):
+            with self._lock:
+                self._scheduler.waiting += self._arrived
+                self._arrived = []
+                gone = [sequence for sequence in self._known.values() if sequence.cancelled]
+            outputs = [self._end(each, Output(each.request.id, finish="cancelled")) for each in gone]
+            shares, failed = self._scheduler.shares()
+            outputs += [self._end(each, _error(each, f"It cannot run: {error}")) for each, error in failed]
+            for group in passes(shares):
                 outputs += self._pass(group)
-            self._counts["steps"] += bool(shares)
+            self._steps += bool(shares)
             return outputs
 
-    def _cancelled(self) -> list[Output]:
-        with self._lock:
-            gone = [sequence for sequence in self._known.values() if sequence.cancelled]
-        return [self._end(sequence, Output(sequence.request.id, finish="cancelled")) for sequence in gone]
-
-    def _schedule(self) -> list[_Share]:
-        """Return what this step computes: a token of each request that decodes, and as much of prompts as fits."""
-        shares: list[_Share] = [(sequence, 1) for sequence in self._running if sequence.missing == 1]
-        room = self.options.max_batch_tokens - len(shares)
-        for sequence in self._running:
-            if sequence.missing > 1 and room > 0:
-                shares.append((sequence, min(sequence.missing, room)))
-                room -= shares[-1][1]
-        for share in shares:
-            self._cover(*share)
-        while room > 0 and (fresh := self._admitted()) is not None:
-            shares.append((fresh, min(fresh.missing, room)))
-            room -= shares[-1][1]
-            self._cover(*shares[-1])
-        return shares
-
-    def _admitted(self) -> Sequence | None:
-        """Return the next waiting request, running from now on; None if there is none or no room for it."""
-        with self._lock:
-            if not self._waiting or len(self._running) >= self.options.max_running:
-                return None
-            sequence = self._waiting[0]
-            needs = [_need(each) for each in (*self._running, sequence)]
-            if peak_pages(needs, self.options.page_tokens, self._chunk) > self._pool.pages:
-                return None
-            self._waiting.popleft()
-            self._running.append(sequence)
-        sequence.blocks = self._blocks.match(sequence.root, sequence.tokens[:-1])
-        sequence.stored = sequence.cached = len(sequence.blocks) * self.options.page_tokens
-        self._counts["hits" if sequence.cached else "misses"] += 1
-        self._counts["cached"] += sequence.cached
-        self._counts["prefilled"] += len(sequence.request.prompt) - sequence.cached
-        return sequence
-
-    @property
-    def _chunk(self) -> int:
-        return max(self.options.max_batch_tokens - self.options.max_running, 1)
-
-    def _cover(self, sequence: Sequence, count: int) -> None:
-        """Take the pages that the next tokens of a sequence need, and let those be found that get full."""
-        size, stop = self.options.page_tokens, sequence.stored + count
-        sequence.blocks += self._blocks.take(-(-stop // size) - len(sequence.blocks))
-        for place in range(sequence.stored // size, stop // size):
-            before = sequence.blocks[place - 1] if place else None
-            tokens = sequence.tokens[place * size : (place + 1) * size]
-            self._blocks.publish(sequence.root, before, sequence.blocks[place], tokens)
-
-    def _pass(self, shares: list[_Share]) -> list[Output]:
+    def _pass(self, shares: list[Share]) -> list[Output]:
         """Run the model over shares of sequences and return what it adds to each."""
         parts = [
             Part(
-                sequence.tokens[sequence.stored : sequence.stored + count],
-                sequence.stored,
-                [block.page for block in sequence.blocks],
-                wanted=count == sequence.missing,
+                share.sequence.tokens[share.sequence.stored : share.sequence.stored + share.count],
+                share.sequence.stored,
+                [block.page for block in share.sequence.blocks],
+                wanted=share.whole,
             )
-            for sequence, count in shares
+            for share in shares
         ]
         try:
-            batch = Batch.of(parts, self.options.page_tokens, self._pool.device)
-            logits = self._runner.logits(batch, [sequence.composition for sequence, _ in shares])
+            batch = Batch.of(parts, self.options.page_tokens, self._pool.tokens.device)
+            logits = self._runner.logits(batch, [share.sequence.composition for share in shares])
         except Exception as error:
             return self._failed(shares, error)
         tokens = iter(logits.argmax(-1).tolist())
         outputs = []
-        for (sequence, count), part in zip(shares, parts, strict=True):
-            sequence.stored += count
+        for share, part in zip(shares, parts, strict=True):
+            share.sequence.stored += share.count
             if part.wanted:
-                outputs.append(self._chosen(sequence, next(tokens)))
+                outputs.append(self._chosen(share.sequence, next(tokens)))
         return outputs
 
-    def _failed(self, shares: list[_Share], error: Exception) -> list[Output]:
+    def _failed(self, shares: list[Share], error: Exception) -> list[Output]:
         """Let the composition at which a pass fails go under alone."""
-        roots = {sequence.root for sequence, _ in shares}
+        roots = {share.sequence.root for share in shares}
         if len(roots) > 1:
-            groups = [[share for share in shares if share[0].root == root] for root in roots]
+            groups = [[share for share in shares if share.sequence.root == root] for root in roots]
             return [output for group in groups for output in self._pass(group)]
         outputs = []
-        for sequence, _ in shares:
-            self._blocks.withdraw(sequence.blocks[sequence.stored // self.options.page_tokens :])
-            text = f"The model failed in this request's pass: {type(error).__name__}: {error}"
-            outputs.append(self._end(sequence, Output(sequence.request.id, finish="error", error=text)))
+        for share in shares:
+            sequence = share.sequence
+            self._pool.blocks.withdraw(sequence.blocks[sequence.stored // self.options.page_tokens :])
+            text = f"The model failed in its pass: {type(error).__name__}: {error}"
+            outputs.append(self._end(sequence, _error(sequence, text)))
         return outputs
 
     def _chosen(self, sequence: Sequence, token: int) -> Output:
         """Add a token to an answer and return what that makes known."""
         before = self._text(sequence)
         sequence.tokens.append(token)
-        self._counts["decoded"] += 1
+        self._decoded += 1
         finish: Finish | None = None
         sampling = sequence.request.sampling
         ends = set(sampling.stop_tokens) | (set() if sampling.ignore_end else self._ends)
@@ -370,14 +346,11 @@ class Engine:
         with self._lock:
             if self._known.pop(sequence.request.id, None) is None:
                 return output
-            if sequence in self._running:
-                self._running.remove(sequence)
-            else:
-                self._waiting.remove(sequence)
-        self._blocks.release(sequence.blocks)
-        sequence.blocks = []
+            if sequence in self._arrived:
+                self._arrived.remove(sequence)
+        self._scheduler.leave(sequence)
         self._catalogue.give_back(sequence.resolved)
-        self._counts["finished"] += 1
+        self._finished += 1
         return Output(**{**vars(output), "usage": sequence.usage})
 
     def _check(self, request: Request) -> None:
@@ -395,24 +368,21 @@ class Engine:
                 f"{what} has {len(prompt)} tokens of prompt and asks for {most} more, but the model sees "
                 f"{self._context} at most. Shorten the prompt, or ask for fewer tokens."
             )
-        need = peak_pages([Need(len(prompt), most - 1)], self.options.page_tokens, self._chunk)
-        if need > self._pool.pages:
+
+    def _check_room(self, sequence: Sequence) -> None:
+        """Raise `OptionError` unless a request fits into the pool with its adapters and those that never leave it."""
+        need = self._scheduler.need(sequence)
+        room = self._pool.capacity(self._catalogue.pinned() | set(sequence.residents))
+        if need > room:
             raise OptionError(
-                f"{what} needs {need} pages of {self.options.page_tokens} tokens, but the pool has {self._pool.pages}. "
-                "Ask for fewer tokens, or give the engine a larger pool."
+                f"Request '{sequence.request.id}' needs {need} pages of {self.options.page_tokens} tokens, but the "
+                f"pool has {max(room, 0)} beside its adapters. Ask for fewer tokens or adapters, or give the engine a "
+                "larger pool."
             )
 
 
-def _need(sequence: Sequence) -> Need:
-    return Need(len(sequence.tokens), sequence.left - 1, sequence.missing)
-
-
-def _passes(shares: list[_Share]) -> list[list[_Share]]:
-    """Return the shares by passes: one for all that may lie side by side, and one for each other composition."""
-    groups: dict[object, list[_Share]] = {}
-    for share in shares:
-        groups.setdefault(None if share[0].by_token else share[0].root, []).append(share)
-    return list(groups.values())
+def _error(sequence: Sequence, text: str) -> Output:
+    return Output(sequence.request.id, finish="error", error=text)
 
 
 def _end_tokens(model: Any) -> set[int]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from lorry.core.errors import OptionError
 from lorry.core.options import check_options, option
 
 
@@ -17,8 +19,20 @@ class EngineOptions:
         A value out of its range.
     """
 
-    pool_bytes: int = option(256 << 20, "Memory of the page pool, in bytes.", at_least=1)
+    pool: str = option(
+        "unified",
+        "One memory of pages for adapters and keys and values, or slots of one size for adapters beside the pages.",
+        choices=("unified", "slots"),
+    )
+    pool_bytes: int = option(256 << 20, "Memory of the pool, in bytes.", at_least=1)
     pages: int | None = option(None, "Pages of the pool, in the place of its bytes.", at_least=1)
+    slots: int = option(8, "Adapters that have a slot at the same time, where there are slots.", at_least=1)
+    slot_share: float = option(0.5, "Part of the pool's memory that the slots take.", above=0, below=1)
+    host_bytes: int | None = option(
+        None, "Host memory for adapters; those that were used longest ago go to `folder` beyond it.", at_least=0
+    )
+    folder: Path | None = option(None, "Folder for adapters that find no room in host memory.")
+    prefetch: int = option(4, "Waiting requests whose adapters are brought early.", at_least=0)
     page_tokens: int = option(16, "Tokens whose keys and values lie on one page.", at_least=1)
     max_running: int = option(64, "Requests that run at the same time, at most.", at_least=1)
     max_batch_tokens: int = option(
@@ -29,3 +43,5 @@ class EngineOptions:
     def __post_init__(self) -> None:
         """Check every option."""
         check_options(self)
+        if (self.host_bytes is None) != (self.folder is None):
+            raise OptionError("host_bytes and folder go together: what is too much for host memory lies in the folder.")

@@ -59,11 +59,11 @@ class Served:
     bytes
         Of its tensors.
     place
-        Where these lie: ``device``, ``host``, ``disk`` or ``pool``.
+        Where the nearest copy of these lies: ``pool``, ``host`` or ``disk``.
     in_use
         Requests under way that use it, of this version.
     pinned
-        Whether it never leaves the place where it is used.
+        Whether it never leaves the pool.
     """
 
     name: str
@@ -84,10 +84,11 @@ class Stats:
     ----------
     running, waiting
         Requests that are computed, and that wait for their turn.
-    pages, pages_free, pages_kept
-        Of the pool: all, those that can be taken (kept ones among them), and those that the prefix cache keeps.
+    pages, pages_free, pages_kept, pages_adapters
+        Of the pool: all for keys and values; those that they could take now, after what is not in use has made room;
+        those that the prefix cache keeps; and those with adapters.
     adapters
-        Place -> number of adapters that lie there.
+        Place (``pool``, ``host``, ``disk``) -> number of adapters that lie there.
     tokens_prefilled, tokens_cached, tokens_decoded
         Tokens of prompts that were computed, that were found in the prefix cache, and tokens that were generated.
     prefix_hits, prefix_misses
@@ -105,6 +106,7 @@ class Stats:
     pages: int
     pages_free: int
     pages_kept: int
+    pages_adapters: int
     adapters: dict[str, int]
     tokens_prefilled: int
     tokens_cached: int

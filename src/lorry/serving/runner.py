@@ -13,6 +13,7 @@ from lorry.core.life.state import kept_state
 from lorry.core.method.layout import BatchLayout
 from lorry.serving.paging.batch import Batch
 from lorry.serving.paging.hooks import PagedCache, PagedModel
+from lorry.serving.paging.resident import Resident
 from lorry.serving.paging.store import Store
 
 #: Names on the model with their weights; None for the bare base.
@@ -39,9 +40,11 @@ class Runner:
         self._head = next((path for path, module in root.named_modules() if module is head), "")
         self._last: tuple[object, Active | None, bool] | None = None
 
-    def forget(self) -> None:
-        """Let go of what was worked out for the last batch: adapters were changed."""
-        self._last = None
+    def dropped(self, resident: Resident) -> None:
+        """Let go of what was made of an adapter's tensors, which leave their pages."""
+        name, last = resident.adapter.name, None if self._last is None else self._last[1]
+        for active in (*resident.adapter.state.drop_composed(name), *([] if last is None else [last])):
+            active.forget()
 
     @torch.no_grad()
     def logits(self, batch: Batch, compositions: Sequence[Applied]) -> Tensor:

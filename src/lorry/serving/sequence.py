@@ -42,6 +42,7 @@ class Sequence:
         self.root: Hashable = tuple((version.serial, weight) for version, weight in resolved)
         #: The composition by names on the model, None for the bare base.
         self.composition = {v.adapter.name: weight for v, weight in resolved} or None
+        self.residents = [version.resident for version, _ in resolved]
         #: Whether its tokens may lie in one batch with those of other compositions.
         self.by_token = all(version.by_token for version, _ in resolved)
 

@@ -18,6 +18,9 @@ from lorry.core.receipt import Receipt
 from lorry.formats.file import AdapterFile
 from lorry.formats.load import load
 from lorry.formats.reader import open_adapter
+from lorry.serving.paging.pool import Pool
+from lorry.serving.paging.resident import Resident
+from lorry.serving.paging.shelf import Shelf
 from lorry.serving.results import Served
 
 #: Versions with their weights, in the order of their serial numbers: what pages of keys and values belong to.
@@ -34,6 +37,8 @@ class Version:
         The name that requests use, and how often it was loaded.
     adapter
         On the model, under a name of its own.
+    resident
+        Keeps its tensors.
     serial
         Unique among all versions.
     path, pinned
@@ -47,6 +52,7 @@ class Version:
     name: str
     number: int
     adapter: Adapter
+    resident: Resident
     serial: int
     path: Path | None = None
     pinned: bool = False
@@ -75,10 +81,14 @@ class Catalogue:
         Adapters that it carries already can be named from the start.
     passes
         Held while the model runs.
+    pool, shelf
+        Where adapters lie.
     """
 
-    def __init__(self, model: nn.Module, passes: threading.RLock) -> None:
+    def __init__(self, model: nn.Module, passes: threading.RLock, pool: Pool, shelf: Shelf) -> None:
         self.model = model
+        self.pool = pool
+        self.shelf = shelf
         self._passes = passes
         self._lock = threading.RLock()
         self._serial = itertools.count(1)
@@ -86,8 +96,10 @@ class Catalogue:
         self._current: dict[str, Version] = {}
         self._retired: list[Version] = []
         for name, adapter in attached(model).items():
+            if adapter.in_base:
+                raise AdapterError(f"Adapter '{name}' is in the base weights. Unfuse it before the model is served.")
             adapter.train(False)
-            self._add(Version(name, 1, adapter, next(self._serial)))
+            self._add(Version(name, 1, adapter, pool.adopt(adapter), next(self._serial)))
 
     def load(self, name: str, source: Path | str | AdapterFile, pinned: bool = False) -> Receipt:
         """Load an adapter under a name; see `Engine.load`."""
@@ -97,14 +109,23 @@ class Catalogue:
             with self._passes, self._lock:
                 serial = next(self._serial)
                 adapter = load(self.model, file, name=f"{name[:100]}.{serial}", activate=False)
-                number = self._numbers.get(name, 0) + 1
-                self._add(Version(name, number, adapter, serial, file.path, pinned))
+                try:
+                    self._add(self._version(name, adapter, serial, file.path, pinned))
+                except BaseException:
+                    adapter.detach()
+                    raise
         finally:
             if file is not source:
                 file.close()
         receipt = adapter.receipt
         assert receipt is not None
         return receipt
+
+    def _version(self, name: str, adapter: Adapter, serial: int, path: Path | None, pinned: bool) -> Version:
+        resident = self.pool.adopt(adapter)
+        if pinned:
+            self.pool.use(resident)  # and never left
+        return Version(name, self._numbers.get(name, 0) + 1, adapter, resident, serial, path, pinned)
 
     def unload(self, name: str) -> None:
         """Let a name be known no more; see `Engine.unload`."""
@@ -143,6 +164,11 @@ class Catalogue:
                 if version.retired and not version.users:
                     self._drop(version)
 
+    def pinned(self) -> set[Resident]:
+        """Return the adapters that never leave the pool."""
+        with self._lock:
+            return {version.resident for version in self._current.values() if version.pinned}
+
     def list(self) -> list[Served]:
         """Return all adapters that can be named, by name, and versions that only requests under way still use."""
         with self._lock:
@@ -150,9 +176,9 @@ class Catalogue:
             return [self._served(version) for version in versions]
 
     def _served(self, version: Version) -> Served:
-        size = sum(t.nbytes for _, home in version.adapter.homes() for t in home.tensors().values())
+        size, place = version.resident.nbytes, version.resident.place
         return Served(
-            version.name, version.number, version.path, version.rank, size, "device", version.users, version.pinned
+            version.name, version.number, version.path, version.rank, size, place, version.users, version.pinned
         )
 
     def _of(self, name: str) -> Version:
@@ -171,6 +197,15 @@ class Catalogue:
             self._retire(before)
         self._numbers[version.name] = version.number
         self._current[version.name] = version
+        self.shelf.keep(version.resident)
+
+    def close(self) -> None:
+        """Give all adapters their tensors back; they stay on the model under their names there."""
+        with self._passes, self._lock:
+            for version in (*self._current.values(), *self._retired):
+                self.pool.drop(version.resident)
+                version.resident.take_back()
+                self.shelf.forget(version.resident)
 
     def _retire(self, version: Version) -> None:
         version.retired = True
@@ -182,4 +217,7 @@ class Catalogue:
     def _drop(self, version: Version) -> None:
         if version in self._retired:
             self._retired.remove(version)
+        self.pool.drop(version.resident)
+        self.shelf.forget(version.resident)
+        version.resident.remove()
         version.adapter.detach()

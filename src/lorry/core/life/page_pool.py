@@ -55,6 +55,7 @@ class PagePool:
         self.device = self.memory.device
         self._taken = bytearray(pages)  # one byte for each page: runs of free ones are found by searching zeros
         self._held: dict[int, tuple[int, ...]] = {}
+        self._loose: set[int] = set()
         self._returned: deque[int] = deque()  # filled by finalizers, which may run anywhere
         self._numbers = itertools.count()
         self._lock = threading.RLock()
@@ -88,12 +89,7 @@ class PagePool:
         """
         with self._lock:
             self._collect()
-            free = self._taken.count(0)
-            if count > free:
-                raise AdapterError(
-                    f"The page pool has {self.pages} pages of {self.page_bytes} bytes, of which {free} are free; "
-                    f"{count} are needed. Evict or detach adapters, or make the pool larger."
-                )
+            self._require(count)
             taken: list[int] = []
             whole = [count] if self._run(count) is not None else runs or [1] * count
             for length in whole:
@@ -106,6 +102,34 @@ class PagePool:
             self._held[number] = tuple(taken)
             return Lease(self, number, tuple(taken))
 
+    def take_loose(self, count: int) -> list[int]:
+        """Take pages for a user who reads by page number and says himself when nobody reads them any more.
+
+        They are taken from the end of the pool, so that consecutive ones are left for those who need such.
+
+        Raises
+        ------
+        AdapterError
+            Fewer are free.
+        """
+        with self._lock:
+            self._collect()
+            self._require(count)
+            taken, page = [], self.pages
+            for _ in range(count):
+                page = self._taken.rfind(0, 0, page)
+                self._taken[page] = 1
+                taken.append(page)
+            self._loose.update(taken)
+            return taken
+
+    def give_loose(self, pages: Sequence[int]) -> None:
+        """Give pages back that `take_loose` gave out."""
+        with self._lock:
+            for page in pages:
+                self._loose.remove(page)
+                self._taken[page] = 0
+
     def rows(self, dtype: torch.dtype) -> Tensor:
         """Return all pages as vectors ``(pages, page_bytes / itemsize)``, for kernels that read by page number."""
         return self.memory.view(dtype)
@@ -114,10 +138,18 @@ class PagePool:
         """Raise `AssertionError` unless every page is free or taken exactly once."""
         with self._lock:
             self._collect()
-            held = [page for pages in self._held.values() for page in pages]
+            held = [page for pages in (*self._held.values(), self._loose) for page in pages]
             assert len(held) == len(set(held)), "a page is taken twice"
             assert set(held) == {p for p, taken in enumerate(self._taken) if taken}, "a page is taken by nobody"
             assert len(held) + self._taken.count(0) == self.pages, "pages are missing"
+
+    def _require(self, count: int) -> None:
+        free = self._taken.count(0)
+        if count > free:
+            raise AdapterError(
+                f"The page pool has {self.pages} pages of {self.page_bytes} bytes, of which {free} are free; "
+                f"{count} are needed. Evict or detach adapters, or make the pool larger."
+            )
 
     def _run(self, length: int) -> int | None:
         start = self._taken.find(bytes(length))
@@ -231,7 +263,7 @@ class PagedImage:
     def __init__(self, pool: PagePool, image: Image) -> None:
         self.plan = arranged(image.plan, pool.page_bytes)
         count = rounded(size_of(self.plan), pool.page_bytes) // pool.page_bytes
-        self.lease = pool.take(count, _runs(self.plan, pool.page_bytes, count))
+        self.lease = pool.take(count, runs_of(self.plan, pool.page_bytes, count))
         with torch.inference_mode(False), torch.no_grad():
             for home, slots in self.plan.items():
                 for slot, packed in zip(slots, image.plan[home], strict=True):
@@ -265,7 +297,7 @@ def pages_for(plan: Plan, pool: PagePool) -> int:
     return rounded(size_of(arranged(plan, pool.page_bytes)), pool.page_bytes) // pool.page_bytes
 
 
-def _runs(plan: Plan, page: int, count: int) -> list[int]:
+def runs_of(plan: Plan, page: int, count: int) -> list[int]:
     """Return how many pages in turn should be consecutive: those that a large tensor covers, and others singly."""
     large = {
         s.start // page: rounded(s.stop, page) // page for slots in plan.values() for s in slots if s.nbytes > page

@@ -11,7 +11,7 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 
-from lorry.core.life.page_pool import Lease, PagePool
+from lorry.core.life.page_pool import PagePool
 
 _SERIAL = itertools.count()
 
@@ -25,18 +25,20 @@ class Block:
         Its number in the pool.
     users
         How many sequences have it.
+    used
+        When its last user left it.
     serial
         Unique among all blocks there ever are.
     key
         Under which it can be found; None while it cannot.
     """
 
-    __slots__ = ("key", "lease", "page", "serial", "users")
+    __slots__ = ("key", "page", "serial", "used", "users")
 
-    def __init__(self, lease: Lease) -> None:
-        self.lease = lease
-        self.page = lease.pages[0]
+    def __init__(self, page: int) -> None:
+        self.page = page
         self.users = 1
+        self.used = 0
         self.serial = next(_SERIAL)
         self.key: tuple[Hashable, tuple[int, ...]] | None = None
 
@@ -52,12 +54,18 @@ class Blocks:
         Tokens of a page.
     keep
         Whether pages that nobody uses any more are kept to be found again.
+
+    Attributes
+    ----------
+    all
+        The pages that are taken.
     """
 
     def __init__(self, pool: PagePool, page_tokens: int, keep: bool = True) -> None:
         self.pool = pool
         self.page_tokens = page_tokens
         self.keep = keep
+        self.all: set[Block] = set()
         self._found: dict[tuple[Hashable, tuple[int, ...]], Block] = {}
         self._idle: OrderedDict[int, Block] = OrderedDict()  # by serial, those that were used long ago first
 
@@ -65,6 +73,11 @@ class Blocks:
     def free(self) -> int:
         """Pages that can be taken now, those that are only kept among them."""
         return self.pool.free + len(self._idle)
+
+    @property
+    def oldest(self) -> int | None:
+        """When the kept page was left that was used longest ago; None if no page is kept."""
+        return next(iter(self._idle.values())).used if self._idle else None
 
     @property
     def kept(self) -> int:
@@ -81,20 +94,15 @@ class Blocks:
         """
         while self._idle and self.pool.free < count:
             self.drop_oldest()
-        taken: list[Block] = []
-        try:
-            for _ in range(count):
-                taken.append(Block(self.pool.take(1)))
-        except BaseException:
-            self.release(taken)
-            raise
+        taken = [Block(page) for page in self.pool.take_loose(count)]
+        self.all.update(taken)
         return taken
 
     def drop_oldest(self) -> None:
         """Give up the kept page that was used longest ago."""
         _, block = self._idle.popitem(last=False)
         self._forget(block)
-        block.lease.give_back()
+        self._give_back(block)
 
     def clear(self) -> None:
         """Give up all kept pages."""
@@ -129,14 +137,15 @@ class Blocks:
         for block in blocks:
             self._forget(block)
 
-    def release(self, blocks: Sequence[Block]) -> None:
-        """Take note that a sequence uses its pages no more."""
+    def release(self, blocks: Sequence[Block], now: int = 0) -> None:
+        """Take note that a sequence uses its pages no more; `now` tells when, for whoever compares ages."""
         for block in reversed(blocks):  # the end of a sequence is of less use to others than its beginning
             block.users -= 1
+            block.used = now
             if block.users:
                 continue
             if block.key is None:
-                block.lease.give_back()
+                self._give_back(block)
             else:
                 self._idle[block.serial] = block
 
@@ -144,6 +153,11 @@ class Blocks:
         """Raise `AssertionError` unless what is kept agrees with what can be found."""
         assert all(block.key == key for key, block in self._found.items()), "a page is found under another key"
         assert all(not block.users and block.key in self._found for block in self._idle.values()), "a kept page is lost"
+        assert all(block.users > 0 or block.serial in self._idle for block in self.all), "a page is used by nobody"
+
+    def _give_back(self, block: Block) -> None:
+        self.all.remove(block)
+        self.pool.give_loose([block.page])
 
     def _forget(self, block: Block) -> None:
         if block.key is not None and self._found.get(block.key) is block:

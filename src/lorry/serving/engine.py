@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import threading
-<<<<<<< HEAD
-from collections.abc import Iterable
-=======
-from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
->>>>>>> http
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +12,7 @@ import torch
 from torch import nn
 
 from lorry.core.errors import OptionError
-<<<<<<< HEAD
-=======
-from lorry.core.life.page_pool import PagePool
 from lorry.core.life.state import kept_state
->>>>>>> http
 from lorry.core.receipt import Receipt
 from lorry.formats.file import AdapterFile
 from lorry.serving.options import EngineOptions
@@ -157,7 +148,7 @@ class Engine:
     @property
     def context(self) -> int:
         """Tokens of a prompt and its answer together, at most: what the model sees, and what the pool holds."""
-        held = self._pool.pages * self.options.page_tokens
+        held = self._pool.capacity(()) * self.options.page_tokens
         return held if self._context is None else min(self._context, held)
 
     @property
@@ -228,7 +219,6 @@ class Engine:
             finished=self._finished,
         )
 
-<<<<<<< HEAD
     def close(self) -> None:
         """Give the model's adapters their tensors back and end the side thread; requests under way are dropped."""
         with self._passes:
@@ -238,7 +228,7 @@ class Engine:
                 self._end(sequence, Output(sequence.request.id, finish="cancelled"))
             self._catalogue.close()
             self._shelf.close()
-=======
+
     @contextmanager
     def applied(self, composition: Composition) -> Iterator[nn.Module]:
         """Give the model with a composition, for passes that generate nothing; steps wait meanwhile.
@@ -259,7 +249,6 @@ class Engine:
                 yield model
         finally:
             self._catalogue.give_back(resolved)
->>>>>>> http
 
     # -- a step
 

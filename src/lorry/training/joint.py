@@ -132,6 +132,13 @@ class Share:
             records={},
         )
 
+    def part_of(self, chosen: Sequence[int]) -> Share:
+        """Return what `part` does, by which examples of the data are wanted; equal ones may stand for each other."""
+        assert self.chosen is not None
+        left = list(enumerate(self.chosen))
+        places = [left.pop(next(k for k, (_, found) in enumerate(left) if found == i))[0] for i in chosen]
+        return self.part(places)
+
     @property
     def row_tasks(self) -> list[int]:
         """The task of each of its rows."""
@@ -278,7 +285,7 @@ def _train_pass(base: Base, shares: Sequence[Share], seed: int) -> None:
         weighted, known = [], []
         for share, (own, targets) in zip(shares, outcome.parts, strict=True):
             try:
-                total, shown = _loss(base.model, share, own, targets)
+                total, shown = loss_of(base.model, share, own, targets)
             except ValueError as error:
                 share.error = str(error)
                 continue
@@ -295,7 +302,7 @@ def _train_pass(base: Base, shares: Sequence[Share], seed: int) -> None:
                     share.records[path, name] = record
 
 
-def _loss(model: nn.Module, share: Share, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+def loss_of(model: nn.Module, share: Share, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
     """Return the summed loss of a share's examples, averaged over draws: as it is trained on, and as it is reported.
 
     They differ where examples were drawn several times: what trains the policy is not a loss of the data.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 #: A key that is given so stands in no list of processes.
 KEY_VARIABLE = "LORRY_API_KEY"
-_KINDS: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
+_KINDS: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool, "Path": Path}
 #: Names of loopback, which a server without keys answers to.
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
@@ -67,7 +67,12 @@ def serve(**flags: Any) -> None:
     first SIGTERM or Ctrl-C lets what runs end and refuses what is new; the second ends at once.
     """
     own = {name: flags.pop(name) for name in _OWN}
-    build(own, {name: value for name, value in flags.items() if value is not None}).run()
+    server = build(own, {name: value for name, value in flags.items() if value is not None})
+    try:
+        server.run()
+    finally:
+        server.service.close()
+        server.service.engine.close()
 
 
 def build(own: Mapping[str, Any], engine_options: Mapping[str, Any]) -> DrainingServer:
@@ -87,7 +92,7 @@ def build(own: Mapping[str, Any], engine_options: Mapping[str, Any]) -> Draining
     references = adapter_references(own["adapter"])
     engine, tokenizer = _engine(own, engine_options)
     name = own["name"] or _name(own["base"])
-    _load(engine, {n: (path, weight) for n, (path, weight) in references.items()}, name)
+    _load(engine, references, name)
     _show(engine, name)
     return _server(engine, tokenizer, name, template, keys, own)
 

@@ -64,8 +64,9 @@ def test_nothing_comes_from_elsewhere(loading, path):
 
 def test_what_cannot_be_loaded_is_said(loading, server):
     target = loading[0]
-    absent = post(target, "/v1/load_lora_adapter", lora_name="a", lora_path="absent")
-    assert absent.status_code == 404 and absent.json()["error"]["code"] == "adapter_not_found"
+    for path in ("absent", "long" * 200):
+        absent = post(target, "/v1/load_lora_adapter", lora_name="a", lora_path=path)
+        assert absent.status_code == 404 and absent.json()["error"]["code"] == "adapter_not_found"
     for name, path in (("a", "empty"), ("pocket", "good"), ("base", "good"), ("a/b", "good"), ("-", "good")):
         answer = post(target, "/v1/load_lora_adapter", lora_name=name, lora_path=path)
         assert answer.status_code == 400 and answer.json()["error"]["message"].endswith("."), (name, answer.text)

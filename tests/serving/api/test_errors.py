@@ -16,6 +16,7 @@ BAD = [
     ("/v1/completions", TEXT | {"model": "no/such"}, 404, "model", "no/such"),
     ("/v1/completions", TEXT | {"model": "base+math:much"}, 400, "model", "no weight"),
     ("/v1/completions", TEXT | {"model": "base+math:nan"}, 400, "model", "no weight"),
+    ("/v1/completions", TEXT | {"model": "math:-1e300"}, 400, "model", "no weight"),
     ("/v1/completions", TEXT | {"model": "math+math"}, 400, "model", "twice"),
     ("/v1/completions", {}, 400, "prompt", "required"),
     ("/v1/completions", {"prompt": ""}, 400, None, "at least one token"),

@@ -11,6 +11,8 @@ from lorry.serving.http.errors import ApiError
 
 #: What the base is called beside its own name, alone and at the head of a composition.
 BASE = "base"
+#: Weights beyond, of either sign, would only make a model say nothing at all.
+MOST_WEIGHT = 100
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
 
 
@@ -50,8 +52,9 @@ def _weight(text: str, model: str) -> float:
         weight = float(text)
     except ValueError:
         weight = math.nan
-    if not math.isfinite(weight):
-        raise ApiError(400, f"'{text}' in '{model}' is no weight; expected NAME:0.7.", param="model")
+    if not abs(weight) <= MOST_WEIGHT:
+        message = f"'{text}' in '{model}' is no weight; expected NAME:0.7, at most {MOST_WEIGHT}."
+        raise ApiError(400, message, param="model")
     return weight
 
 

@@ -86,7 +86,7 @@ class Reader:
 
     def __init__(self, names: Sequence[str], several: bool = True) -> None:
         self._names, self._several = frozenset(names), several
-        self._held, self._begun = "", False
+        self._held, self._begun, self._called = "", False, False
         self.calls: list[Call] = []
 
     def feed(self, text: str, ended: bool = False) -> Iterator[str | Call]:
@@ -115,20 +115,26 @@ class Reader:
                 return
         self._begun = self._begun or bool(self._held.strip())
         while OPEN in self._held:
-            said, _, rest = self._held.partition(OPEN)
+            before, _, rest = self._held.partition(OPEN)
             inside, closed, after = rest.partition(CLOSE)
             if not closed and not ended:
-                yield said.rstrip() if said.strip() else ""
+                yield self._said(before.rstrip())
                 self._held = OPEN + rest
                 return
             calls = _parsed(inside, self._names)
-            yield said.rstrip() if calls else said + OPEN + inside + closed
+            yield self._said(before.rstrip() if calls else before + OPEN + inside + closed)
             yield from calls
-            self._held = after.lstrip() if calls else after
-        kept = 0 if ended else _overlap(self._held, OPEN)
-        cut = len(self._held) - kept
-        said, self._held = self._held[:cut], self._held[cut:]
-        yield said
+            self._held, self._called = after, self._called or bool(calls)
+        cut = len(self._held) if ended else len(self._held[: -_overlap(self._held, OPEN) or None].rstrip())
+        text, self._held = self._held[:cut], self._held[cut:]
+        yield self._said(text)
+
+    def _said(self, text: str) -> str:
+        """Return what is said, without the space that only parts it from the call before."""
+        if self._called:
+            text = text.lstrip()
+            self._called = not text
+        return text
 
     def _may_be_object(self) -> bool:
         start = self._held.lstrip()

@@ -96,7 +96,7 @@ def allowed(path: str, folders: Sequence[Path]) -> Path:
         if not _below(found, roots):
             continue
         inside = True
-        if found.exists():
+        if os.path.exists(found):  # unlike the path's own method, which raises for a name that is too long
             if not all(_below(Path(os.path.realpath(each)), roots) for each in _files(found)):
                 raise outside
             return found

@@ -67,7 +67,9 @@ FACE_MAY = frozenset(name for names in BANDS[: LEVEL["training"] + 1] for name i
 TOP_LEVEL = frozenset({"torch", "safetensors"})
 #: A module of Triton kernels is a module of decorated functions; it is itself imported only where a kernel is used.
 TOP_LEVEL_KERNELS = frozenset({"triton"})
-TOP_LEVEL_FACES = frozenset({"typer", "click", "rich", "pydantic", "yaml", "fastapi", "uvicorn"})
+TOP_LEVEL_FACES = frozenset({"typer", "click", "rich", "pydantic", "yaml", "fastapi", "starlette", "uvicorn"})
+#: A thin face below the highest band: FastAPI finds the types of a route's arguments among the names of its module.
+FACES_BELOW = (("lorry", "serving", "http"),)
 
 #: The third-party roots that the three lowest packages may use at all, inside functions: storages of a base
 #: weight and compilers of kernels, each present only where the user's model or machine already brings it.
@@ -115,7 +117,7 @@ def check_file(file: Path, source: Path) -> Iterator[str]:
     for found in imports(tree, parts):
         if found.name is None and file.relative_to(source).as_posix() == MAY_IMPORT_COMPUTED:
             continue
-        problem = judge(unit, found, source / PACKAGE)
+        problem = judge(unit, found, source / PACKAGE, face=parts[:3] in FACES_BELOW)
         if problem:
             yield f"{file}:{found.line}: {problem}"
     for line, problem in [*sizes(tree, text), *unsafe_loads(tree)]:
@@ -144,8 +146,8 @@ def unit_of(parts: tuple[str, ...]) -> str:
     return PACKAGE if inner in ("__init__", FACE) else "cli" if inner == "__main__" else inner
 
 
-def judge(unit: str, found: Import, package: Path) -> str | None:
-    """What is wrong with this import from this package, if anything."""
+def judge(unit: str, found: Import, package: Path, *, face: bool = False) -> str | None:
+    """What is wrong with this import from this package, if anything; `face` for a thin face below the highest band."""
     if found.name is None:
         return (
             "imports a module whose name is computed: write the import out, or register what is to be found in a "
@@ -159,7 +161,7 @@ def judge(unit: str, found: Import, package: Path) -> str | None:
     if root in sys.stdlib_module_names or root == "__future__" or found.typing_only:
         return None
     if found.top_level:
-        faces = LEVEL.get(unit) == LEVEL["cli"]
+        faces = face or LEVEL.get(unit) == LEVEL["cli"]
         extra = TOP_LEVEL_FACES if faces else TOP_LEVEL_KERNELS if unit == "kernels" else frozenset()
         if root not in TOP_LEVEL | extra:
             return f"imports {root} at the top of a module: import it in the function that uses it"

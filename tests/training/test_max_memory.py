@@ -39,7 +39,7 @@ def test_the_largest_pass_takes_what_was_allowed(planner, tmp_path):
     with fleet.base.mode(training=True):
         for run in fleet.runs:
             run.open_step()
-        for group in fleet.planner.passes(fleet._shares({run.name: run for run in fleet.runs})):
+        for group in fleet.planner.passes(fleet.rounds.shares({run.name: run for run in fleet.runs})):
             before = live(fleet)
             highest = max(highest, before + peak(lambda group=group: train_pass(fleet.base, group, 0)))
             assert all(share.error is None for share in group)

@@ -95,7 +95,7 @@ def test_passes_hold_every_sample_of_a_round_once_within_the_capacity(tmp_path):
     fleet = Fleet(base(), None, jobs(), tmp_path, planner=PLAN)
     for run in fleet.runs:
         run.open_step()
-    shares = fleet._shares({run.name: run for run in fleet.runs})
+    shares = fleet.rounds.shares({run.name: run for run in fleet.runs})
     assert [(s.name, s.step) for s in shares] == [(n, i) for n in ("long", "short", "plain") for i in range(3)]
     passes = fleet.planner.passes(shares)
     for share in shares:

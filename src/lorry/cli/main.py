@@ -30,6 +30,7 @@ from lorry.cli import (
     methods,
     plan,
     push,
+    serve,
     train,
 )
 from lorry.cli.output import failure, out, print_json
@@ -168,6 +169,7 @@ app.command("federate")(federate.federate)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
 app.command("fuse")(fuse.fuse)
 app.command("merge")(merge.merge)
 app.command("convert")(convert.convert)

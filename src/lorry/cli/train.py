@@ -18,6 +18,7 @@ from lorry.core.errors import OptionError
 if TYPE_CHECKING:
     from lorry.cli.run_file import RunFile
     from lorry.training.jobs import Job
+    from lorry.training.processes import Processes
 
 
 def _signature(
@@ -100,6 +101,22 @@ def train(**flags: Any) -> None:
 
         print_json(schema())
         return
+    from lorry.training.processes import ProcessError, join
+
+    processes = join()
+    try:
+        with processes.one_end():
+            failed = _train(own, flags, processes)
+    except ProcessError as error:
+        if error.own:
+            raise
+        raise typer.Exit(1) from None  # the process that failed says so
+    if failed:
+        raise typer.Exit(1)
+
+
+def _train(own: dict[str, Any], flags: dict[str, Any], processes: Processes) -> bool:
+    """Train, and print what came out; returns whether a job failed. Of several processes the first alone prints."""
     from lorry.cli.output import err, failure
     from lorry.training.report import print_table
 
@@ -107,8 +124,15 @@ def train(**flags: Any) -> None:
     if own["find_rate"]:
         from lorry.cli.find_rate import advise
 
-        return advise(run, *base_and_jobs(run), own["as_json"])
-    report = execute(run, resume=own["resume"], overwrite=own["overwrite"])
+        if processes.several:
+            raise OptionError("--find-rate tries rates on one process; run it without a launcher.")
+        advise(run, *base_and_jobs(run), own["as_json"])
+        return False
+    report = execute(run, resume=own["resume"], overwrite=own["overwrite"], processes=processes)
+    processes.leave()
+    failed = any(job["status"].startswith("failed") for job in report["jobs"])
+    if not processes.first:
+        return failed
     if own["as_json"]:
         print_json(report)
     elif not err().is_terminal:  # on a terminal the fleet has drawn the table below its bars
@@ -117,8 +141,7 @@ def train(**flags: Any) -> None:
         if job["status"].startswith("failed"):
             failure(f"job '{job['name']}' {job['status']}")
     note(f"report, metrics and curves are in {run.out}")
-    if any(job["status"].startswith("failed") for job in report["jobs"]):
-        raise typer.Exit(1)
+    return failed
 
 
 _own = list(inspect.signature(_signature, eval_str=True).parameters.values())
@@ -163,8 +186,10 @@ def _run_of(own: dict[str, Any], job: dict[str, Any]) -> RunFile:
     return from_options(RunFile, {**given, "jobs": [{"name": name, **job}]})
 
 
-def execute(run: RunFile, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
-    """Train all jobs and return the fleet's report."""
+def execute(
+    run: RunFile, *, resume: bool = False, overwrite: bool = False, processes: Processes | None = None
+) -> dict[str, Any]:
+    """Train all jobs and return the fleet's report; on several processes each of them does so."""
     from lorry.cli.output import err
     from lorry.cli.sizes import byte_count
     from lorry.training.fleet import Fleet
@@ -185,6 +210,9 @@ def execute(run: RunFile, *, resume: bool = False, overwrite: bool = False) -> d
         planner=run.planner,
         max_memory=byte_count(run.max_memory),
         loggers=run.loggers,
+        processes=processes,
+        shard=run.shard,
+        pipeline=run.pipeline,
         resume=resume,
         overwrite=overwrite,
         console=err(),

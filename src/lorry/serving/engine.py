@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from lorry.core.errors import OptionError
+from lorry.core.life.state import kept_state
 from lorry.core.receipt import Receipt
 from lorry.formats.file import AdapterFile
 from lorry.serving.options import EngineOptions
@@ -19,7 +21,7 @@ from lorry.serving.paging.hooks import PagedModel
 from lorry.serving.paging.pool import made_pool
 from lorry.serving.paging.shelf import Shelf
 from lorry.serving.paging.store import Store
-from lorry.serving.request import Finish, Output, Request
+from lorry.serving.request import Composition, Finish, Output, Request
 from lorry.serving.results import Completed, Served, Stats
 from lorry.serving.runner import Runner
 from lorry.serving.schedule import Scheduler, Share, passes
@@ -143,6 +145,17 @@ class Engine:
                     left.discard(output.id)
         return [Completed.of(outputs[request.id]) for request in asked]
 
+    @property
+    def context(self) -> int:
+        """Tokens of a prompt and its answer together, at most: what the model sees, and what the pool holds."""
+        held = self._pool.capacity(()) * self.options.page_tokens
+        return held if self._context is None else min(self._context, held)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model knows."""
+        return self._vocabulary
+
     # -- adapters
 
     def load(self, name: str, source: Path | str | AdapterFile, pinned: bool = False) -> Receipt:
@@ -215,6 +228,27 @@ class Engine:
                 self._end(sequence, Output(sequence.request.id, finish="cancelled"))
             self._catalogue.close()
             self._shelf.close()
+
+    @contextmanager
+    def applied(self, composition: Composition) -> Iterator[nn.Module]:
+        """Give the model with a composition, for passes that generate nothing; steps wait meanwhile.
+
+        Raises
+        ------
+        AdapterError, OptionError
+            As for `submit`.
+        """
+        resolved = self._catalogue.acquire(composition)
+        model = self._runner.model.model
+        try:
+            with self._passes, ExitStack() as scope:
+                state = kept_state(model)
+                if state is not None:
+                    active = state.composed({version.adapter.name: weight for version, weight in resolved} or None)
+                    scope.callback(state.leave, *state.enter(active))
+                yield model
+        finally:
+            self._catalogue.give_back(resolved)
 
     # -- a step
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -14,7 +15,11 @@ from .task import Setting, Tally
 
 
 def evaluate(
-    base: Base, runs: Sequence[Run], max_pad_ratio: float | None, max_tokens: int | None
+    base: Base,
+    runs: Sequence[Run],
+    max_pad_ratio: float | None,
+    max_tokens: int | None,
+    one_pass: Callable[[Base, Sequence[Share]], list[Any]] = evaluate_pass,
 ) -> dict[str, dict[str, float]]:
     """Evaluate jobs on their held-out examples; jobs without any are left out.
 
@@ -26,6 +31,8 @@ def evaluate(
         Jobs that have begun.
     max_pad_ratio, max_tokens
         How passes are shared; see `grouped`.
+    one_pass
+        Gives the sums of the shares of a pass, or nothing where another process has them.
 
     Returns
     -------
@@ -42,7 +49,7 @@ def evaluate(
         while waiting:
             shares = [batches.pop(0) for batches in waiting.values()]
             for group in grouped(shares, max_pad_ratio, max_tokens):
-                for share, tally in zip(group, evaluate_pass(base, group), strict=True):
+                for share, tally in zip(group, one_pass(base, group), strict=False):
                     before = sums.get(share.name)
                     sums[share.name] = tally if before is None else before + tally
             waiting = {name: batches for name, batches in waiting.items() if batches}

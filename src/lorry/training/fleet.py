@@ -25,16 +25,19 @@ from . import checkpoint
 from .attaching import attach_job
 from .batches import BatchPlan
 from .data_errors import DataError
-from .evaluate import evaluate
 from .folder_lock import locked
 from .jobs import Job, jobs_from
-from .joint import Base, Share, train_pass
+from .joint import Base
 from .loggers import Logs, loggers_from
 from .pass_planner import PassPlanner, planner_from
+from .pipelined import PipelinedRounds, pipeline_for
 from .prepare import prepare
+from .processes import Processes
 from .progress import Bars
 from .report import VERSION, MetricsFile, draw_curves, job_report, print_table, read_metrics
+from .rounds import Done, Rounds, parameters_of
 from .run import DONE, INTERRUPTED, Run
+from .sharding import check_splittable, place_base
 from .starts import apply_start
 from .task import Prepared, Setting
 
@@ -109,6 +112,13 @@ class Fleet:
     max_memory
         Bytes that training may take, by `lorry.training.estimate`, weights included: the planner makes its passes
         small enough. For jobs that learn from text.
+    processes
+        What this process is among those that train together (`lorry.training.processes.join`); each makes the same
+        fleet, runs a part of the rows of every pass, and the first one writes.
+    pipeline
+        ``{stages: 2}`` cuts the base into stages, one for each process, in place of splitting the rows.
+    shard
+        Spread the base's weights over several processes (FSDP2); without it each keeps them whole.
 
     Raises
     ------
@@ -135,6 +145,9 @@ class Fleet:
         loggers: Any = None,
         planner: Any = None,
         max_memory: int | None = None,
+        processes: Processes | None = None,
+        shard: bool = True,
+        pipeline: Any = None,
     ) -> None:
         if checkpoint_every < 0 or keep_checkpoints < 1:
             raise OptionError("checkpoint_every must be at least 0 and keep_checkpoints at least 1.")
@@ -149,8 +162,13 @@ class Fleet:
         self.planner: PassPlanner = planner_from(planner, max_pad_ratio, max_tokens)
         if max_memory is not None:
             self.planner = self.planner.within(model, self.jobs, max_memory)
-        self.show, self.console = progress, console
+        self.processes, self.shard = processes or Processes(), shard
+        self.pipeline = pipeline_for(pipeline, self.processes)
+        if self.pipeline is not None:
+            self.planner = self.planner.in_stages(self.pipeline.stages)
+        self.show, self.console = progress if self.processes.first else False, console
         self.base = Base(Setting(model, tokenizer), base_dropout)
+        self.rounds = Rounds(self.base, self.planner, self.processes)
         self.tick = 0
         self.runs = [Run(job) for job in self.jobs]
         self._metrics: dict[str, MetricsFile] = {}
@@ -190,10 +208,21 @@ class Fleet:
                 self._detach()
                 raise
         try:
-            self.planner.check([run for run in self.runs if run.running], self.base.setting)
+            running = [run for run in self.runs if run.running]
+            self.planner.check(running, self.base.setting)
+            if self.processes.several:
+                self.rounds = self._spread(running)
         except LorryError:
             self._detach()
             raise
+
+    def _spread(self, runs: Sequence[Run]) -> Rounds:
+        """Put the base where several processes have it: in stages of a pipeline, in parts, or whole in each."""
+        if self.pipeline is not None:
+            return PipelinedRounds(self.base, self.planner, self.processes, runs)
+        check_splittable(runs, self.shard)
+        place_base(self.model, [run.adapter for run in runs if run.adapter], self.processes, self.shard)
+        return self.rounds
 
     def _calibrate(self, run: Run, prepared: Prepared) -> None:
         """Show the first examples to a method or a start that wants to see some; the same ones at a resumed run."""
@@ -232,10 +261,13 @@ class Fleet:
         """Open the output folder: take up a checkpoint, or start anew; what a run that was killed left half written
         goes.
         """
-        folder = self.output / "checkpoints"
-        checkpoint.clear_drafts(folder)
-        path = checkpoint.latest(folder) if resume else None
-        there = checkpoint.latest(folder) is not None or (self.output / "report.json").exists()
+        folder, first = self.output / "checkpoints", self.processes.first
+        if first:
+            checkpoint.clear_drafts(folder)
+        latest = checkpoint.latest(folder)
+        there = latest is not None or (self.output / "report.json").exists()
+        name, there = self.processes.told([None if latest is None else latest.name, there])
+        path = folder / name if resume and name else None
         if there and not resume and not overwrite:
             raise OptionError(
                 f"{self.output} holds a run already; take it up again (resume), replace it (overwrite), or "
@@ -249,17 +281,19 @@ class Fleet:
                     saved = state["jobs"][run.name]
                     checkpoint.restore(path, run, saved)
                     offsets[run.name] = saved["offset"]
+                    self.processes.forget(parameters_of(run))
             self.tick = state["tick"]
-        elif overwrite and folder.is_dir():
+        elif overwrite and first and folder.is_dir():
             checkpoint.clear(folder)
-        for run in self.runs:
+        for run in self.runs if first else ():
             folder = self.output / run.name
             self._logs[run.name] = Logs(self.loggers, folder, run.name, run.job.to_dict(), run.progress.step)
             self._metrics[run.name] = MetricsFile(folder / "metrics.jsonl", offsets.get(run.name, 0))
 
     def _log(self, name: str, row: Mapping[str, Any]) -> None:
-        self._metrics[name].write(row)
-        self._logs[name].write(row)
+        if self.processes.first:
+            self._metrics[name].write(row)
+            self._logs[name].write(row)
 
     # -- run
 
@@ -307,52 +341,38 @@ class Fleet:
         for run in tried:
             run.open_step()
         runs = {run.name: run for run in tried if run.running}
-        for number, group in enumerate(self.planner.passes(self._shares(runs))):
-            self._pass(runs, group, mix_seed("base", self.tick, number))
+        for done in self.rounds(runs, self.tick):
+            self._note(runs, done)
         self.tick += 1
+        counted = [count for run in self.runs for count in (run.progress.step, int(run.running))]
+        self._stop = self.processes.in_step(self._stop, *counted)
         self._finish([run for run in tried if not run.running or run.progress.step >= run.total])
         over = not any(run.running for run in self.runs)
         if self._stop or over or (self.checkpoint_every and self.tick % self.checkpoint_every == 0):
             self.save_checkpoint()
 
-    def _shares(self, runs: Mapping[str, Run]) -> list[Share]:
-        """Return what the planner plans: the next micro-batch of each job, or whole steps of it."""
-        ahead = self.planner.steps_ahead
-        if not ahead:
-            return [run.share() for run in runs.values()]
-        return [share for run in runs.values() for share in run.ahead(ahead)]
-
-    def _pass(self, runs: Mapping[str, Run], planned: Sequence[Share], seed: int) -> None:
-        """One joint pass, for those of its jobs that still run; a pass without any is a no-op."""
-        for share in planned:
-            if runs[share.name].running:
-                runs[share.name].open_step()
-        group = [share for share in planned if runs[share.name].running]
-        if not group:
-            return
-        train_pass(self.base, group, seed)
-        complete = [runs[share.name] for share in group if runs[share.name].take(share)]
-        rows = {run.name: run.finish_step() for run in complete}
+    def _note(self, runs: Mapping[str, Run], done: Done) -> None:
+        """Write down the steps that a pass completed, and evaluate where it is time to."""
         now = time.perf_counter()
         for run in runs.values():
             run.progress.seconds += now - self._clock
-            row = rows.get(run.name)
+            row = done.get(run.name)
             if row is not None:
                 self._log(run.name, {**row, "seconds": round(run.progress.seconds, 4)})
         self._clock = now
-        self._evaluate([run for run in complete if run.running and self._due(run)])
+        self._evaluate([runs[name] for name, row in done.items() if row and self._due(runs[name], row["step"])])
 
     @staticmethod
-    def _due(run: Run) -> bool:
-        step, every = run.progress.step, run.job.eval_every
-        return step >= run.total or bool(every and step % every == 0)
+    def _due(run: Run, step: int) -> bool:
+        every = run.job.eval_every
+        return run.running and (step >= run.total or bool(every and step % every == 0))
 
     def _evaluate(self, runs: Sequence[Run]) -> None:
         """Evaluate jobs, write the results, and let patience judge."""
         runs = [r for r in runs if r.prepared is not None and r.prepared.evaluation is not None]
         if not runs:
             return
-        for name, metrics in evaluate(self.base, runs, self.max_pad_ratio, self.max_tokens).items():
+        for name, metrics in self.rounds.evaluate(runs, self.max_pad_ratio, self.max_tokens).items():
             run = next(r for r in runs if r.name == name)
             run.judge(metrics)
             self._log(name, {"step": run.progress.step, **{f"eval_{k}": v for k, v in metrics.items()}})
@@ -365,17 +385,22 @@ class Fleet:
             if run.failed or run.adapter is None:
                 continue
             if not run.progress.closed and run.restore_best():
-                metrics = evaluate(self.base, [run], self.max_pad_ratio, self.max_tokens)[run.name]
+                metrics = self.rounds.evaluate([run], self.max_pad_ratio, self.max_tokens)[run.name]
                 run.progress.evaluations.append({"step": run.progress.best_step, **metrics})
             run.progress.closed = True
             run.release()
             run.adapter.metadata["training"] = _facts(run)
             if run.path is None:
                 run.path = str(self.output / run.name / "adapter")
-                run.adapter.save(run.path)
+                if self.processes.first:
+                    run.adapter.save(run.path)
 
     def save_checkpoint(self) -> Path:
         """Write a checkpoint now; returns its folder."""
+        if self.processes.several:
+            self.processes.settle([p for run in self.runs if run.running for p in parameters_of(run)])
+        if not self.processes.first:
+            return self.output / "checkpoints" / f"{self.tick:08d}"
         offsets = {name: file.offset for name, file in self._metrics.items()}
         return checkpoint.save(self.output / "checkpoints", self.tick, self.runs, offsets, self.keep)
 
@@ -401,6 +426,10 @@ class Fleet:
     # -- end
 
     def _report(self, seconds: float) -> dict[str, Any]:
+        """Write the report and return it; the other processes are told what the first has."""
+        return dict(self.processes.told(self._written_report(seconds) if self.processes.first else None))
+
+    def _written_report(self, seconds: float) -> dict[str, Any]:
         for file in self._metrics.values():
             file.close()
         for log in self._logs.values():

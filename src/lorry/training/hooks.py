@@ -84,6 +84,8 @@ class Dynamic:
     name: ClassVar[str]
     #: Whether `after_pass` is to be given the gradient of each row.
     row_gradients: ClassVar[bool] = False
+    #: Whether it reads the weights of the base between passes.
+    reads_base: ClassVar[bool] = False
     #: Options under which training is plain to the last bit; of every dynamic there are some.
     neutral: ClassVar[Mapping[str, Any]] = {}
     #: Dynamics that it cannot act beside, each with the reason.

@@ -14,7 +14,7 @@ from lorry.core.life.api import auxiliary_loss, context, rows
 from lorry.core.method.start import mix_seed
 
 from .routing import policy_loss
-from .task import Prepared, Setting, Tally, Task, split
+from .task import Batch, Prepared, Setting, Tally, Task, split
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,13 @@ class Share:
             records={},
         )
 
+    def part_of(self, chosen: Sequence[int]) -> Share:
+        """Return what `part` does, by which examples of the data are wanted; equal ones may stand for each other."""
+        assert self.chosen is not None
+        left = list(enumerate(self.chosen))
+        places = [left.pop(next(k for k, (_, found) in enumerate(left) if found == i))[0] for i in chosen]
+        return self.part(places)
+
     @property
     def row_tasks(self) -> list[int]:
         """The task of each of its rows."""
@@ -212,19 +219,28 @@ class Outcome:
     ----------
     parts
         Each share's own outputs and targets.
+    whole
+        The outputs of all of them together.
     records
         What layers recorded, by (adapter, site path, name).
     """
 
     parts: list[tuple[Any, Any]]
+    whole: Any
     records: dict[tuple[str, str, str], Tensor]
 
 
 @contextmanager
-def forward(base: Base, shares: Sequence[Share], seeds: dict[str, int] | None = None) -> Iterator[Outcome]:
+def forward(
+    base: Base,
+    shares: Sequence[Share],
+    seeds: dict[str, int] | None = None,
+    run: Callable[[Batch], Any] | None = None,
+) -> Iterator[Outcome]:
     """Run the rows of all shares, which are of one family, through the base at once, each with its job's adapter.
 
-    What the pass left behind (auxiliary losses, the state of its dropout) lasts as long as the context.
+    What the pass left behind (auxiliary losses, the state of its dropout) lasts as long as the context. `run` takes the
+    place of the task's forward pass where a process has a stage of the base.
     """
     task, model = shares[0].task, base.model
     together = task.collate_in_one if shares[0].padding_free else task.collate
@@ -244,14 +260,15 @@ def forward(base: Base, shares: Sequence[Share], seeds: dict[str, int] | None = 
             if share.around is not None:
                 stack.enter_context(share.around(Place(start, start + size, sum(sizes))))
             start += size
-        outputs = task.forward(base.setting, batch)
+        outputs = task.forward(base.setting, batch) if run is None else run(batch)
         if batch.lengths is None:
             own, targets = split(outputs, sizes), split(batch.targets, sizes)
         else:
             tokens = [sum(share.task.cost(e) for e in share.examples) for share in shares]
             own, targets = outputs.split(tokens, 1), batch.targets.split(tokens, 1)
         pairs = zip(shares, own, targets, strict=True)
-        yield Outcome([(share.prepared.own(out), wanted) for share, out, wanted in pairs], left.records)
+        parts = [(share.prepared.own(out), wanted) for share, out, wanted in pairs]
+        yield Outcome(parts, outputs, left.records)
 
 
 def train_pass(base: Base, shares: Sequence[Share], seed: int) -> None:
@@ -278,7 +295,7 @@ def _train_pass(base: Base, shares: Sequence[Share], seed: int) -> None:
         weighted, known = [], []
         for share, (own, targets) in zip(shares, outcome.parts, strict=True):
             try:
-                total, shown = _loss(base.model, share, own, targets)
+                total, shown = loss_of(base.model, share, own, targets)
             except ValueError as error:
                 share.error = str(error)
                 continue
@@ -295,7 +312,7 @@ def _train_pass(base: Base, shares: Sequence[Share], seed: int) -> None:
                     share.records[path, name] = record
 
 
-def _loss(model: nn.Module, share: Share, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+def loss_of(model: nn.Module, share: Share, outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
     """Return the summed loss of a share's examples, averaged over draws: as it is trained on, and as it is reported.
 
     They differ where examples were drawn several times: what trains the policy is not a loss of the data.

@@ -228,6 +228,8 @@ class Task(ABC):
     outputs: ClassVar[int | None] = None
     #: The metric by which evaluations are compared, and which way is better.
     best: ClassVar[tuple[str, Literal["min", "max"]]] = ("loss", "min")
+    #: Whether the loss of an example is the same whatever else is in its micro-batch.
+    by_example: ClassVar[bool] = True
     #: What `cost` counts, for reports.
     unit: ClassVar[str] = "examples"
 

@@ -33,6 +33,7 @@ class LoRAGGPO(Dynamic):
     perturbs the factors for good.
     """
 
+    reads_base: ClassVar[bool] = True
     neutral: ClassVar = {"sigma": 0.0}
     apart: ClassVar = {
         "lora-mgpo": "they are two ways of one perturbation",

@@ -80,6 +80,7 @@ class Embedding(TextTask):
     """
 
     name: ClassVar[str] = "embedding"
+    by_example: ClassVar[bool] = False
     task: ClassVar[str | None] = "features"
     best: ClassVar[tuple[str, Literal["min", "max"]]] = ("retrieval_accuracy", "max")
     max_length: int = 256

@@ -1,0 +1,200 @@
+"""``lorry serve``: a base with many adapters behind OpenAI's HTTP interface."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lorry.cli.arguments import BaseArgument, Dtype, adapter_references
+from lorry.cli.declared import Declared, declared_options
+from lorry.cli.output import err, note, progress, size, table
+from lorry.cli.sampling import Template
+from lorry.core.errors import OptionError
+
+if TYPE_CHECKING:
+    from lorry.serving.engine import Engine
+    from lorry.serving.http.keys import Keys
+    from lorry.serving.http.server import DrainingServer
+
+#: A key that is given so stands in no list of processes.
+KEY_VARIABLE = "LORRY_API_KEY"
+_KINDS: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool, "Path": Path}
+#: Names of loopback, which a server without keys answers to.
+_LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+
+
+def _signature(
+    base: BaseArgument,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", "-a", metavar="[NAME=]DIR", help="Adapter to serve from the start; repeatable."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; any but loopback needs keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    name: Annotated[str | None, typer.Option("--name", help="What clients call the base; its folder's name.")] = None,
+    adapter_dir: Annotated[
+        list[Path] | None,
+        typer.Option("--adapter-dir", help="Folder below which clients may load adapters; repeatable."),
+    ] = None,
+    keys: Annotated[
+        Path | None, typer.Option("--keys", help="YAML file of keys with their adapters, limits and rates.")
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option("--api-key", envvar=KEY_VARIABLE, show_envvar=True, help="The one key, which may do everything."),
+    ] = None,
+    template: Template = None,
+    dtype: Dtype = "auto",
+    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1; auto takes a GPU.")] = "auto",
+    max_body: Annotated[int, typer.Option(min=1024, help="Bytes of a request, at most.")] = 4 << 20,
+    max_requests: Annotated[int, typer.Option(min=1, help="Sequences under way, waiting ones too, at most.")] = 4096,
+    patience: Annotated[
+        float, typer.Option(min=0, help="Seconds for what still runs when the server is told to end.")
+    ] = 60.0,
+) -> None:
+    """Declare the flags that are not options of the engine."""
+
+
+def serve(**flags: Any) -> None:
+    """Serve a base, its adapters and compositions of them over HTTP, as OpenAI's clients expect it.
+
+    A request's model is the base, an adapter, or a composition: base+math:0.7+story:0.3. /docs lists the endpoints. The
+    first SIGTERM or Ctrl-C lets what runs end and refuses what is new; the second ends at once.
+    """
+    own = {name: flags.pop(name) for name in _OWN}
+    server = build(own, {name: value for name, value in flags.items() if value is not None})
+    try:
+        server.run()
+    finally:
+        server.service.close()
+        server.service.engine.close()
+
+
+def build(own: Mapping[str, Any], engine_options: Mapping[str, Any]) -> DrainingServer:
+    """Return the server that the flags mean, with everything loaded; `engine_options` are the engine's."""
+    from lorry.serving.http.server import check_exposed
+
+    keys = _keys(own["keys"], own["api_key"])
+    check_exposed(own["host"], keys.required)
+    template = own["template"]
+    if template is not None:
+        from lorry.cli.sampling import template_of
+
+        template = template_of(None, template)
+    for folder in own["adapter_dir"] or ():
+        if not folder.is_dir():
+            raise OptionError(f"--adapter-dir: there is no folder {folder}.")
+    references = adapter_references(own["adapter"])
+    engine, tokenizer = _engine(own, engine_options)
+    name = own["name"] or _name(own["base"])
+    _load(engine, references, name)
+    _show(engine, name)
+    return _server(engine, tokenizer, name, template, keys, own)
+
+
+def _keys(file: Path | None, secret: str | None) -> Keys:
+    from lorry.serving.http.keys import Keys
+
+    if file is not None and secret is not None:
+        raise OptionError(f"Give either --keys or --api-key (or {KEY_VARIABLE}).")
+    if file is not None:
+        return Keys.read(file)
+    return Keys() if secret is None else Keys.single(secret)
+
+
+def _engine(own: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[Engine, Any]:
+    import torch
+
+    from lorry.cli.bases import load_base, load_tokenizer
+    from lorry.serving.engine import Engine
+    from lorry.serving.options import EngineOptions
+
+    checked = EngineOptions(**options)
+    tokenizer = load_tokenizer(own["base"])
+    note(f"loading {own['base']} ...")
+    model = load_base(own["base"], own["dtype"])
+    place = own["device"]
+    if place == "auto":
+        place = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        model.to(place)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(f"--device {place}: {str(error).splitlines()[0]}.") from error
+    return Engine(model, tokenizer, checked), tokenizer
+
+
+def _name(base: str) -> str:
+    from lorry.cli.bases import said_name
+
+    return said_name(base) or Path(os.path.realpath(Path(base).expanduser())).name
+
+
+def _load(engine: Engine, references: Mapping[str, tuple[Path, float]], base: str) -> None:
+    """Load the adapters of the command line."""
+    with progress() as shown:
+        task = shown.add_task("adapters", total=len(references), visible=bool(references))
+        for name, (path, weight) in references.items():
+            if name in ("base", base):
+                raise OptionError(f"'{name}' names the base; call the adapter otherwise: --adapter NAME={path}.")
+            if weight != 1:
+                raise OptionError(f"--adapter {name}: a weight belongs to a request, as in model {name}:{weight:g}.")
+            receipt = engine.load(name, path)
+            if len(references) <= 32:
+                note(str(receipt))
+            shown.advance(task)
+
+
+def _show(engine: Engine, base: str) -> None:
+    """Print what is served."""
+    adapters = engine.adapters()
+    rows = [(base, "base", "", "")]
+    rows += [(each.name, each.place, str(each.rank), size(each.bytes)) for each in adapters[:32]]
+    err().print(table("", ("model", "place", "rank", "size"), rows, right=("rank", "size")))
+    if len(adapters) > 32:
+        note(f"and {len(adapters) - 32} more")
+
+
+def _server(
+    engine: Engine, tokenizer: Any, base: str, template: str | None, keys: Keys, own: Mapping[str, Any]
+) -> DrainingServer:
+    from lorry.serving.http.app import create_app
+    from lorry.serving.http.prompts import Prompts
+    from lorry.serving.http.server import DrainingServer
+    from lorry.serving.http.state import Serving
+    from lorry.serving.service import Service
+
+    service = Service(engine, max_requests=own["max_requests"])
+    serving = Serving.over(service, Prompts(tokenizer, template), keys, base, tuple(own["adapter_dir"] or ()))
+    # a server of one machine's user without keys shall not be reached through pages of other sites
+    hosts = None if keys.required else {*_LOOPBACK, own["host"]}
+    app = create_app(serving, most_bytes=own["max_body"], hosts=hosts)
+    said: Callable[[str], None] = lambda address: note(f"serving {base} at {address}")  # noqa: E731
+    return DrainingServer(app, own["host"], own["port"], service, patience=own["patience"], ready=said)
+
+
+def _flag(field: Declared) -> inspect.Parameter:
+    """Return an option of the engine as a flag; None where it was not given."""
+    kind = _KINDS.get(field.type.split("|")[0].strip(), str)
+    long = f"--{field.name.replace('_', '-')}"
+    declared = f"{long}/--no-{long[2:]}" if kind is bool else long
+    text = f"{field.help} Default: {field.default}."
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind | None, typer.Option(declared, help=text, show_default=False)],
+    )
+
+
+_given = list(inspect.signature(_signature, eval_str=True).parameters.values())
+_OWN = tuple(parameter.name for parameter in _given)
+serve.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in _given]
+    + [_flag(field) for field in declared_options("serving/options.py", "EngineOptions")]
+)
+serve.__annotations__ = {p.name: p.annotation for p in serve.__signature__.parameters.values()}  # type: ignore[attr-defined]

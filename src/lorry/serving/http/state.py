@@ -1,0 +1,101 @@
+"""What the endpoints of one app share, and how they get at it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+from fastapi import Depends, Request
+
+from lorry.core.errors import AdapterError
+from lorry.serving.engine import Engine
+from lorry.serving.http.errors import ApiError
+from lorry.serving.http.keys import Holder, Keys
+from lorry.serving.http.metrics import Metrics
+from lorry.serving.http.names import composition_of, missing, unknown
+from lorry.serving.http.prompts import Prompts
+from lorry.serving.service import Draining, Service
+
+
+@dataclass
+class Serving:
+    """An engine with what HTTP needs beside it.
+
+    Attributes
+    ----------
+    base
+        The name of the base in ``model``.
+    context, vocabulary
+        Tokens of prompt and answer together at most, and tokens that the base knows.
+    folders
+        Adapters are loaded from below these alone; with none, not at all.
+    created
+        When the app was made, in seconds since 1970.
+    """
+
+    engine: Engine
+    service: Service[Engine]
+    prompts: Prompts
+    keys: Keys
+    base: str
+    context: int
+    vocabulary: int
+    folders: tuple[Path, ...] = ()
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        """Make the figures."""
+        self.metrics = Metrics(self.engine.stats)
+
+    @classmethod
+    def over(
+        cls, service: Service[Engine], prompts: Prompts, keys: Keys, base: str, folders: tuple[Path, ...] = ()
+    ) -> Serving:
+        """Return what an app over a service needs; the limits are those of its engine."""
+        engine = service.engine
+        return cls(engine, service, prompts, keys, base, engine.context, engine.vocabulary, folders)
+
+    def composition(self, model: str | None, holder: Holder) -> dict[str, float]:
+        """Return what a model's name stands for; raise as `composition_of`, and 403 if this key may not use it."""
+        found = composition_of(model, self.base)
+        holder.check_model(found)
+        return found
+
+    def refused(self, error: AdapterError, model: str | None, composition: Mapping[str, float], holder: Holder
+                ) -> ApiError:  # fmt: skip
+        """Return the answer to an engine that refuses a composition: 404 if one of its adapters is not served."""
+        served = self.names()
+        if missing(composition, served) is None:
+            return ApiError(400, str(error), param="model")
+        return unknown(model or "", [self.base, *filter(holder.may_use, served)])
+
+    def names(self) -> list[str]:
+        """Return the names of the adapters that are served."""
+        return list({adapter.name: None for adapter in self.engine.adapters()})
+
+
+def serving_of(request: Request) -> Serving:
+    """Return what the app of a request shares."""
+    return cast(Serving, request.app.state.serving)
+
+
+def holder_of(request: Request) -> Holder:
+    """Return who asks; raise 401 if nobody known does."""
+    return serving_of(request).keys.holder(request.headers.get("authorization"))
+
+
+def taken(request: Request) -> None:
+    """Raise 503 when nothing new is taken."""
+    if serving_of(request).service.draining:
+        raise Draining("The server is shutting down and takes no new requests; ask another one.")
+
+
+#: Arguments of endpoints.
+Shared = Annotated[Serving, Depends(serving_of)]
+Caller = Annotated[Holder, Depends(holder_of)]
+#: Dependencies of routers: the key first, so that nobody unknown learns anything.
+GUARDED: Any = [Depends(holder_of)]
+WORKING: Any = [Depends(holder_of), Depends(taken)]

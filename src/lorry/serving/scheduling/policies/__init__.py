@@ -1,0 +1,1 @@
+"""Policies of the queue: one file each, registered by name; see `lorry.serving.scheduling.policy`."""

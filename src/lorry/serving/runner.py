@@ -48,9 +48,12 @@ class Runner:
 
     def dropped(self, resident: Resident) -> None:
         """Let go of what was made of an adapter's tensors, which leave their pages."""
-        name, last = resident.adapter.name, None if self._last is None else self._last[1]
-        for active in (*resident.adapter.state.drop_composed(name), *([] if last is None else [last])):
+        name = resident.adapter.name
+        for active in resident.adapter.state.drop_composed(name):
             active.forget()
+        if self._last is not None and self._last[1] is not None and name in self._last[1].members:
+            self._last[1].forget()
+            self._last = None
 
     def arranged(self, parts: Sequence[tuple[Resolved, int]]) -> list[int]:
         """Return the order in which parts of a batch are to come: what is multiplied together lies side by side.

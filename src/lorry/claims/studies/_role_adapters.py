@@ -20,7 +20,7 @@ from lorry.training import Job, train
 
 #: Role -> its skill; each writes in a form of its own.
 ROLES = {"plan": "star", "act": "unrotate", "reflect": "opens"}
-RANK, ALPHA, STEPS, BATCH = 8, 16, 300, 16
+RANK, ALPHA, STEPS, BATCH = 8, 16, 200, 8
 #: Earlier lines of a context, at most, in training and in trials.
 LINES = 5
 #: The roles' adapters that have an A of their own at values, too.
@@ -63,44 +63,58 @@ def rows(role: str, count: int, seed: int) -> list[dict[str, str]]:
     return found
 
 
+def _job(setting: Setting, name: str, role: str, rate: float, seed: int, **more: Any) -> Job:
+    return Job(
+        name,
+        rows(role, setting.much(1600, 64), seed),
+        {"method": "lora", "rank": RANK, "alpha": ALPHA},
+        targets=["*.q_proj", "*.v_proj"],
+        objective="completion",
+        steps=setting.much(STEPS, 3),
+        batch_size=BATCH,
+        learning_rate=rate,
+        schedule="cosine",
+        hold_out=0.05,
+        seed=seed,
+        **more,
+    )
+
+
+def held_out_loss(setting: Setting, rate: float, seed: int) -> float:
+    """Train the first role and return its loss on held-out rows."""
+    from lorry import pocket
+
+    model, tokenizer = pocket.load()
+    first = next(iter(ROLES))
+    with tempfile.TemporaryDirectory() as folder:
+        report = train(model, tokenizer, [_job(setting, first, first, rate, seed)], folder).report
+    return float(report["jobs"][0]["eval"]["end"]["loss"])
+
+
 @contextmanager
-def trained(setting: Setting, rate: float, seed: int) -> Iterator[tuple[nn.Module, Any, dict[str, float]]]:
+def trained(setting: Setting, rate: float, seed: int) -> Iterator[tuple[nn.Module, Any]]:
     """Train the first role as it is, the others with its A and with A of their own.
 
-    Gives the model with all five adapters on it (``plan``, ``act``, ``reflect``, ``apart-act``, ``apart-reflect``), the
-    tokenizer, and the held-out loss of each.
+    Gives the model with all five adapters on it (``plan``, ``act``, ``reflect``, ``apart-act``, ``apart-reflect``), and
+    the tokenizer.
     """
     from lorry import pocket
 
     model, tokenizer = pocket.load()
     first, *others = ROLES
-    steps = setting.much(STEPS, 3)
-    common: dict[str, Any] = {
-        "method": {"method": "lora", "rank": RANK, "alpha": ALPHA},
-        "targets": ["*.q_proj", "*.v_proj"],
-        "objective": "completion",
-        "steps": steps,
-        "batch_size": BATCH,
-        "learning_rate": rate,
-        "schedule": "cosine",
-        "hold_out": 0.05,
-    }
-    data = {role: rows(role, setting.much(2400, 64), seed) for role in ROLES}
     with tempfile.TemporaryDirectory() as folder:
-        alone = Job(first, data[first], seed=seed, **common)
-        result = train(model, tokenizer, [alone], Path(folder) / "first")
+        alone = train(model, tokenizer, [_job(setting, first, first, rate, seed)], Path(folder) / "first")
         given = Path(folder) / "given"
-        result.adapters[first].save(given)
+        alone.adapters[first].save(given)
         shared: dict[str, Any] = {
             "start": {"start": "shared-down", "adapter": str(given)},
             "dynamics": [{"dynamics": "freezing", "tensors": "*.v_proj.A"}],
             "stages": {"freeze": 0},
         }
-        jobs = [Job(role, data[role], seed=seed + 1, **common, **shared) for role in others]
-        jobs += [Job(APART + role, data[role], seed=seed + 1, **common) for role in others]
-        rest = train(model, tokenizer, jobs, Path(folder) / "rest")
-    losses = {job["name"]: float(job["eval"]["end"]["loss"]) for r in (result, rest) for job in r.report["jobs"]}
-    yield model, tokenizer, losses
+        jobs = [_job(setting, role, role, rate, seed + 1, **shared) for role in others]
+        jobs += [_job(setting, APART + role, role, rate, seed + 1) for role in others]
+        train(model, tokenizer, jobs, Path(folder) / "rest")
+    yield model, tokenizer
 
 
 def names(apart: bool) -> dict[str, str]:

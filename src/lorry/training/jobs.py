@@ -265,9 +265,9 @@ class Job:
 
     def to_dict(self) -> dict[str, Any]:
         """The job as plain data; records in memory are described, not written out."""
-        plain = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        plain = {k: _described(v) if k in ("data", "eval_data") else _plain(v) for k, v in values.items()}
         plain["method"] = plain["method"] or self.make_method().info.slug
-        plain["data"], plain["eval_data"] = _described(self.data), _described(self.eval_data)
         return plain
 
 

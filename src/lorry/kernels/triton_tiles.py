@@ -449,6 +449,12 @@ class TiledProducts:
         return [part.view_as(t).to(t.dtype) for part, t in zip(parts, factors, strict=True)]
 
 
+def choices() -> dict[str, dict[str, str]]:
+    """Return the sizes of tiles that were found best so far: for each kernel, by what they hold for."""
+    kernels = {"project": _project, "product": _product, "gradients": _gradients, "outer": _outer}
+    return {name: {str(key): str(found) for key, found in each.cache.items()} for name, each in kernels.items()}
+
+
 def _bits(number: float) -> int:
     """Return the bits of a float64 as an integer."""
     found: int = struct.unpack("<q", struct.pack("<d", number))[0]

@@ -51,7 +51,8 @@ def _trial(setting: Setting) -> Trial:
 
 
 def _row(setting: Setting, rate: float, seed: int) -> Mapping[str, float]:
-    count, row = setting.much(TEXTS, 2), {}
+    count = setting.much(TEXTS, 2)
+    row: dict[str, float] = {}
     with trained(setting, rate, seed) as (model, tokenizer):
         near = distances(model, tokenizer, False, SHARING, count, seed)
         row |= {f"divergence {policy}": value for policy, value in near.items()}

@@ -78,7 +78,8 @@ def test_commands_go_on_after_a_backslash_and_end_at_a_comment():
     "code, says",
     [
         ("lorry inspect nowhere", "ended with 2"),
-        ("rm -r x", "may call lorry, make and pip install"),
+        ("rm -r x", "may call lorry, torchrun, make and pip install"),
+        ("torchrun --nproc-per-node 2 -m lorry train --nothing", "nothing"),
         ("make nothing", "nothing"),
         ("pip install '.[nothing]'", "nothing"),
     ],

@@ -15,6 +15,7 @@ from lorry.core.life.state import ModelState, kept_state
 from lorry.core.method.layout import BatchLayout
 from lorry.serving.paging.batch import Batch
 from lorry.serving.paging.hooks import PagedCache, PagedModel
+from lorry.serving.paging.kernels import Scratch
 from lorry.serving.paging.resident import Resident
 from lorry.serving.paging.store import Store
 from lorry.serving.paging.updates import Stretch, prepare
@@ -39,6 +40,7 @@ class Runner:
         self._picks = "logits_to_keep" in inspect.signature(type(root).forward).parameters
         head = root.get_output_embeddings()  # type: ignore[operator]
         self._head = next((path for path, module in root.named_modules() if module is head), "")
+        self._scratch = Scratch()
         self._last: tuple[object, Active | None, bool] | None = None
 
     def dropped(self, resident: Resident) -> None:
@@ -53,7 +55,7 @@ class Runner:
         root: nn.Module = self.model.model
         if root.training:
             root.eval()
-        cache = PagedCache(self.store, batch)
+        cache = PagedCache(self.store, batch, self._scratch)
         inputs = {"input_ids": batch.tokens, "position_ids": batch.positions}
         state = kept_state(root)
         if state is None:

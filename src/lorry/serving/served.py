@@ -128,7 +128,7 @@ class Catalogue:
     def _version(self, name: str, adapter: Adapter, serial: int, path: Path | None, pinned: bool) -> Version:
         resident = self.pool.adopt(adapter)
         if pinned:
-            self.pool.use(resident)  # and never left
+            self.pool.pin(resident)
         return Version(name, self._numbers.get(name, 0) + 1, adapter, resident, serial, path, pinned)
 
     def unload(self, name: str) -> None:
@@ -167,11 +167,6 @@ class Catalogue:
                 version.users -= 1
                 if version.retired and not version.users:
                     self._drop(version)
-
-    def pinned(self) -> set[Resident]:
-        """Return the adapters that never leave the pool."""
-        with self._lock:
-            return {version.resident for version in self._current.values() if version.pinned}
 
     def list(self) -> list[Served]:
         """Return all adapters that can be named, by name, and versions that only requests under way still use."""

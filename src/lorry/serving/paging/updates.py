@@ -107,9 +107,11 @@ def _plain(entry: Entry, resident: Resident) -> SiteFactors | None:
     if not {"stored", "plain"} <= able or entry.shared is not None or not entry.site.kind.plain_product:
         return None
     a, b = (resident.slot(entry.home, name) for name in ("A", "B"))
-    flat = all(len(s.shape) == 2 and s.nbytes and s.stride == (s.shape[1], 1) for s in (a, b)) and a.dtype == b.dtype
-    scale = cast(Bottleneck, entry.method).scale(entry.site)
-    return SiteFactors(entry, a, b, scale) if flat and a.dtype.is_floating_point else None
+    if len(a.shape) != 2 or len(b.shape) != 2 or not a.nbytes or a.dtype != b.dtype or not a.dtype.is_floating_point:
+        return None
+    rank, width = a.shape
+    dense = rank == 1 or (a.stride == (width, 1) and b.stride == (1, b.shape[0]))
+    return SiteFactors(entry, a, b, cast(Bottleneck, entry.method).scale(entry.site)) if dense else None
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,7 @@ def prepare(active: Active, stretches: Sequence[Stretch], tokens: int, dtype: to
                 updates.setdefault(path, SiteUpdate(tokens)).parts.append((member, number))
     for path, update in updates.items():
         active.kept[STACKED, path] = update
+        active.ready[path] = False  # that way is for one adapter on all tokens
 
 
 class _Long:
@@ -194,41 +197,65 @@ class _Short:
         places = [place for stretch in stretches for place in range(stretch.start, stretch.stop)]
         run = places == list(range(places[0], places[0] + len(places)))
         self._index = slice(places[0], places[-1] + 1) if run else torch.tensor(places, device=device)
-        counts = torch.tensor([stretch.stop - stretch.start for stretch in stretches], device=device)
-        self._counts = None if len(places) == len(stretches) else counts
-        weights = torch.tensor([stretch.weight for stretch in stretches], dtype=torch.float64)
-        scales = torch.stack([stretch.factors.scales for stretch in stretches]) * weights[:, None]
-        self._scales = scales.to(device, dtype)
-        addresses = [stretch.factors.addresses() for stretch in stretches]
+        #: Each stretch once for each of its tokens.
+        self._each = [stretch for stretch in stretches for _ in range(stretch.start, stretch.stop)]
+        weights = torch.tensor([stretch.weight for stretch in self._each], dtype=torch.float64)
+        scales = torch.stack([stretch.factors.scales for stretch in self._each]) * weights[:, None]
+        self._scales = scales.to(device, dtype)[:, :, None, None].unbind(1)
+        addresses = [stretch.factors.addresses() for stretch in self._each]
         whole = [address for address in addresses if address is not None]
-        self._units = torch.stack(whole).to(device) // ALIGNED if len(whole) == len(addresses) else None
+        self._units: Tensor | None = None
+        if len(whole) == len(addresses):
+            self._units = torch.stack(whole, 2).to(device) // ALIGNED  # (sites, A and B, tokens)
+        self._gathered: list[list[Tensor]] = [[], []]
 
     def made(self, number: int) -> _Made:
-        """Return what to multiply with at the site of a number: factors of each token, those of B scaled."""
-        path = self.paths[number]
-        site = self._stretches[0].factors.sites[path]
+        """Return what to multiply with at the site of a number, for each token."""
         if self._units is None:
-            pairs = [stretch.factors.ready(path) for stretch in self._stretches]
-            a, b = (torch.stack(each) for each in zip(*pairs, strict=True))
+            pairs = [stretch.factors.ready(self.paths[number]) for stretch in self._each]
+            a, b = torch.stack([a for a, _ in pairs]), torch.stack([b.t() for _, b in pairs])
         else:
-            pool = self._stretches[0].factors.resident.pool
-            a, b = (_windows(pool, s, self._units[:, number, at]) for at, s in enumerate((site.a, site.b)))
-        a, b = a.to(self._dtype).mT, (b.to(self._dtype) * self._scales[:, number, None, None]).mT.contiguous()
-        if self._counts is not None:
-            a, b = a.repeat_interleave(self._counts, 0), b.repeat_interleave(self._counts, 0)
-        return self._index, a, b, None
+            if not self._gathered[0]:
+                sites = tuple(self._stretches[0].factors.sites.values())
+                ranks = [site.a.shape[0] for site in sites]
+                pool = self._stretches[0].factors.resident.pool
+                for which, slots in enumerate(([site.a for site in sites], [site.b for site in sites])):
+                    self._gathered[which] = _windows(pool, slots, ranks, self._units[:, which])
+            a, b = (gathered[number] for gathered in self._gathered)
+        return self._index, a.to(self._dtype).mT, b.to(self._dtype), self._scales[number]
 
 
-def _windows(pool: PagePool, slot: Slot, units: Tensor) -> Tensor:
-    """Return tensors of one shape from all over a pool ``(tensors, *shape)``; they begin at multiples of `ALIGNED`."""
-    flat = pool.rows(slot.dtype).view(-1)
-    size, step = slot.nbytes // slot.dtype.itemsize, ALIGNED // slot.dtype.itemsize
-    windows = flat.as_strided(((len(flat) - size) // step + 1, size), (step, 1))
-    return windows.index_select(0, units).view(-1, *slot.shape)
+def _windows(pool: PagePool, slots: Sequence[Slot], ranks: Sequence[int], units: Tensor) -> list[Tensor]:
+    """Return tensors from all over a pool, for each slot ``(tokens, rank, width)`` as they lie in memory.
+
+    They begin at multiples of `ALIGNED`, so a tensor of any size is one row of a view of the pool whose rows overlap.
+    Sites whose tensors are of one shape are read together.
+
+    Parameters
+    ----------
+    pool
+        The pool.
+    slots, ranks
+        What is read: one tensor for each site.
+    units
+        Where they begin, in units of `ALIGNED` bytes ``(sites, tokens)``.
+    """
+    alike: dict[tuple[int, int, torch.dtype], list[int]] = {}
+    for number, (slot, rank) in enumerate(zip(slots, ranks, strict=True)):
+        alike.setdefault((rank, slot.nbytes, slot.dtype), []).append(number)
+    found: list[Tensor] = [units] * len(slots)
+    for (rank, nbytes, dtype), numbers in alike.items():
+        flat = pool.rows(dtype).view(-1)
+        size, step = nbytes // dtype.itemsize, ALIGNED // dtype.itemsize
+        windows = flat.as_strided(((flat.numel() - size) // step + 1, size), (step, 1))
+        read = windows.index_select(0, units[numbers].view(-1)).view(len(numbers), units.shape[1], rank, -1)
+        for number, tensor in zip(numbers, read.unbind(), strict=True):
+            found[number] = tensor
+    return found
 
 
-#: Which tokens; Aᵀ and Bᵀ, for all of them or one for each; and a scale, None where it is in Bᵀ.
-_Made = tuple[slice | Tensor, Tensor, Tensor, float | None]
+#: Which tokens; Aᵀ, Bᵀ and a scale, for all of them or one for each.
+_Made = tuple[slice | Tensor, Tensor, Tensor, float | Tensor]
 
 
 class SiteUpdate:
@@ -256,14 +283,14 @@ class SiteUpdate:
         flat, tokens = out.view(-1, out.shape[-1]), x.reshape(-1, x.shape[-1])
         for index, a, b, scale in self._made:
             part = tokens[index].to(a.dtype)
-            if scale is not None:
+            if isinstance(scale, float):
                 h = part @ a
                 if flat.dtype == b.dtype and isinstance(index, slice):
                     flat[index].addmm_(h, b, alpha=scale)
                 else:
                     _add(flat, index, (h @ b) * scale)
                 continue
-            h = torch.bmm(part.unsqueeze(1), a)
+            h = torch.bmm(part.unsqueeze(1), a).mul_(scale)
             if flat.dtype == b.dtype and isinstance(index, slice):
                 flat[index].unsqueeze(1).baddbmm_(h, b)
             else:

@@ -10,12 +10,15 @@ import torch
 from core.tiny import llama, tokens
 from methods.small import batch, scatter_trained, set_tensors, stack, train
 from torch import nn
+from training.tiny_bases import tiny_llama, token_rows
 
 import lorry
 from lorry.core.life.calibrate import calibrate, finish_step, observe
 from lorry.methods.aurora import cubic_basis
 from lorry.methods.mora import rotations
 from lorry.methods.parts.allocation import effective_rank, ranks_by_importance
+from lorry.training import Fleet, Job
+from lorry.training import train as train_jobs
 from lorry.training.starts import STARTS, apply_start
 
 
@@ -320,3 +323,38 @@ def test_what_is_shared_is_counted_once():
     assert count(lorry.DenseLoRA(rank=3)) == 2 * 3 * 40 + 6 * 9
     assert count(lorry.BSLoRA(rank=1, intra_rank=2, inter_rank=3)) == 6 * 40 + (3 * 2 + 3) * 48
     assert count(lorry.NoRA(rank=4, inner_rank=2)) == 6 * 16
+
+
+# -- in a fleet
+
+#: What changes outside the gradient, draws in training, or is decided by calibration.
+STATEFUL = {
+    "increlora": {"initial_rank": 1, "target_rank": 2, "most_rank": 3},
+    "lora-dash": {"rank": 2, "directions": 2, "launch": 3},
+    "salora": {"rank": 2},
+    "d-ralora": {"rank": 2},
+    "goat": {"rank": 2, "experts": 2, "eta": 0.02},
+    "bslora": {},
+}
+
+
+def test_runs_of_variants_are_resumed_exactly_and_are_alone_what_they_are_in_company(tmp_path):
+    options = {"steps": 4, "batch_size": 2, "calibration": 2, "targets": "attention"}
+
+    def jobs():
+        return [Job(s, token_rows(8, (5, 9), 1), {"method": s, **more}, **options) for s, more in STATEFUL.items()]
+
+    whole = train_jobs(tiny_llama(), None, jobs(), tmp_path / "whole")
+    first = Fleet(tiny_llama(), None, jobs(), tmp_path / "part")
+    with first.base.mode(training=True):
+        first._tick()
+        first._tick()
+    first.save_checkpoint()
+    second = train_jobs(tiny_llama(), None, jobs(), tmp_path / "part", resume=True)
+    for slug in STATEFUL:
+        pairs = zip(whole.adapters[slug].named_tensors(), second.adapters[slug].named_tensors(), strict=True)
+        assert all(torch.equal(a, b) for (_, a, _), (_, b, _) in pairs), slug
+    for job in jobs()[1:4]:
+        alone = train_jobs(tiny_llama(), None, job, tmp_path / job.name)
+        pairs = zip(whole.adapters[job.name].named_tensors(), alone.adapters[job.name].named_tensors(), strict=True)
+        assert all(torch.allclose(a, b, atol=1e-5) for (_, a, _), (_, b, _) in pairs), job.name

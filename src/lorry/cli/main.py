@@ -29,6 +29,7 @@ from lorry.cli import (
     methods,
     plan,
     push,
+    study,
     train,
 )
 from lorry.cli.output import failure, out, print_json
@@ -163,6 +164,7 @@ app.command("methods")(methods.methods)
 app.command("plan")(plan.plan)
 app.command("compare")(compare.compare)
 app.command("train", cls=train.TrainCommand)(train.train)
+app.command("study")(study.study)
 app.command("federate")(federate.federate)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)

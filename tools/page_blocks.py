@@ -4,10 +4,9 @@ What a block is follows from its language and title:
 
 - ``yaml``, ``jsonl`` or ``text`` with ``title="NAME"``: a file of that name, written into the folder of the page;
 - ``python``: run, with the names of the page's earlier blocks; with a title it is written as a file instead;
-- ``sh``: each line is a command. ``lorry ...`` is run in this process; ``lorry serve ... &`` is started beside it, on a
-  free port in the place of `PORT`, until the page ends; ``curl ...`` is run and must not end with an error;
-  ``pip install`` and ``make`` are held against pyproject.toml and the Makefile, since running them would change the
-  machine; anything else is refused;
+- ``sh``: each line is a command. ``lorry ...`` is run in this process; ``pip install`` and ``make`` are held
+  against pyproject.toml and the Makefile, since running them would change the machine; of ``torchrun`` and
+  ``accelerate launch`` the words that lorry gets are held against the program; anything else is refused;
 - ``text`` without a title: something to read, never run.
 
 A picture under ``images/terminal/`` that follows an ``sh`` block shows the output of that block.
@@ -16,6 +15,7 @@ A picture under ``images/terminal/`` that follows an ``sh`` block shows the outp
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import shlex
@@ -33,6 +33,9 @@ from typer.testing import CliRunner
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 RUN, WRITTEN, READ = ("python", "sh"), ("yaml", "jsonl", "text", "python"), ("text", "toml")
+
+#: Programs that start lorry in several processes.
+LAUNCHERS = ("torchrun", "accelerate")
 
 _FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w*)(?: +title=\"(?P<title>[^\"]+)\")?[ \t]*\n(?P<code>.*?)^(?P=indent)```[ \t]*$"
@@ -260,13 +263,17 @@ def check_outside(block: Block, words: list[str]) -> None:
     if words[0] == "make":
         targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         unknown = [w for w in words[1:] if w not in targets]
+    elif words[0] in LAUNCHERS and ["-m", "lorry"] in [words[i : i + 2] for i in range(len(words))]:
+        own = words[words.index("lorry") :]
+        check_flags(dataclasses.replace(block, code=shlex.join(own)))
+        unknown = []
     elif words[:2] == ["pip", "install"]:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         extras = set(re.findall(r"\w+", " ".join(re.findall(r"\[([^\]]*)\]", " ".join(words)))))
         unknown = sorted(extras - set(project["optional-dependencies"]))
     else:
         raise PageError(
-            f"{block.where}: a page may call lorry, curl, make and pip install; found `{shlex.join(words)}`."
+            f"{block.where}: a page may call lorry, curl, torchrun, make and pip install; found `{shlex.join(words)}`."
         )
     if unknown:
         raise PageError(f"{block.where}: `{shlex.join(words)}` names {unknown}, which does not exist.")

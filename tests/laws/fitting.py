@@ -11,16 +11,18 @@ import lorry
 from lorry.core.method.base import Method
 from lorry.core.method.registry import presets
 
-#: Options that are sizes, with values small enough for layers of a few dozen channels.
+#: Options that are sizes, with values small enough for layers of a few dozen channels; and what an update is scaled by.
 SMALL = {
     "rank": 2,
-    "initial_rank": 3,
+    "initial_rank": 2,
+    "most_rank": 3,
     "target_rank": 2,
     "experts": 3,
     "top_k": 2,
     "kernels": (2, 2, 4),
     "tokens": tuple(range(16)),
     "dropout": 0.0,
+    "eta": 0.02,
 }
 
 

@@ -1,15 +1,14 @@
-"""What each process does in the tests of several processes; ``python several.py FOLDER``."""
+"""What each process does in the tests of several processes; see `forking`."""
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
-import torch
 from torch.distributed.tensor import DTensor
 from training.tiny_bases import tiny_llama, token_rows
 
 from lorry.training import Fleet, Job
+from lorry.training.processes import join
 
 PLAN = {"planner": "lorafusion", "capacity": 90, "steps": 2}
 
@@ -19,7 +18,7 @@ def base():
 
 
 def jobs(steps=6):
-    """Different methods, optimizers, and sizes of batches; one whose tensors are shared by all sites."""
+    """Different methods, optimizers, and sizes of batches; one whose tensors all sites share, and one that fails."""
     made = {
         "long": dict(
             data=token_rows(20, (5, 30), 1),
@@ -36,6 +35,7 @@ def jobs(steps=6):
             data=token_rows(14, (5, 20), 3), method="uni-lora", optimizer="sgd", learning_rate=2.0, batch_size=4
         ),
     }
+    made["wild"] = dict(data=token_rows(14, (5, 20), 6), optimizer="sgd", learning_rate=1e300, batch_size=1)
     common = {"dtype": "float64", "steps": steps, "targets": "all-linear"}
     return [Job.from_dict({"name": n, "seed": i, **common, **made[n]}) for i, n in enumerate(made)]
 
@@ -52,9 +52,6 @@ def planned_jobs():
 
 
 def worker(folder: Path) -> None:
-    from lorry.training.processes import join
-
-    torch.set_num_threads(1)
     processes = join()
     often = {"processes": processes, "checkpoint_every": 1, "keep_checkpoints": 99}
     fleet = Fleet(base(), None, jobs(), folder / "joined", **often)
@@ -76,7 +73,3 @@ def worker(folder: Path) -> None:
     if processes.first:
         (folder / "found.json").write_text(json.dumps(found))
     processes.leave()
-
-
-if __name__ == "__main__":
-    worker(Path(sys.argv[1]))

@@ -1,13 +1,15 @@
 """Fleets on several processes equal fleets on one; what cannot be spread is refused; one failure ends all."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import yaml
+from page_blocks import DOCS, PageRunner, blocks
 from safetensors.torch import load_file
 from training import several
-from training.launching import launched
+from training.launching import forked, launched
 from training.tiny_bases import tiny_llama, token_rows
 
 from lorry.core.errors import OptionError
@@ -17,15 +19,14 @@ from lorry.training.report import read_metrics
 from lorry.training.sharding import check_splittable
 from lorry.training.split_pass import portions, train_split_pass
 
-JOBS = [job.name for job in several.jobs()]
+JOBS = [job.name for job in several.jobs() if job.name != "wild"]
 PLANNED = [job.name for job in several.planned_jobs()]
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    done = launched(2, several.__file__, str(folder))
-    assert done.returncode == 0, done.stderr[-4000:]
+    forked(several.__name__, (2, folder))
     return folder
 
 
@@ -66,10 +67,25 @@ def test_losses_and_evaluations_are_those_of_one_process_and_are_written_once(on
             assert b[key] == pytest.approx(a[key], rel=1e-9), key
 
 
+def test_a_job_that_fails_in_one_process_fails_in_all_and_alone(one, two):
+    here, there = (json.loads((f / "joined" / "report.json").read_text())["jobs"][-1] for f in (one, two))
+    assert here["status"] == there["status"] and here["status"].startswith("failed: at step")
+    assert here["steps"] == there["steps"] < 6
+
+
 def test_the_base_is_spread_and_adapters_are_whole(two):
     found = json.loads((two / "found.json").read_text())
     assert found["spread"] and found["whole"] and found["part"] == 0.5
     assert 0 < found["under way"] < 3
+
+
+def test_one_process_takes_up_what_two_began(one, two, tmp_path):
+    shutil.copytree(two / "joined", tmp_path / "run")
+    for path in sorted((tmp_path / "run" / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(path)
+    train(several.base(), None, several.jobs(), tmp_path / "run", resume=True)
+    for name in JOBS:
+        assert apart(one / "joined" / name / "adapter", tmp_path / "run" / name / "adapter") < 1e-7
 
 
 @pytest.mark.parametrize("name", PLANNED)
@@ -110,6 +126,16 @@ def test_what_cannot_be_split_is_refused_by_name(options, words, tmp_path):
         check_splittable(fleet.runs, shard=False)
 
 
+def test_quantised_weights_are_not_spread_but_may_stay_whole(tmp_path):
+    job = Job.from_dict({"name": "job", "data": token_rows(6, (3, 9), 1), "steps": 2})
+    fleet = Fleet(tiny_llama(), None, [job], tmp_path)
+    layer = fleet.runs[0].adapter.sites[0].owner
+    layer.weight = torch.nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
+    with pytest.raises(OptionError, match="int8.*shard: false"):
+        check_splittable(fleet.runs, shard=True)
+    check_splittable(fleet.runs, shard=False)
+
+
 def test_methods_with_losses_over_the_rows_of_a_pass_are_refused_by_name(tmp_path):
     job = Job.from_dict({"name": "job", "data": token_rows(6, (3, 9), 1), "steps": 2, "method": "mixlora"})
     fleet = Fleet(tiny_llama(), None, [job], tmp_path)
@@ -120,11 +146,18 @@ def test_methods_with_losses_over_the_rows_of_a_pass_are_refused_by_name(tmp_pat
 
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("file")
-    text = ["the cat sat on the mat", "a dog", "one two three", "it went home to eat some fish with a friend"]
-    (folder / "data.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in text * 3))
-    common = {"data": str(folder / "data.jsonl"), "steps": 2, "rank": 2}
-    made = {"base": "pocket", "out": str(folder / "out"), "jobs": [{"name": n, **common} for n in "ab"]}
+    """The run of the guide, its data cut to a few examples and its training to two steps."""
+    folder, page = tmp_path_factory.mktemp("file"), DOCS / "guides" / "several-machines.md"
+    runner = PageRunner(folder, steps=2)
+    for block in blocks(page):
+        if block.language == "python" or block.title == "run.yaml":
+            runner.run(block)
+    made = yaml.safe_load((folder / "run.yaml").read_text())
+    made["defaults"]["batch_size"], made["out"] = 3, str(folder / "out")
+    for job in made["jobs"]:
+        data = folder / job["data"]
+        data.write_text("".join(data.read_text().splitlines(keepends=True)[:12]))
+        job["data"] = str(data)
     (folder / "run.yaml").write_text(yaml.safe_dump(made))
     return folder / "run.yaml"
 
@@ -153,7 +186,7 @@ def test_the_command_under_torchrun_reports_once(commands, run_file):
     report = json.loads(commands.stdout)
     assert [job["status"] for job in report["jobs"]] == ["done", "done"]
     assert commands.stderr.count("report, metrics and curves") == 1
-    assert {p.name for p in (run_file.parent / "out").iterdir()} >= {"a", "b", "report.json"}
+    assert {p.name for p in (run_file.parent / "out").iterdir()} >= {"star", "unrotate", "report.json"}
 
 
 def test_a_process_that_fails_ends_all_with_one_message(commands):

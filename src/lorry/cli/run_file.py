@@ -57,6 +57,9 @@ class RunFile:
     loggers: Any = option(
         None, "Where metrics go besides metrics.jsonl: tensorboard, wandb, or {logger: name, **options}; one or a list."
     )
+    pipeline: Any = option(
+        None, "{stages: N} cuts the base into stages, one for each of N processes; planner lorafusion fills them."
+    )
     shard: bool = option(
         True, "On several processes, spread the base's weights over them (FSDP2); false keeps them whole in each."
     )

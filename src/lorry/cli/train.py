@@ -212,6 +212,7 @@ def execute(
         loggers=run.loggers,
         processes=processes,
         shard=run.shard,
+        pipeline=run.pipeline,
         resume=resume,
         overwrite=overwrite,
         console=err(),

@@ -3,7 +3,8 @@
 A mask costs as much memory as the activation in one byte each, and drawing Bernoulli numbers costs more than the
 low-rank products that follow. Here each token (the last dimension of x) takes a random window of a fixed pool of 2^20
 true Bernoulli draws: exact marginals, independent within a token, and two tokens share a stretch of the pool with
-probability 2·width/2^20.
+probability 2·width/2^20. Where a token's window begins is a hash of seed, row and position, so every device, and a
+kernel that works on a tile alone, finds the same mask, whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from torch import Tensor
 
 _POOL_SIZE = 1 << 20
 _POOL_SEED = 0x10AA
-
+_WORD = 0xFFFFFFFF
+#: Shift and odd factor of each round of the hash, and by how much the counters of two rows' tokens differ.
+_ROUNDS = ((16, 0x7FEB352D), (15, 0x846CA68B))
+ROW_STEP = 0x9E3779B1
 
 #: Integers as wide as the elements of a floating type.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -38,8 +42,8 @@ def _draw(shape: tuple[int, ...], p: float, seed: int) -> Tensor:
 def keep_mask(shape: torch.Size | tuple[int, ...], p: float, seed: int, device: torch.device) -> Tensor:
     """Return a mask of `shape` in bytes, 1 with probability 1 - p and else 0.
 
-    Offsets are drawn position by position, so a row's mask does not change when the batch is padded to a greater
-    length.
+    A token's mask depends on its row, its position and the seed alone, so it does not change when the batch is padded
+    to a greater length or has further rows.
     """
     return _flags(shape, p, seed, device, torch.uint8, 1)
 
@@ -73,7 +77,7 @@ def _flags(
     if width > _POOL_SIZE // 2:
         return _draw(tuple(shape), p, seed).to(kind).mul_(kept).to(device)
     rows, positions = (outer[0], math.prod(outer[1:])) if outer else (1, 1)
-    offsets = _offsets(rows, positions, width, seed).to(device)
+    offsets = _offsets(rows, positions, width, seed, device)
     return _pool(p, device, kind, kept).unfold(0, width, 1).index_select(0, offsets).view(tuple(shape))
 
 
@@ -89,13 +93,44 @@ def windows(
     offsets = []
     for part, seed in parts:
         count = rows if part is None else part.stop - part.start if isinstance(part, slice) else len(part)
-        offsets.append(_offsets(count, positions, width, seed))
-    return _pool(p, device), torch.cat(offsets).to(device, torch.int32)
+        offsets.append(_offsets(count, positions, width, seed, device))
+    return _pool(p, device), torch.cat(offsets).to(torch.int32)
 
 
-def _offsets(rows: int, positions: int, width: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, _POOL_SIZE - width, (positions, rows), generator=generator).t().reshape(-1)
+def pool(p: float, device: torch.device) -> Tensor:
+    """Return the keep flags in bytes of which every token takes a window, for kernels that read them there."""
+    return _pool(p, device)
+
+
+def room(width: int) -> int:
+    """Return how many places a window of `width` flags may begin at; below 1 the pool does not serve."""
+    return _POOL_SIZE - width if width <= _POOL_SIZE // 2 else 0
+
+
+def seed_key(seed: int) -> int:
+    """Return a seed as the 32 bits from which the windows of its tokens are hashed."""
+    key = (seed ^ seed >> 32 ^ 0x9E3779B9) & _WORD
+    for shift, factor in _ROUNDS:
+        key = (key ^ key >> shift) * factor & _WORD
+    return key ^ key >> 16
+
+
+@lru_cache(maxsize=16)
+def _counters(rows: int, positions: int, device: torch.device) -> Tensor:
+    row, position = (torch.arange(count, device=device) for count in (rows, positions))
+    return (((row * ROW_STEP)[:, None] + position) & _WORD).view(-1)
+
+
+def _offsets(rows: int, positions: int, width: int, seed: int, device: torch.device) -> Tensor:
+    """Return where the window of each token begins, ``(rows · positions,)``.
+
+    The counter of a token is hashed by two rounds of shifted exclusive-or and multiplication of 32 bits, each of which
+    is a bijection; `lorry.kernels.triton_tiles` has the same function.
+    """
+    bits = _counters(rows, positions, device) ^ seed_key(seed)
+    for shift, factor in _ROUNDS:
+        bits.bitwise_xor_(bits >> shift).mul_(factor).bitwise_and_(_WORD)
+    return bits.bitwise_xor_(bits >> 16).remainder_(room(width))
 
 
 def kept_scale(p: float) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,16 @@ if TYPE_CHECKING:
 _FEW_TOKENS = 8
 #: Adapters from which it does.
 _MANY = 4
+
+
+class Prepared(Protocol):
+    """The updates of a batch at one site, made ready before."""
+
+    def serves(self, x: Tensor) -> bool:
+        """Whether they are for an input like this."""
+
+    def add(self, out: Tensor, x: Tensor) -> Tensor:
+        """Add them to the layer's output in place, and return it."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,10 @@ class Stacked:
     def serves(self, x: Tensor) -> bool:
         """Whether the batched products are the better way for an input of this shape."""
         return len(x) == self.rows and _few(x, self.adapters)
+
+    def add(self, out: Tensor, x: Tensor) -> Tensor:
+        """Add the updates of all segments to `out` in place."""
+        return add_stacked(out, x, self)
 
 
 def worth_stacking(x: Tensor, segments: Sequence[Segment], factors: Sequence[LowRankPair]) -> bool:

@@ -23,11 +23,16 @@ def _triton() -> bool:
     return find_spec("triton") is not None
 
 
+def has_kernels(x: Tensor) -> bool:
+    """Whether Triton's kernels run where x lies: on a GPU, or on the CPU in Triton's interpreter."""
+    return (x.is_cuda or (x.is_cpu and os.environ.get("TRITON_INTERPRET") == "1")) and _triton()
+
+
 def groupable(x: Tensor, segments: Sequence[Segment], factors: Sequence[LowRankPair]) -> bool:
     """Whether the grouped kernels carry these segments: on a GPU (or in Triton's interpreter), no gains, one type, one
     dropout.
     """
-    if not (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") or not _triton():
+    if not has_kernels(x):
         return False
     kinds = {(f.a.dtype, f.b.dtype) for f in factors}
     return (

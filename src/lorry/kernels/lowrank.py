@@ -18,6 +18,8 @@ from torch.autograd.function import once_differentiable
 from lorry.kernels.dropout import drop_, dropped_into, keep_bits, kept_scale, masked
 from lorry.kernels.products import add_product, product
 from lorry.kernels.segments import LowRankPair, Rows, Segment, take
+from lorry.kernels.tiled import tileable, tiled_linear
+from lorry.kernels.tiles import kept_table
 from lorry.kernels.together import Together, together
 from lorry.kernels.whole import column_dots, is_whole, whole_linear
 
@@ -72,11 +74,16 @@ def low_rank_linear(
     plans
         Where the layout of the batch's tokens may be kept for the next layer, on devices with grouped kernels.
     """
+    plans = {} if plans is None else plans
     flat = [t for f in factors for t in (f.a, f.b, f.gain)]
     tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, y, *flat))
+    if weight is not None and tileable(x, weight, segments, factors):
+        table = kept_table(plans, len(x), x[0].numel() // x.shape[-1], segments, x.device)
+        if table is not None:
+            return tiled_linear(x, weight, bias, table, segments, factors)
     if tracked and weight is not None and is_whole(x, weight, segments):
         return whole_linear(x, weight, bias, segments[0], factors[0])
-    make = together(x, segments, factors, {} if plans is None else plans)
+    make = together(x, segments, factors, plans)
     if tracked:
         result: Tensor = _LowRankLinear.apply(x, weight, bias, y, tuple(segments), make, *flat)  # type: ignore[no-untyped-call]
         return result

@@ -64,7 +64,7 @@ class AdaLoRA(Bottleneck):
 
     def tensors(self, site: Site) -> dict[str, TensorSpec]:
         """Return A, B and E, their smoothed statistics, and which triplets are kept."""
-        rank = self.initial_rank
+        rank = self.stored
         trained = {
             "A": TensorSpec((*site.lead, rank, site.in_features), normal(0.02)),
             "B": TensorSpec((*site.lead, site.out_features, rank), normal(0.02)),
@@ -85,19 +85,24 @@ class AdaLoRA(Bottleneck):
         return tensors["E"].unsqueeze(-1) * tensors["A"], tensors["B"]
 
     def scale(self, site: Site) -> float:
-        """Return alpha over the initial rank; it stays when ranks fall."""
-        return 1.0 if self.alpha is None else self.alpha / self.initial_rank
+        """Return alpha over the stored rank; it stays when ranks change."""
+        return 1.0 if self.alpha is None else self.alpha / self.stored
+
+    @property
+    def stored(self) -> int:
+        """The number of triplets that are stored, which divides alpha."""
+        return self.initial_rank
 
     @property
     def alpha_rank(self) -> int:
-        """The initial rank."""
-        return self.initial_rank
+        """The number of triplets that are stored."""
+        return self.stored
 
     def penalty(self, places: Places) -> Tensor | None:
         """Return how far A and B are from orthonormal."""
         if not self.orthogonality or not places:
             return None
-        eye = torch.eye(self.initial_rank)
+        eye = torch.eye(self.stored)
         gaps = [
             g for _, t in places for g in (t["A"] @ t["A"].mT - eye.to(t["A"]), t["B"].mT @ t["B"] - eye.to(t["B"]))
         ]

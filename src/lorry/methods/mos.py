@@ -14,6 +14,7 @@ from lorry.core.method.registry import register
 from lorry.core.method.spec import Init, Layout, Tensors, TensorSpec
 from lorry.core.options import option
 from lorry.core.sites.site import Site
+from lorry.methods.parts.sharing import type_of, uniform
 
 
 @register("mos", paper="arXiv 2410.00938")
@@ -83,7 +84,7 @@ class MoS(Bottleneck):
             first, count, shards = members[0], len(members), self._shards(members[0])
             rows, rank = self.budget * count * shards, self._rank(count)
             inner, outer = first.in_features // shards, first.out_features // shards
-            layout.shared[f"{name}.A"] = TensorSpec((*first.lead, rows, inner), _uniform(first.in_features))
+            layout.shared[f"{name}.A"] = TensorSpec((*first.lead, rows, inner), uniform(first.in_features))
             layout.shared[f"{name}.B"] = TensorSpec((*first.lead, rows, outer))
             for number, site in enumerate(members):
                 choice = self._choice(rank, count, number, shards)
@@ -127,22 +128,3 @@ class MoS(Bottleneck):
     def scale(self, site: Site) -> float:
         """Return alpha over the rank that is built."""
         return 1.0 if self.alpha is None or self.rank is None else self.alpha / self.rank
-
-
-def type_of(site: Site) -> str:
-    """Return the name of the pool that a site uses: its path without numbers of layers, and its shape.
-
-    A number is that of a layer where it is a whole component of the path; digits of a name (``fc1``, ``w3``,
-    ``wi_0``) tell projections apart. So does a number at the end below a layer (the parts of an ``nn.Sequential``).
-    """
-    *parents, last = site.path.split(".")
-    numbered = any(part.isdecimal() for part in parents)
-    found = ["*" if part.isdecimal() else part for part in parents]
-    found.append(last if numbered or not last.isdecimal() else "*")
-    return f"{'.'.join(found)}[{site.out_features}x{site.in_features}]"
-
-
-def _uniform(fan_in: int) -> Init:
-    """Return the start of A's pool: as a whole vector of A starts, although a row is only a shard of one."""
-    bound = fan_in**-0.5
-    return lambda tensor, generator: tensor.uniform_(-bound, bound, generator=generator)

@@ -8,8 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorry.core.errors import OptionError
 from lorry.core.life.state import kept_state
@@ -21,9 +20,10 @@ from lorry.serving.paging.hooks import PagedModel
 from lorry.serving.paging.pool import made_pool
 from lorry.serving.paging.shelf import Shelf
 from lorry.serving.paging.store import Store
-from lorry.serving.request import Composition, Finish, Output, Request
+from lorry.serving.request import Composition, Output, Request, TokenLogprob
 from lorry.serving.results import Completed, Served, Stats
 from lorry.serving.runner import Runner
+from lorry.serving.sampling import Vocabulary, check_sampling, choose, report
 from lorry.serving.schedule import Scheduler, Share, passes
 from lorry.serving.sequence import Sequence
 from lorry.serving.served import Catalogue
@@ -68,8 +68,7 @@ class Engine:
         config: Any = model.config
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         self._context: int | None = getattr(text, "max_position_embeddings", None)
-        self._vocabulary: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        self._ends = _end_tokens(model)
+        self._tokens = Vocabulary.of(model, tokenizer)
         self._decoded = self._steps = self._finished = 0
         self._pool.dropped = self._runner.dropped
 
@@ -88,8 +87,8 @@ class Engine:
         """
         self._check(request)
         resolved = self._catalogue.acquire(request.composition)
-        sequence = Sequence(request, resolved)
         try:
+            sequence = Sequence(request, resolved, self._tokens, self.tokenizer)
             self._check_room(sequence)
         except BaseException:
             self._catalogue.give_back(resolved)
@@ -154,7 +153,7 @@ class Engine:
     @property
     def vocabulary(self) -> int:
         """Tokens that the model knows."""
-        return self._vocabulary
+        return self._tokens.size
 
     # -- adapters
 
@@ -214,7 +213,7 @@ class Engine:
             tokens_decoded=self._decoded,
             prefix_hits=count.hits,
             prefix_misses=count.misses,
-            preemptions=0,
+            preemptions=count.preemptions,
             steps=self._steps,
             finished=self._finished,
         )
@@ -256,12 +255,13 @@ class Engine:
         """Compute one pass for all running requests, after taking in those that fit; returns what it adds to each."""
         with self._passes:
             with self._lock:
-                self._scheduler.waiting += self._arrived
-                self._arrived = []
+                arrived, self._arrived = self._arrived, []
                 gone = [sequence for sequence in self._known.values() if sequence.cancelled]
+            for sequence in arrived:
+                self._scheduler.arrive(sequence)
             outputs = [self._end(each, Output(each.request.id, finish="cancelled")) for each in gone]
-            shares, failed = self._scheduler.shares()
-            outputs += [self._end(each, _error(each, f"It cannot run: {error}")) for each, error in failed]
+            shares, ended = self._scheduler.shares()
+            outputs += [self._end(sequence, output) for sequence, output in ended]
             for group in passes(shares):
                 outputs += self._pass(group)
             self._steps += bool(shares)
@@ -274,22 +274,27 @@ class Engine:
                 share.sequence.tokens[share.sequence.stored : share.sequence.stored + share.count],
                 share.sequence.stored,
                 [block.page for block in share.sequence.blocks],
-                wanted=share.whole,
+                wanted="all" if share.sequence.reads_prompt else share.whole,
             )
             for share in shares
         ]
         try:
             batch = Batch.of(parts, self.options.page_tokens, self._pool.tokens.device)
-            logits = self._runner.logits(batch, [share.sequence.composition for share in shares])
+            logits = self._runner.logits(batch, [share.sequence.resolved for share in shares])
         except Exception as error:
             return self._failed(shares, error)
-        tokens = iter(logits.argmax(-1).tolist())
-        outputs = []
+        whole: list[tuple[Sequence, int]] = []  # those that get a token, with the row of their logits
+        row = 0
         for share, part in zip(shares, parts, strict=True):
+            if part.wanted == "all":
+                _read_prompt(share.sequence, logits[row : row + share.count])
+            row += share.count if part.wanted == "all" else bool(part.wanted)
+            if share.whole:
+                whole.append((share.sequence, row - 1))
             share.sequence.stored += share.count
-            if part.wanted:
-                outputs.append(self._chosen(share.sequence, next(tokens)))
-        return outputs
+        rows = logits if len(whole) == len(logits) else logits[[row for _, row in whole]]
+        found = choose(rows, [sequence.chooser for sequence, _ in whole])
+        return [self._chosen(sequence, each) for (sequence, _), each in zip(whole, found, strict=True)]
 
     def _failed(self, shares: list[Share], error: Exception) -> list[Output]:
         """Let the composition at which a pass fails go under alone."""
@@ -305,30 +310,12 @@ class Engine:
             outputs.append(self._end(sequence, _error(sequence, text)))
         return outputs
 
-    def _chosen(self, sequence: Sequence, token: int) -> Output:
+    def _chosen(self, sequence: Sequence, found: TokenLogprob) -> Output:
         """Add a token to an answer and return what that makes known."""
-        before = self._text(sequence)
-        sequence.tokens.append(token)
-        self._decoded += 1
-        finish: Finish | None = None
-        sampling = sequence.request.sampling
-        ends = set(sampling.stop_tokens) | (set() if sampling.ignore_end else self._ends)
-        stop = token if token in ends and sequence.answered > sampling.min_tokens else None
-        if stop is not None:
-            finish = "stop"
-        elif sequence.left <= 0:
-            finish = "length"
-        text = self._text(sequence)[len(before) :]
-        output = Output(sequence.request.id, (token,), text, finish=finish, stop=stop, usage=sequence.usage)
-        return output if finish is None else self._end(sequence, output)
-
-    def _text(self, sequence: Sequence) -> str:
-        if self.tokenizer is None:
-            return ""
-        answer = sequence.tokens[len(sequence.request.prompt) :]
-        text = self.tokenizer.decode(answer, skip_special_tokens=True)
-        assert isinstance(text, str)
-        return text.rstrip("\N{REPLACEMENT CHARACTER}")
+        output = sequence.chosen(found)
+        self._decoded += len(output.tokens)
+        self._scheduler.used(sequence)
+        return output if output.finish is None else self._end(sequence, output)
 
     def _end(self, sequence: Sequence, output: Output) -> Output:
         """Let go of a request, and return its last output."""
@@ -347,11 +334,12 @@ class Engine:
         what, prompt, most = f"Request '{request.id}'", request.prompt, request.sampling.max_tokens
         if not prompt:
             raise OptionError(f"{what} has an empty prompt; give at least one token, such as the beginning of text.")
-        wrong = next((token for token in prompt if not 0 <= token < self._vocabulary), None)
+        wrong = next((token for token in prompt if not 0 <= token < self._tokens.size), None)
         if wrong is not None:
-            raise OptionError(f"{what} has the token {wrong}, but the model knows tokens 0 to {self._vocabulary - 1}.")
-        if most < 1:
-            raise OptionError(f"{what} asks for max_tokens={most}; expected at least 1.")
+            raise OptionError(f"{what} has the token {wrong}, but the model knows tokens 0 to {self._tokens.size - 1}.")
+        check_sampling(request.sampling, self._tokens)
+        if request.sampling.stop and self.tokenizer is None:
+            raise OptionError(f"{what} has stop texts, but the engine has no tokenizer. Give it one, or stop tokens.")
         if self._context is not None and len(prompt) + most > self._context:
             raise OptionError(
                 f"{what} has {len(prompt)} tokens of prompt and asks for {most} more, but the model sees "
@@ -361,7 +349,7 @@ class Engine:
     def _check_room(self, sequence: Sequence) -> None:
         """Raise `OptionError` unless a request fits into the pool with its adapters and those that never leave it."""
         need = self._scheduler.need(sequence)
-        room = self._pool.capacity(self._catalogue.pinned() | set(sequence.residents))
+        room = self._pool.capacity(self._pool.pinned | set(sequence.residents))
         if need > room:
             raise OptionError(
                 f"Request '{sequence.request.id}' needs {need} pages of {self.options.page_tokens} tokens, but the "
@@ -374,10 +362,10 @@ def _error(sequence: Sequence, text: str) -> Output:
     return Output(sequence.request.id, finish="error", error=text)
 
 
-def _end_tokens(model: Any) -> set[int]:
-    """Return the tokens at which the model ends a text."""
-    config = getattr(model, "generation_config", None) or model.config
-    ends = getattr(config, "eos_token_id", None)
-    if ends is None:
-        return set()
-    return set(ends) if isinstance(ends, list | tuple | torch.Tensor) else {int(ends)}
+def _read_prompt(sequence: Sequence, logits: Tensor) -> None:
+    """Take note of the log-probabilities of a prompt's tokens that follow those that were just computed."""
+    known, prompt, top = sequence.prompt_logprobs, sequence.request.prompt, sequence.request.sampling.prompt_logprobs
+    assert known is not None and top is not None
+    coming = prompt[sequence.stored + 1 : sequence.stored + 1 + len(logits)]
+    fresh = report(logits[: len(coming)], coming, top)
+    known += fresh[len(known) - 1 - sequence.stored :]  # those before were known when it was preempted

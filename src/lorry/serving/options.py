@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lorry.core.errors import OptionError
 from lorry.core.options import check_options, option
@@ -37,6 +39,17 @@ class EngineOptions:
     max_running: int = option(64, "Requests that run at the same time, at most.", at_least=1)
     max_batch_tokens: int = option(
         512, "Tokens of one pass, at most; prompts that are longer are taken in several.", at_least=1
+    )
+    policy: str | Mapping[str, Any] = option(
+        "fcfs", "In which order waiting requests are tried: a name, or {policy: name, **options}."
+    )
+    overcommit: bool = option(
+        False, "Admit whoever fits now, and let the last admitted make way where it turns out to be too much."
+    )
+    preemption: str = option(
+        "recompute",
+        "What a request that made way goes on with: computed again, or what was kept in host memory.",
+        choices=("recompute", "swap"),
     )
     prefix_cache: bool = option(True, "Keep the pages of ended requests for others that begin alike.")
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
 
 from lorry.core.forward.active import Active
-from lorry.core.life.state import kept_state
+from lorry.core.life.state import ModelState, kept_state
 from lorry.core.method.layout import BatchLayout
 from lorry.serving.paging.batch import Batch
 from lorry.serving.paging.hooks import PagedCache, PagedModel
+from lorry.serving.paging.kernels import Scratch
 from lorry.serving.paging.resident import Resident
 from lorry.serving.paging.store import Store
-
-#: Names on the model with their weights; None for the bare base.
-Applied = dict[str, float] | None
+from lorry.serving.paging.updates import Stretch, prepare
+from lorry.serving.served import Resolved
 
 
 class Runner:
@@ -38,6 +40,7 @@ class Runner:
         self._picks = "logits_to_keep" in inspect.signature(type(root).forward).parameters
         head = root.get_output_embeddings()  # type: ignore[operator]
         self._head = next((path for path, module in root.named_modules() if module is head), "")
+        self._scratch = Scratch()
         self._last: tuple[object, Active | None, bool] | None = None
 
     def dropped(self, resident: Resident) -> None:
@@ -47,34 +50,37 @@ class Runner:
             active.forget()
 
     @torch.no_grad()
-    def logits(self, batch: Batch, compositions: Sequence[Applied]) -> Tensor:
+    def logits(self, batch: Batch, compositions: Sequence[Resolved]) -> Tensor:
         """Return the logits ``(wanted, vocabulary)`` of a batch, whose parts have these compositions."""
         root: nn.Module = self.model.model
         if root.training:
             root.eval()
-        cache = PagedCache(self.store, batch)
+        cache = PagedCache(self.store, batch, self._scratch)
         inputs = {"input_ids": batch.tokens, "position_ids": batch.positions}
         state = kept_state(root)
         if state is None:
             return self._wanted(cache, batch, inputs, self._picks)
-        active, picks = self._active(compositions, batch.lengths)
+        active, picks = self._active(state, compositions, batch.lengths)
         scope = state.enter(active)
         try:
             return self._wanted(cache, batch, inputs, picks)
         finally:
             state.leave(*scope)
 
-    def _active(self, compositions: Sequence[Applied], lengths: tuple[int, ...]) -> tuple[Active | None, bool]:
+    def _active(
+        self, state: ModelState, compositions: Sequence[Resolved], lengths: tuple[int, ...]
+    ) -> tuple[Active | None, bool]:
         """Return what applies to a batch, and whether the head may be left out for all tokens but some."""
-        key = (tuple(None if c is None else tuple(c.items()) for c in compositions), lengths)
+        key = (tuple(compositions), lengths)
         if self._last is not None and self._last[0] == key:
             return self._last[1:]
-        state = kept_state(self.model.model)
-        assert state is not None
-        if all(each == compositions[0] for each in compositions):
-            active = state.composed(compositions[0])
+        first = compositions[0]
+        if all(each == first for each in compositions):
+            active = state.composed(_named(first))
         else:
-            active = state.rows(compositions, None, BatchLayout(len(compositions), lengths=lengths))
+            layout = BatchLayout(len(compositions), lengths=lengths)
+            active = state.rows([_named(each) for each in compositions], None, layout)
+            prepare(active, _stretches(compositions, lengths), sum(lengths), self.store.shape.dtype)
         portions = () if active is None else active.portions
         on_head = active is not None and active.layout is not None
         picks = self._picks and not (on_head and any(self._head in p.adapter.entries for p in portions))
@@ -87,3 +93,18 @@ class Runner:
             return found
         every: Tensor = self.model(cache, **inputs).logits[0]
         return every.index_select(0, batch.wanted)
+
+
+def _named(resolved: Resolved) -> dict[str, float] | None:
+    return {version.adapter.name: weight for version, weight in resolved} or None
+
+
+def _stretches(compositions: Sequence[Resolved], lengths: Sequence[int]) -> list[Stretch]:
+    """Return which tokens have which adapter; parts side by side with the same composition are one stretch."""
+    found: list[Stretch] = []
+    start = 0
+    for resolved, parts in groupby(zip(compositions, lengths, strict=True), key=itemgetter(0)):
+        stop = start + sum(length for _, length in parts)
+        found += [Stretch(start, stop, version.factors, weight) for version, weight in resolved]
+        start = stop
+    return found

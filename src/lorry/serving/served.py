@@ -21,6 +21,7 @@ from lorry.formats.reader import open_adapter
 from lorry.serving.paging.pool import Pool
 from lorry.serving.paging.resident import Resident
 from lorry.serving.paging.shelf import Shelf
+from lorry.serving.paging.updates import Factors
 from lorry.serving.results import Served
 
 #: Versions with their weights, in the order of their serial numbers: what pages of keys and values belong to.
@@ -61,11 +62,14 @@ class Version:
     #: Whether tokens of one batch may have it beside others.
     by_token: bool = field(init=False)
     rank: int = field(init=False)
+    #: Its plain updates, for batches in which it lies beside others.
+    factors: Factors = field(init=False)
 
     def __post_init__(self) -> None:
         """Look at its sites once."""
         kinds = {entry.site.kind for entry in self.adapter.entries.values()}
         self.by_token = all(kind.additive and kind.positionwise for kind in kinds)
+        self.factors = Factors(self.resident)
         ranks = (getattr(entry.method, "rank", 0) for entry in self.adapter.entries.values())
         self.rank = max((rank for rank in ranks if isinstance(rank, int)), default=0)
 
@@ -124,7 +128,7 @@ class Catalogue:
     def _version(self, name: str, adapter: Adapter, serial: int, path: Path | None, pinned: bool) -> Version:
         resident = self.pool.adopt(adapter)
         if pinned:
-            self.pool.use(resident)  # and never left
+            self.pool.pin(resident)
         return Version(name, self._numbers.get(name, 0) + 1, adapter, resident, serial, path, pinned)
 
     def unload(self, name: str) -> None:
@@ -163,11 +167,6 @@ class Catalogue:
                 version.users -= 1
                 if version.retired and not version.users:
                     self._drop(version)
-
-    def pinned(self) -> set[Resident]:
-        """Return the adapters that never leave the pool."""
-        with self._lock:
-            return {version.resident for version in self._current.values() if version.pinned}
 
     def list(self) -> list[Served]:
         """Return all adapters that can be named, by name, and versions that only requests under way still use."""

@@ -25,12 +25,12 @@ from . import checkpoint
 from .attaching import attach_job
 from .batches import BatchPlan
 from .data_errors import DataError
-from .evaluate import evaluate
 from .folder_lock import locked
 from .jobs import Job, jobs_from
 from .joint import Base
 from .loggers import Logs, loggers_from
 from .pass_planner import PassPlanner, planner_from
+from .pipelined import PipelinedRounds, pipeline_for
 from .prepare import prepare
 from .processes import Processes
 from .progress import Bars
@@ -115,6 +115,8 @@ class Fleet:
     processes
         What this process is among those that train together (`lorry.training.processes.join`); each makes the same
         fleet, runs a part of the rows of every pass, and the first one writes.
+    pipeline
+        ``{stages: 2}`` cuts the base into stages, one for each process, in place of splitting the rows.
     shard
         Spread the base's weights over several processes (FSDP2); without it each keeps them whole.
 
@@ -145,6 +147,7 @@ class Fleet:
         max_memory: int | None = None,
         processes: Processes | None = None,
         shard: bool = True,
+        pipeline: Any = None,
     ) -> None:
         if checkpoint_every < 0 or keep_checkpoints < 1:
             raise OptionError("checkpoint_every must be at least 0 and keep_checkpoints at least 1.")
@@ -160,6 +163,9 @@ class Fleet:
         if max_memory is not None:
             self.planner = self.planner.within(model, self.jobs, max_memory)
         self.processes, self.shard = processes or Processes(), shard
+        self.pipeline = pipeline_for(pipeline, self.processes)
+        if self.pipeline is not None:
+            self.planner = self.planner.in_stages(self.pipeline.stages)
         self.show, self.console = progress if self.processes.first else False, console
         self.base = Base(Setting(model, tokenizer), base_dropout)
         self.rounds = Rounds(self.base, self.planner, self.processes)
@@ -202,14 +208,31 @@ class Fleet:
                 self._detach()
                 raise
         try:
+            self._check_ahead()
             running = [run for run in self.runs if run.running]
             self.planner.check(running, self.base.setting)
             if self.processes.several:
-                check_splittable(running, self.shard)
-                place_base(self.model, [run.adapter for run in running if run.adapter], self.processes, self.shard)
+                self.rounds = self._spread(running)
         except LorryError:
             self._detach()
             raise
+
+    def _spread(self, runs: Sequence[Run]) -> Rounds:
+        """Put the base where several processes have it: in stages of a pipeline, in parts, or whole in each."""
+        if self.pipeline is not None:
+            return PipelinedRounds(self.base, self.planner, self.processes, runs)
+        check_splittable(runs, self.shard)
+        place_base(self.model, [run.adapter for run in runs if run.adapter], self.processes, self.shard)
+        return self.rounds
+
+    def _check_ahead(self) -> None:
+        """Refuse to plan steps ahead for jobs whose examples depend on evaluations."""
+        wrong = [run.name for run in self.runs if run.acting.by_task]
+        if wrong and self.planner.steps_ahead:
+            raise OptionError(
+                f"Job '{wrong[0]}' drops tasks as evaluations say, and the planner '{self.planner.name}' plans several "
+                "steps before they are known; use the planner 'joined'."
+            )
 
     def _calibrate(self, run: Run, prepared: Prepared) -> None:
         """Show the first examples to a method or a start that wants to see some; the same ones at a resumed run."""
@@ -347,22 +370,22 @@ class Fleet:
             if row is not None:
                 self._log(run.name, {**row, "seconds": round(run.progress.seconds, 4)})
         self._clock = now
-        self._evaluate([runs[name] for name in done if runs[name].running and self._due(runs[name])])
+        self._evaluate([runs[name] for name, row in done.items() if row and self._due(runs[name], row["step"])])
 
     @staticmethod
-    def _due(run: Run) -> bool:
-        step, every = run.progress.step, run.job.eval_every
-        return step >= run.total or bool(every and step % every == 0)
+    def _due(run: Run, step: int) -> bool:
+        every = run.job.eval_every
+        return run.running and (step >= run.total or bool(every and step % every == 0))
 
     def _evaluate(self, runs: Sequence[Run]) -> None:
         """Evaluate jobs, write the results, and let patience judge."""
         runs = [r for r in runs if r.prepared is not None and r.prepared.evaluation is not None]
         if not runs:
             return
-        found = evaluate(self.base, runs, self.max_pad_ratio, self.max_tokens)
-        for name, metrics in self.processes.told(found).items():
+        for name, metrics in self.rounds.evaluate(runs, self.max_pad_ratio, self.max_tokens).items():
             run = next(r for r in runs if r.name == name)
             run.judge(metrics)
+            run.evaluated(metrics)
             self._log(name, {"step": run.progress.step, **{f"eval_{k}": v for k, v in metrics.items()}})
 
     def _finish(self, runs: Sequence[Run]) -> None:
@@ -373,7 +396,7 @@ class Fleet:
             if run.failed or run.adapter is None:
                 continue
             if not run.progress.closed and run.restore_best():
-                metrics = evaluate(self.base, [run], self.max_pad_ratio, self.max_tokens)[run.name]
+                metrics = self.rounds.evaluate([run], self.max_pad_ratio, self.max_tokens)[run.name]
                 run.progress.evaluations.append({"step": run.progress.best_step, **metrics})
             run.progress.closed = True
             run.release()

@@ -14,7 +14,7 @@ from lorry.core.life.api import auxiliary_loss, context, rows
 from lorry.core.method.start import mix_seed
 
 from .routing import policy_loss
-from .task import Prepared, Setting, Tally, Task, split
+from .task import Batch, Prepared, Setting, Tally, Task, split
 
 
 @dataclass(frozen=True)
@@ -219,19 +219,28 @@ class Outcome:
     ----------
     parts
         Each share's own outputs and targets.
+    whole
+        The outputs of all of them together.
     records
         What layers recorded, by (adapter, site path, name).
     """
 
     parts: list[tuple[Any, Any]]
+    whole: Any
     records: dict[tuple[str, str, str], Tensor]
 
 
 @contextmanager
-def forward(base: Base, shares: Sequence[Share], seeds: dict[str, int] | None = None) -> Iterator[Outcome]:
+def forward(
+    base: Base,
+    shares: Sequence[Share],
+    seeds: dict[str, int] | None = None,
+    run: Callable[[Batch], Any] | None = None,
+) -> Iterator[Outcome]:
     """Run the rows of all shares, which are of one family, through the base at once, each with its job's adapter.
 
-    What the pass left behind (auxiliary losses, the state of its dropout) lasts as long as the context.
+    What the pass left behind (auxiliary losses, the state of its dropout) lasts as long as the context. `run` takes the
+    place of the task's forward pass where a process has a stage of the base.
     """
     task, model = shares[0].task, base.model
     together = task.collate_in_one if shares[0].padding_free else task.collate
@@ -251,14 +260,15 @@ def forward(base: Base, shares: Sequence[Share], seeds: dict[str, int] | None = 
             if share.around is not None:
                 stack.enter_context(share.around(Place(start, start + size, sum(sizes))))
             start += size
-        outputs = task.forward(base.setting, batch)
+        outputs = task.forward(base.setting, batch) if run is None else run(batch)
         if batch.lengths is None:
             own, targets = split(outputs, sizes), split(batch.targets, sizes)
         else:
             tokens = [sum(share.task.cost(e) for e in share.examples) for share in shares]
             own, targets = outputs.split(tokens, 1), batch.targets.split(tokens, 1)
         pairs = zip(shares, own, targets, strict=True)
-        yield Outcome([(share.prepared.own(out), wanted) for share, out, wanted in pairs], left.records)
+        parts = [(share.prepared.own(out), wanted) for share, out, wanted in pairs]
+        yield Outcome(parts, outputs, left.records)
 
 
 def train_pass(base: Base, shares: Sequence[Share], seed: int) -> None:

@@ -52,6 +52,19 @@ class PassPlanner(ABC):
         """
         raise OptionError(f"The planner '{self.name}' cannot bound memory; leave max_memory out.")
 
+    def in_stages(self, stages: int) -> Self:
+        """Return this planner for a base that lies in stages of a pipeline.
+
+        Raises
+        ------
+        OptionError
+            It cannot fill a pipeline.
+        """
+        raise OptionError(
+            f"The planner '{self.name}' gives one micro-batch of each job at a time, which cannot fill a pipeline; set "
+            "planner: lorafusion."
+        )
+
     @abstractmethod
     def passes(self, shares: Sequence[Share]) -> Sequence[Sequence[Share]]:
         """Return the passes of a round in order, those of a job's step before those of its next one.

@@ -131,6 +131,9 @@ def _contradicted(job: str, preset: str, part: str, wanted: str, found: str) -> 
 
 
 combination("lora-ga", "arXiv 2407.05000", start="lora-ga", scaling="rslora")
+combination("lora-ga-pro", "arXiv 2601.22708", start="lora-ga-pro", scaling="rslora")
+combination("gora", "arXiv 2502.12171", start="gora", scaling="rslora")
+combination("nlora", "arXiv 2502.14482", "mos-lora", start="nlora")
 combination("lora-one", "arXiv 2502.01235", start="lora-one")
 combination("lora-sb", "arXiv 2411.19557", "lora-xs", start="lora-sb")
 combination("lora-da", "arXiv 2510.24561", start="lora-da")

@@ -9,6 +9,7 @@ from torch import nn
 
 from lorry.core.method.start import mix_seed
 
+from .evaluate import evaluate
 from .joint import Base, Share, train_pass
 from .pass_planner import PassPlanner
 from .processes import Processes
@@ -51,6 +52,10 @@ class Rounds:
             done = self._pass(runs, group, mix_seed("base", tick, number))
             if done is not None:
                 yield done
+
+    def evaluate(self, runs: Sequence[Run], ratio: float | None, tokens: int | None) -> dict[str, dict[str, float]]:
+        """Return the metrics of jobs on what they hold out; see `evaluate.evaluate`."""
+        return dict(self.processes.told(evaluate(self.base, runs, ratio, tokens)))
 
     def planned(self, runs: Mapping[str, Run]) -> Sequence[Sequence[Share]]:
         """Return the passes of a round: the first process plans them, since a solver may end elsewhere in each."""

@@ -13,20 +13,20 @@ from lorry.core.forward.entry import Entry
 from lorry.core.forward.layer import Base, Layer, seed_of
 from lorry.core.forward.weights import BySite
 from lorry.core.method.families import Bottleneck, WeightDelta
-from lorry.kernels.gathered import Stacked, add_stacked, stack, worth_stacking
+from lorry.kernels.gathered import Prepared, stack, worth_stacking
 from lorry.kernels.lowrank import low_rank_linear
 from lorry.kernels.products import autocasts
 from lorry.kernels.ready import ReadyLinear
 from lorry.kernels.segments import LowRankPair, Segment
 from lorry.kernels.sparse import changed_linear
 
-#: Under which a path keeps what it made for a site while a composition lasts.
+#: Under which a path keeps what it made for a site while a composition lasts, or finds what others made (`Prepared`).
 STACKED = "stacked"
 
 
 def stacked(layer: Layer, base: Base, active: Active, x: Tensor, args: Any, kwargs: Any) -> Tensor | None:
     """Return the output by factors that were stacked for this batch before, or None where they do not serve."""
-    found: Stacked | None = active.kept.get((STACKED, layer.sites[0].path))
+    found: Prepared | None = active.kept.get((STACKED, layer.sites[0].path))
     if found is None or torch.is_grad_enabled() or layer.owner.training or not found.serves(x):
         return None
     return _add_stacked(found, base, x, args, kwargs)
@@ -170,10 +170,10 @@ def _summed(term: Term, x: Tensor) -> Tensor | None:
     return nn.functional.linear(x, weight + method.delta(tensors, entry.site).to(weight.dtype), bias)
 
 
-def _add_stacked(found: Stacked, base: Base, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+def _add_stacked(found: Prepared, base: Base, x: Tensor, args: Any, kwargs: Any) -> Tensor:
     output = base(*args, **kwargs)
     # what other modules may see must not change under them: an identity layer returns its input
-    return add_stacked(output.clone() if output is x else output, x, found)
+    return found.add(output.clone() if output is x else output, x)
 
 
 def _whole(terms: tuple[Term, ...]) -> bool:

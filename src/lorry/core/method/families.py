@@ -23,13 +23,14 @@ _NORMS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 class Bottleneck(Method):
-    """``y = base(x) + scale · up(mid(down(x)))`` with a `mid` that is the identity unless `mid` is overridden.
+    """``y = base(x) + scale · bend(up(mid(down(x))))``; `mid` and `bend` are the identity unless they are overridden.
 
     A method gives `tensors` and, where they differ from LoRA's, `factors` and `scale`. A constant between the factors
     (a diagonal, a core matrix) belongs into `factors`: it keeps the update linear, so it fuses and exports exactly.
-    What depends on the token (gates, top-k, masks) goes into `mid`, and the method never fuses, except for options
-    under which `constant` holds (every expert active). `mid` may return another number of rank units than it was
-    given: a router's rows can be stacked under A, so that both see the same input.
+    What depends on the token (gates, top-k, masks, curves) goes into `mid`, or into `bend` if it acts on the layer's
+    output instead of the rank units, and the method never fuses, except for options under which `constant` holds (every
+    expert active). `mid` may return another number of rank units than it was given: a router's rows can be stacked
+    under A, so that both see the same input.
     """
 
     family: ClassVar[str] = "bottleneck"
@@ -37,9 +38,9 @@ class Bottleneck(Method):
     dropout: float = 0.0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Derive how the method fuses from whether it overrides `mid`."""
+        """Derive how the method fuses from whether it overrides `mid` or `bend`."""
         super().__init_subclass__(**kwargs)
-        if cls.mid is not Bottleneck.mid:
+        if cls.mid is not Bottleneck.mid or cls.bend is not Bottleneck.bend:
             cls.family = "bottleneck, mid per token"
             cls.fuses = "never"
 
@@ -55,6 +56,10 @@ class Bottleneck(Method):
         """Return what the rank units ``h`` ``(..., rank)`` become for this call's tokens."""
         return h
 
+    def bend(self, update: Tensor, call: Call, tensors: Tensors) -> Tensor:
+        """Return what the update becomes before it is scaled, in the layer's output layout."""
+        return update
+
     def gain(self, a: Tensor, b: Tensor, tensors: Tensors, site: Site) -> Tensor | None:
         """Return a factor for each output channel of base and update together (DoRA), or None."""
         return None
@@ -62,7 +67,7 @@ class Bottleneck(Method):
     @property
     def constant(self) -> bool:
         """Whether the update is the same for every token; a method that gates tokens may be so in a limit."""
-        return type(self).mid is Bottleneck.mid
+        return type(self).mid is Bottleneck.mid and type(self).bend is Bottleneck.bend
 
     @property
     def fusing(self) -> FuseClass:
@@ -111,6 +116,8 @@ class Bottleneck(Method):
             update = kind.dense(site, x, (b @ a).mul(scale).to(dtype))
         else:
             h = self.mid(kind.down(site, x, a.to(dtype)), call, tensors)
+            if type(self).bend is not Bottleneck.bend:
+                return self.bend(kind.up(site, h, b.to(dtype)), call, tensors) * scale
             update = kind.up(site, h if scale == 1.0 else h * scale, b.to(dtype))
         gain = self.gain(a, b, tensors, site)
         return update if gain is None else _with_gain(call, update, gain)

@@ -76,8 +76,10 @@ class DecodeGroup:
     ----------
     rows
         Where they are among the tokens of the batch; a slice where they lie together.
-    table
-        Pages of each row ``(rows, pages)``; short ones are filled up with any page.
+    pages
+        Pages of each row ``(rows · width,)``; short ones are filled up with any page.
+    width
+        Pages of the longest row.
     lengths
         Tokens that each row sees ``(rows,)``, itself among them.
     """
@@ -86,8 +88,11 @@ class DecodeGroup:
         self.rows = rows
         counts = [-(-part.stop // page_tokens) for part in parts]
         self.width = max(counts)
-        padded = [[*part.pages[:n], *[part.pages[0]] * (self.width - n)] for part, n in zip(parts, counts, strict=True)]
-        self.table = torch.tensor(padded, device=device)
+        padded: list[int] = []
+        for part, count in zip(parts, counts, strict=True):
+            padded += part.pages[:count]
+            padded += [part.pages[0]] * (self.width - count)
+        self.pages = torch.tensor(padded, device=device)
         self.lengths = torch.tensor([part.stop for part in parts], device=device)
         self._keys = self.width * page_tokens
         self._masks: dict[object, Tensor] = {}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lorry.core.errors import OptionError
 from lorry.serving.paging.batch import Batch
-from lorry.serving.paging.kernels import Attention, attend
+from lorry.serving.paging.kernels import Attention, Scratch, attend
 from lorry.serving.paging.shape import CacheShape, LayerShape
 from lorry.serving.paging.store import Store
 
@@ -41,9 +41,10 @@ class PagedCache:
         The layer that gave its keys and values last, whose attention comes next.
     """
 
-    def __init__(self, store: Store, batch: Batch) -> None:
+    def __init__(self, store: Store, batch: Batch, scratch: Scratch | None = None) -> None:
         self.store = store
         self.batch = batch
+        self._scratch = scratch
         self.layer: int | None = None
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -57,7 +58,8 @@ class PagedCache:
         layer, self.layer = self.layer, None
         if layer is None:
             raise OptionError("A layer attends to keys and values that it did not put into the cache; see Engine.")
-        return attend(q, k, v, self.store.keys[layer], self.store.values[layer], self.batch, how)
+        keys, values = self.store.keys[layer], self.store.values[layer]
+        return attend(q, k, v, keys, values, self.batch, how, self._scratch)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return 0: the tokens of a batch lie behind different numbers of others, and positions are given."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +34,35 @@ class Attention:
     sinks: Tensor | None = None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, batch: Batch, how: Attention) -> Tensor:
+class Scratch:
+    """Memory for keys and values that are gathered from pages; the next layer uses it again.
+
+    Fresh memory for each layer would cost as much as the copying: the system has to hand it out page by page.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[str, Tensor] = {}
+
+    def gather(self, name: str, stored: Tensor, pages: Tensor) -> Tensor:
+        """Return pages ``(len(pages), page_tokens, width)`` of a layer, valid until the next call with this name."""
+        shape = (len(pages), *stored.shape[1:])
+        size = math.prod(shape)
+        memory = self._memory.get(name)
+        if memory is None or len(memory) < size or memory.dtype != stored.dtype or memory.device != stored.device:
+            memory = self._memory[name] = stored.new_empty(size + size // 2)
+        return torch.index_select(stored, 0, pages, out=memory[:size].view(shape))
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    batch: Batch,
+    how: Attention,
+    scratch: Scratch | None = None,
+) -> Tensor:
     """Return the attention's output ``(1, tokens, heads, width)`` for all parts of a batch.
 
     Parameters
@@ -48,25 +77,30 @@ def attend(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, batch:
         Where everything lies.
     how
         What is computed.
+    scratch
+        Memory to use.
     """
-    heads, width = q.shape[1], v.shape[-1]
-    out = q.new_empty(q.shape[2], heads, width)
-    kv_heads = k.shape[1]
-    flat = q[0].transpose(0, 1)
+    scratch = Scratch() if scratch is None else scratch
+    kv_heads, flat = k.shape[1], q[0].transpose(0, 1)
+    if len(batch.groups) == 1 and not batch.chunks:
+        return attend_decode(flat, keys, values, kv_heads, batch.groups[0], how, scratch)[None]
+    out = q.new_empty(q.shape[2], q.shape[1], v.shape[-1])
     for group in batch.groups:
-        out[group.rows] = attend_decode(flat[group.rows], keys, values, kv_heads, group, how)
+        out[group.rows] = attend_decode(flat[group.rows], keys, values, kv_heads, group, how, scratch)
     for chunk in batch.chunks:
         own = (k[:, :, chunk.rows], v[:, :, chunk.rows])
         if chunk.start:
-            own = gathered(keys, values, chunk.pages, chunk.stop, kv_heads)
+            own = gathered(keys, values, chunk.pages, chunk.stop, kv_heads, scratch)
         out[chunk.rows] = attend_chunk(q[:, :, chunk.rows], *own, chunk, how)
     return out[None]
 
 
-def gathered(keys: Tensor, values: Tensor, pages: Tensor, length: int, kv_heads: int) -> tuple[Tensor, Tensor]:
+def gathered(
+    keys: Tensor, values: Tensor, pages: Tensor, length: int, kv_heads: int, scratch: Scratch
+) -> tuple[Tensor, Tensor]:
     """Return keys and values ``(1, kv_heads, length, width)`` of one sequence from its pages."""
-    found = (stored.index_select(0, pages).flatten(0, 1)[:length] for stored in (keys, values))
-    k, v = (each.unflatten(1, (kv_heads, -1)).transpose(0, 1)[None] for each in found)
+    found = [scratch.gather(name, stored, pages) for name, stored in (("keys", keys), ("values", values))]
+    k, v = (each.flatten(0, 1)[:length].unflatten(1, (kv_heads, -1)).transpose(0, 1)[None] for each in found)
     return k, v
 
 
@@ -84,12 +118,14 @@ def attend_chunk(q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, how: Attention) 
     return found[0].transpose(0, 1)
 
 
-def attend_decode(q: Tensor, keys: Tensor, values: Tensor, kv_heads: int, group: DecodeGroup, how: Attention) -> Tensor:
+def attend_decode(
+    q: Tensor, keys: Tensor, values: Tensor, kv_heads: int, group: DecodeGroup, how: Attention, scratch: Scratch
+) -> Tensor:
     """Return the output ``(rows, heads, width)`` of rows of one token ``(rows, heads, width)`` over their pages."""
     rows = len(q)
     k, v = (
-        stored.index_select(0, group.table.view(-1)).view(rows, -1, kv_heads, stored.shape[-1] // kv_heads)
-        for stored in (keys, values)
+        scratch.gather(name, stored, group.pages).view(rows, -1, kv_heads, stored.shape[-1] // kv_heads)
+        for name, stored in (("keys", keys), ("values", values))
     )
     # heads that share keys are like several queries of one head
     shared = q.reshape(rows, kv_heads, -1, q.shape[-1])

@@ -38,8 +38,8 @@ class Pool(ABC):
     ----------
     blocks
         The pages of keys and values.
-    held
-        The adapters in pages.
+    held, pinned
+        The adapters in pages, and those that never leave them.
     dropped
         Called when an adapter leaves its pages: whoever reads them must let go of them.
     """
@@ -49,6 +49,7 @@ class Pool(ABC):
         self.adapters = adapters
         self.blocks = Blocks(tokens, page_tokens, keep)
         self.held: set[Resident] = set()
+        self.pinned: set[Resident] = set()
         self.dropped: Callable[[Resident], None] = lambda resident: None
         self._clock = itertools.count(1)
 
@@ -70,6 +71,13 @@ class Pool(ABC):
     def _make_room(self, pages: int) -> None:
         """Let go of what is not in use until so many pages are free for an adapter, or nothing is left to go."""
 
+    #: Where adapters have a memory of their own: how many of its pages there are; None where all is one memory.
+    apart: int | None = None
+
+    def cost(self, resident: Resident) -> int:
+        """Return the pages that an adapter takes."""
+        return resident.pages
+
     @property
     def in_use(self) -> set[Resident]:
         """The adapters that running requests use."""
@@ -79,6 +87,11 @@ class Pool(ABC):
     def free(self) -> int:
         """Pages that keys and values could take now, with all adapters gone that are not in use."""
         return self.blocks.free + (0 if self.tokens is not self.adapters else sum(r.pages for r in self._idle()))
+
+    def pin(self, resident: Resident) -> None:
+        """Page an adapter in for good; raises as `use` does."""
+        self.use(resident)
+        self.pinned.add(resident)
 
     def use(self, resident: Resident) -> None:
         """Page an adapter in, and keep it there until `leave` is called as often.
@@ -105,6 +118,7 @@ class Pool(ABC):
         """Give up an adapter's pages."""
         resident.give_up()
         self.dropped(resident)
+        self.pinned.discard(resident)
         self.held.discard(resident)
 
     def take(self, count: int) -> list[Block]:
@@ -199,6 +213,7 @@ class SlotPool(Pool):
 
     def __init__(self, pages: PagePool, slots: PagePool, page_tokens: int, keep: bool = True) -> None:
         super().__init__(pages, slots, page_tokens, keep)
+        self.apart = slots.pages
 
     def capacity(self, used: Iterable[Resident]) -> int:
         """Return the pages for keys and values if there are slots enough."""

@@ -46,6 +46,10 @@ class Resident:
         self.users = 0
         self.used = 0
         values = {home: dict(home.tensors()) for _, home in adapter.homes()}
+        for entry in adapter.entries.values():
+            if {"stored", "plain"} <= entry.method.capabilities and values[entry.home]["B"].ndim == 2:
+                # every product with B reads a rank unit at a time
+                values[entry.home]["B"] = values[entry.home]["B"].t().contiguous().t()
         self.plan = arranged(plan_of(values, adapter.name), pool.page_bytes)
         self.nbytes = size_of(self.plan)
         self.pages = rounded(self.nbytes, pool.page_bytes) // pool.page_bytes

@@ -64,6 +64,10 @@ class LoRAFusion(PassPlanner):
         """Return it with the `capacity` that memory allows."""
         return replace(self, capacity=min(self.capacity, tokens_within(model, jobs, limit)))
 
+    def in_stages(self, stages: int) -> Self:
+        """Return it with `stages`."""
+        return replace(self, stages=stages)
+
     def check(self, runs: Sequence[Run], setting: Setting) -> None:
         """Refuse jobs that cannot do without padding, and samples longer than the capacity."""
         for run in runs:

@@ -59,7 +59,7 @@ def simulated(loads: Sequence[int], stages: int, layers: int = 32) -> Course:
     """
     share = layers / stages / 1000
     cost = [(tokens * share * FORWARD, tokens * share * BACKWARD) for tokens in loads]
-    orders = [_one_forward_one_backward(len(loads), stages - stage) for stage in range(stages)]
+    orders = [one_forward_one_backward(len(loads), stages - stage) for stage in range(stages)]
     ended: dict[tuple[int, bool, int], float] = {}  # (micro-batch, backward, stage) -> time
     clocks, places = [0.0] * stages, [0] * stages
     while any(place < len(order) for place, order in zip(places, orders, strict=True)):
@@ -78,7 +78,7 @@ def simulated(loads: Sequence[int], stages: int, layers: int = 32) -> Course:
     return Course(whole, len(loads) - empty, empty, sum(loads), 1 - busy / (whole * stages) if whole else 0.0)
 
 
-def _one_forward_one_backward(count: int, ahead: int) -> list[tuple[int, bool]]:
+def one_forward_one_backward(count: int, ahead: int) -> list[tuple[int, bool]]:
     """Return the order of a stage that lets `ahead` micro-batches in before the first comes back."""
     order = [(i, False) for i in range(min(ahead, count))]
     for i in range(count):

@@ -68,13 +68,13 @@ class Start:
         """Return options of the probes by their names, where they have any."""
         return {}
 
-    def allocate(self, methods: Mapping[str, Method], seen: Mapping[str, Observed]) -> dict[str, Method | None]:
+    def allocate(self, entries: Mapping[str, Entry], seen: Mapping[str, Observed]) -> dict[str, Method | None]:
         """Return the sites whose options change (ranks) with the method there from now on; None leaves a site out.
 
         Parameters
         ----------
-        methods
-            Site path -> the method there.
+        entries
+            Site path -> the site, with its method.
         seen
             Site path -> what the first of `probes` saw.
         """
@@ -143,8 +143,7 @@ def apply_start(start: Start, adapter: Adapter, batches: Sequence[Any], loss_fn:
         probes = dict.fromkeys(start.probes, sites := [entry.site for entry in entries.values()])
         options, components = start.probe_options(), start.components(sites)
         seen = observe(adapter, probes, batches, loss_fn, components=components, options=options)
-        methods = {path: entry.method for path, entry in entries.items()}
-        _exchange(adapter, start.allocate(methods, seen[start.probes[0]]), seed)
+        _exchange(adapter, start.allocate(entries, seen[start.probes[0]]), seed)
     with torch.no_grad():
         for path, entry in adapter.entries.items():
             generator = torch.Generator().manual_seed(mix_seed(seed, start.name, path))

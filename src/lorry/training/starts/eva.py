@@ -35,9 +35,10 @@ class Eva(LowRankStart):
     whiten: bool = option(False, "Divide each direction by the root of its singular value.")
     adjust_alpha: bool = option(True, "Change alpha with a layer's rank, so that the scale stays the same.")
 
-    def allocate(self, methods: Mapping[str, Method], seen: Mapping[str, Observed]) -> dict[str, Method | None]:
+    def allocate(self, entries: Mapping[str, Entry], seen: Mapping[str, Observed]) -> dict[str, Method | None]:
         """Return the layers whose rank changes, among those with the same options."""
         changes: dict[str, Method | None] = {}
+        methods = {path: entry.method for path, entry in entries.items()}
         for method in dict.fromkeys(methods.values()):
             names = {f.name for f in dataclasses.fields(method)}  # type: ignore[arg-type]
             if self.rho == 1 or not {"rank", "alpha"} <= names:

@@ -4,9 +4,11 @@ What a block is follows from its language and title:
 
 - ``yaml``, ``jsonl`` or ``text`` with ``title="NAME"``: a file of that name, written into the folder of the page;
 - ``python``: run, with the names of the page's earlier blocks; with a title it is written as a file instead;
-- ``sh``: each line is a command. ``lorry ...`` is run in this process; ``pip install`` and ``make`` are held
-  against pyproject.toml and the Makefile, since running them would change the machine; of ``torchrun`` and
-  ``accelerate launch`` the words that lorry gets are held against the program; anything else is refused;
+- ``sh``: each line is a command. ``lorry ...`` is run in this process; ``lorry serve ... &`` is started beside it, on a
+  free port in the place of `PORT`, until the page ends; ``curl ...`` is run and must not end with an error;
+  ``pip install`` and ``make`` are held against pyproject.toml and the Makefile, since running them would change the
+  machine; of ``torchrun`` and ``accelerate launch`` the words that lorry gets are held against the program; anything
+  else is refused;
 - ``text`` without a title: something to read, never run.
 
 A picture under ``images/terminal/`` that follows an ``sh`` block shows the output of that block.
@@ -273,7 +275,7 @@ def check_outside(block: Block, words: list[str]) -> None:
         unknown = sorted(extras - set(project["optional-dependencies"]))
     else:
         raise PageError(
-            f"{block.where}: a page may call lorry, curl, torchrun, make and pip install; found `{shlex.join(words)}`."
+            f"{block.where}: a page may call lorry, torchrun, curl, make and pip install; found `{shlex.join(words)}`."
         )
     if unknown:
         raise PageError(f"{block.where}: `{shlex.join(words)}` names {unknown}, which does not exist.")

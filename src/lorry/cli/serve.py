@@ -67,12 +67,24 @@ def serve(**flags: Any) -> None:
     first SIGTERM or Ctrl-C lets what runs end and refuses what is new; the second ends at once.
     """
     own = {name: flags.pop(name) for name in _OWN}
-    server = build(own, {name: value for name, value in flags.items() if value is not None})
+    server = build(own, {name: _value(name, value) for name, value in flags.items() if value is not None})
     try:
         server.run()
     finally:
         server.service.close()
         server.service.engine.close()
+
+
+def _value(name: str, value: Any) -> Any:
+    """Return an engine's option; one that is written ``{name: value, ...}`` is a mapping."""
+    if not isinstance(value, str) or not value.startswith("{"):
+        return value
+    import yaml
+
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise OptionError(f"--{name.replace('_', '-')}: cannot read {value!r} as YAML.") from None
 
 
 def build(own: Mapping[str, Any], engine_options: Mapping[str, Any]) -> DrainingServer:
@@ -113,8 +125,10 @@ def _engine(own: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[Engine,
     from lorry.cli.bases import load_base, load_tokenizer
     from lorry.serving.engine import Engine
     from lorry.serving.options import EngineOptions
+    from lorry.serving.scheduling.policy import policy_from
 
     checked = EngineOptions(**options)
+    policy_from(checked.policy)  # refused before anything is loaded
     tokenizer = load_tokenizer(own["base"])
     note(f"loading {own['base']} ...")
     model = load_base(own["base"], own["dtype"])

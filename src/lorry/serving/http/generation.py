@@ -96,7 +96,7 @@ class Generation:
                     _check(output)
                     yield place, output
         except AdapterError as error:
-            raise self.serving.refused(error, self.body.model, composition, self.holder) from error
+            raise self.serving.unknown(self.body.model, self.holder) from error
         finally:
             grant.used = sum(usage.prompt + usage.completion for usage in self.usage.values())
             grant.end()

@@ -269,6 +269,7 @@ class Engine:
 
     def _pass(self, shares: list[Share]) -> list[Output]:
         """Run the model over shares of sequences and return what it adds to each."""
+        shares = [shares[n] for n in self._runner.arranged([(s.sequence.resolved, s.count) for s in shares])]
         parts = [
             Part(
                 share.sequence.tokens[share.sequence.stored : share.sequence.stored + share.count],

@@ -288,6 +288,4 @@ def passes(shares: list[Share]) -> Iterator[list[Share]]:
     groups: dict[object, list[Share]] = {}
     for share in shares:
         groups.setdefault(None if share.sequence.by_token else share.sequence.root, []).append(share)
-    for group in groups.values():
-        # tokens of one adapter, and adapters of one kind, lie side by side, so that they are read as ranges
-        yield sorted(group, key=lambda share: (share.count > 1, share.sequence.order))
+    yield from groups.values()

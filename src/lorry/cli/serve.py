@@ -48,6 +48,15 @@ def _signature(
         str | None,
         typer.Option("--api-key", envvar=KEY_VARIABLE, show_envvar=True, help="The one key, which may do everything."),
     ] = None,
+    train: Annotated[
+        bool, typer.Option("--train", help="Let clients of the tinker interface train adapters on the base.")
+    ] = False,
+    train_dir: Annotated[
+        Path, typer.Option("--train-dir", help="Folder of what they train; a server that starts on it goes on.")
+    ] = Path("lorry-training"),
+    train_tokens: Annotated[
+        int, typer.Option("--train-tokens", min=1, help="Tokens of a joint pass of training, at most.")
+    ] = 8192,
     template: Template = None,
     dtype: Dtype = "auto",
     device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1; auto takes a GPU.")] = "auto",
@@ -71,6 +80,8 @@ def serve(**flags: Any) -> None:
     try:
         server.run()
     finally:
+        if server.trainer is not None:
+            server.trainer.close()
         server.service.close()
         server.service.engine.close()
 
@@ -186,9 +197,29 @@ def _server(
     serving = Serving.over(service, Prompts(tokenizer, template), keys, base, tuple(own["adapter_dir"] or ()))
     # a server of one machine's user without keys shall not be reached through pages of other sites
     hosts = None if keys.required else {*_LOOPBACK, own["host"]}
-    app = create_app(serving, most_bytes=own["max_body"], hosts=hosts)
+    trainer = None
+    if own["train"]:
+        from lorry.serving.training.options import TrainingOptions
+        from lorry.serving.training.trainer import Trainer
+
+        trainer = Trainer(service, TrainingOptions(folder=own["train_dir"], max_tokens=own["train_tokens"]))
+        note(f"training is on; {own['train_dir']} keeps what clients train")
+    source = Path(own["base"]).expanduser()
+    app = create_app(
+        serving,
+        most_bytes=own["max_body"],
+        hosts=hosts,
+        training=trainer,
+        tokenizer=os.path.realpath(source) if source.is_dir() else _tokenizer_name(tokenizer, own["base"]),
+    )
     said: Callable[[str], None] = lambda address: note(f"serving {base} at {address}")  # noqa: E731
-    return DrainingServer(app, own["host"], own["port"], service, patience=own["patience"], ready=said)
+    return DrainingServer(app, own["host"], own["port"], service, patience=own["patience"], ready=said, trainer=trainer)
+
+
+def _tokenizer_name(tokenizer: Any, base: str) -> str:
+    """Return where clients find the tokenizer: where it was read from."""
+    name = getattr(tokenizer, "name_or_path", "")
+    return name if isinstance(name, str) and name else base
 
 
 def _flag(field: Declared) -> inspect.Parameter:

@@ -52,8 +52,7 @@ def draw(output: str, title: str, target: Path) -> None:
 
 def draw_page(page: Path) -> None:
     """Run one page with the numbers that it shows, and draw its pictures."""
-    with tempfile.TemporaryDirectory() as folder:
-        runner = PageRunner(Path(folder))
+    with tempfile.TemporaryDirectory() as folder, PageRunner(Path(folder)) as runner:
         for block in blocks(page):
             output = runner.run(block)
             if block.picture:

@@ -4,8 +4,11 @@ What a block is follows from its language and title:
 
 - ``yaml``, ``jsonl`` or ``text`` with ``title="NAME"``: a file of that name, written into the folder of the page;
 - ``python``: run, with the names of the page's earlier blocks; with a title it is written as a file instead;
-- ``sh``: each line is a command. ``lorry ...`` is run in this process; ``pip install`` and ``make`` are held
-  against pyproject.toml and the Makefile, since running them would change the machine; anything else is refused;
+- ``sh``: each line is a command. ``lorry ...`` is run in this process; ``lorry serve ... &`` is started beside it, on a
+  free port in the place of `PORT`, until the page ends; ``curl ...`` is run and must not end with an error;
+  ``pip install`` and ``make`` are held against pyproject.toml and the Makefile, since running them would change the
+  machine; of ``torchrun`` and ``accelerate launch`` the words that lorry gets are held against the program; anything
+  else is refused;
 - ``text`` without a title: something to read, never run.
 
 A picture under ``images/terminal/`` that follows an ``sh`` block shows the output of that block.
@@ -14,13 +17,15 @@ A picture under ``images/terminal/`` that follows an ``sh`` block shows the outp
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import shlex
+import subprocess
 import sys
 import tomllib
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,11 +36,17 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 RUN, WRITTEN, READ = ("python", "sh"), ("yaml", "jsonl", "text", "python"), ("text", "toml")
 
+#: Programs that start lorry in several processes.
+LAUNCHERS = ("torchrun", "accelerate")
+
 _FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w*)(?: +title=\"(?P<title>[^\"]+)\")?[ \t]*\n(?P<code>.*?)^(?P=indent)```[ \t]*$"
     r"(?:\n+(?P=indent)!\[[^\]]*\]\((?:\.\./)*images/terminal/(?P<picture>[\w-]+)\.svg\))?",
     re.DOTALL | re.MULTILINE,
 )
+#: The port of servers on pages.
+PORT = "8000"
+_ADDRESS = re.compile(rf"(127\.0\.0\.1:|--port ){PORT}\b")
 #: Numbers that make a page slow: training steps, and how many examples of a split are written.
 _SIZES = re.compile(r"(\bsteps\b[\"']?(?:\s*[:=]\s*|\s+)|\"(?:train|test)\"\s*[:,]\s*)(\d+)")
 
@@ -105,6 +116,16 @@ class PageRunner:
     steps: int | None = None
     examples: int | None = None
     module: types.ModuleType = field(default_factory=lambda: types.ModuleType("page"))
+    _servers: list[Server] = field(default_factory=list, init=False)
+
+    def __enter__(self) -> PageRunner:
+        """Return the runner."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the page's servers."""
+        for server in self._servers:
+            server.end()
 
     def run(self, block: Block) -> str:
         """Run a block, and return what its commands printed.
@@ -115,6 +136,8 @@ class PageRunner:
             An unknown kind of block, a command that may not or cannot be run, or one that failed.
         """
         code = _SIZES.sub(self._fewer, block.code)
+        if self._servers:
+            code = self._servers[-1].in_place(code)
         if block.title is not None:
             if block.language not in WRITTEN:
                 raise PageError(f"{block.where}: a file of {block.language!r} is not known; it may be {WRITTEN}.")
@@ -150,6 +173,13 @@ class PageRunner:
             os.chdir(before)
 
     def _command(self, block: Block, words: list[str]) -> str:
+        if self._servers:
+            words = [self._servers[-1].in_place(word) for word in words]
+        if words[:2] == ["lorry", "serve"] and words[-1] == "&":
+            self._servers.append(Server(words[1:-1], self.folder))
+            return ""
+        if words[0] == "curl":
+            return curl(block, words)
         if words[0] != "lorry":
             check_outside(block, words)
             return ""
@@ -160,6 +190,68 @@ class PageRunner:
         if result.exit_code:
             raise PageError(f"{block.where}: `{shlex.join(words)}` ended with {result.exit_code}: {result.output}")
         return result.output
+
+
+class Server:
+    """A server that a page starts.
+
+    Parameters
+    ----------
+    words
+        Of the command, without ``lorry``.
+    folder
+        Where it is run.
+
+    Raises
+    ------
+    PageError
+        It ends before it serves.
+    """
+
+    def __init__(self, words: Sequence[str], folder: Path) -> None:
+        given = [{PORT: "0"}.get(word, word) for word in words]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        command = [sys.executable, "-m", "lorry", *given]
+        self._process = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+        said = ""
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            said += line
+            if found := re.search(r"serving \S+ at http://\S+:(\d+)", line):
+                self._port = found[1]
+                return
+        raise PageError(f"`{shlex.join(words)}` does not serve: {said}")
+
+    def in_place(self, text: str) -> str:
+        """Return a text with this server's port in the place of the page's."""
+        return _ADDRESS.sub(lambda match: match[1] + self._port, text)
+
+    def end(self) -> None:
+        """End it as a reader would."""
+        self._process.terminate()
+        try:
+            self._process.wait(30)
+        finally:
+            self._process.kill()
+            assert self._process.stderr is not None
+            self._process.stderr.close()
+
+
+def curl(block: Block, words: Sequence[str]) -> str:
+    """Run a command that asks a page's server; return what it printed.
+
+    Raises
+    ------
+    PageError
+        It asks somebody else, or the answer is an error.
+    """
+    addresses = [word for word in words if "://" in word]
+    if not addresses or not all(re.fullmatch(r"http://127\.0\.0\.1:\d+/[\w/]*", word) for word in addresses):
+        raise PageError(f"{block.where}: a page may ask its own server alone; found `{shlex.join(words)}`.")
+    found = subprocess.run([*words, "--fail-with-body"], capture_output=True, text=True, timeout=60)
+    if found.returncode:
+        raise PageError(f"{block.where}: `{shlex.join(words)}` failed: {found.stdout or found.stderr}")
+    return found.stdout
 
 
 def check_outside(block: Block, words: list[str]) -> None:
@@ -173,12 +265,18 @@ def check_outside(block: Block, words: list[str]) -> None:
     if words[0] == "make":
         targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         unknown = [w for w in words[1:] if w not in targets]
+    elif words[0] in LAUNCHERS and ["-m", "lorry"] in [words[i : i + 2] for i in range(len(words))]:
+        own = words[words.index("lorry") :]
+        check_flags(dataclasses.replace(block, code=shlex.join(own)))
+        unknown = []
     elif words[:2] == ["pip", "install"]:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         extras = set(re.findall(r"\w+", " ".join(re.findall(r"\[([^\]]*)\]", " ".join(words)))))
         unknown = sorted(extras - set(project["optional-dependencies"]))
     else:
-        raise PageError(f"{block.where}: a page may call lorry, make and pip install; found `{shlex.join(words)}`.")
+        raise PageError(
+            f"{block.where}: a page may call lorry, torchrun, curl, make and pip install; found `{shlex.join(words)}`."
+        )
     if unknown:
         raise PageError(f"{block.where}: `{shlex.join(words)}` names {unknown}, which does not exist.")
 

@@ -13,6 +13,7 @@ from lorry.bench import (
     decode,
     fleet,
     fuse,
+    kernels,
     limits,
     load,
     merge_adapters,
@@ -217,3 +218,16 @@ def test_limits_measures_growth_and_the_same_gradients():
     assert limits.slope([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2)
     with pytest.raises(lorry.OptionError, match="at least two numbers"):
         limits.run(lengths="64")
+
+
+def test_kernels_without_a_gpu_says_so_and_measures_the_forms_for_the_cpu():
+    result = kernels.run(rounds=1, widths="32", tokens=96, rank=4, adapters=3, device="cpu")
+    found = result["widths"][32]
+    assert set(found["to base"]) == set(found["kept"]) and "of roofline" not in found
+    assert found["kept"]["fused, dropout"] == found["kept"]["fused"] == 4 * (96 * 32 + 96 * 4)
+    assert found["kept"]["fused, packed"] < found["kept"]["plain, packed"]
+    assert 0 < found["traffic"]["with dropout"] < found["traffic"]["without dropout"] < 1
+    assert "There is no GPU here" in shown(kernels, result)
+    if not torch.cuda.is_available():
+        with pytest.raises(lorry.OptionError, match="device=cuda"):
+            kernels.run(device="cuda")

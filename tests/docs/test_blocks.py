@@ -28,9 +28,9 @@ def fresh_registry(monkeypatch):
 
 @pytest.mark.parametrize("page", WITH_BLOCKS, ids=shown)
 def test_every_block_runs(page, tmp_path):
-    runner = PageRunner(tmp_path, STEPS, EXAMPLES)
-    for block in blocks(page):
-        runner.run(block)
+    with PageRunner(tmp_path, STEPS, EXAMPLES) as runner:
+        for block in blocks(page):
+            runner.run(block)
 
 
 def test_the_readme_runs_in_python_and_its_commands_exist(tmp_path):
@@ -78,7 +78,12 @@ def test_commands_go_on_after_a_backslash_and_end_at_a_comment():
     "code, says",
     [
         ("lorry inspect nowhere", "ended with 2"),
-        ("rm -r x", "may call lorry, make and pip install"),
+        ("torchrun --nproc-per-node 2 -m lorry train --nothing", "nothing"),
+        ("lorry serve --nothing &", "does not serve"),
+        ("curl -s http://127.0.0.1:1/x", "failed"),
+        ("curl -s http://example.com", "its own server"),
+        ("curl -s http://127.0.0.1:1 -d x --next http://example.com", "its own server"),
+        ("rm -r x", "may call lorry, torchrun, curl, make and pip install"),
         ("make nothing", "nothing"),
         ("pip install '.[nothing]'", "nothing"),
     ],

@@ -188,7 +188,7 @@ def check_merging(model: Any, ids: Tensor, adapter: lorry.Adapter, before: dict[
 
 
 @over_methods
-@effort(25)
+@effort(20)
 @given(data=st.data())
 def test_drawn_options_on_dense_bases(slug, data):
     options = without_tasks(data.draw(options_of(slug), "options"))

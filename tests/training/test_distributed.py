@@ -1,18 +1,17 @@
 """DDP and FSDP2 on two processes equal one process."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from training.launching import forked
 from training.tiny_bases import tiny_llama, token_rows
 
 from lorry.core.life.api import attach
 from lorry.training.huggingface import whole
 
 STEPS = 6
+CASES = [(kind, method) for kind in ("ddp", "fsdp2") for method in ("lora", "dora")]
 
 
 def batch(first: int = 0, count: int = 4) -> torch.Tensor:
@@ -30,12 +29,19 @@ def trained(model, adapter, ids):
     return {n: whole(t).detach().clone() for n, t, _ in adapter.named_tensors()}
 
 
-def worker(kind: str, method: str, target: str) -> None:
+def worker(folder: Path) -> None:
+    """Train with each way and method; see `forking`."""
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    rank = dist.get_rank()
+    for kind, method in CASES:
+        train_in_one_of_two(kind, method, folder / f"{kind}-{method}", dist.get_rank())
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def train_in_one_of_two(kind: str, method: str, target: Path, rank: int) -> None:
+    target.mkdir(exist_ok=True)
     model = tiny_llama()
     adapter = attach(model, {"method": method, "rank": 4}, name="job", seed=1)
     if kind == "ddp":
@@ -51,40 +57,36 @@ def worker(kind: str, method: str, target: str) -> None:
         wrapped = model
     tensors = trained(wrapped, adapter, batch(2 * rank, 2))
     if rank == 0 or kind == "fsdp2":  # FSDP2 gathers, so every process takes part
-        adapter.save(Path(target) / "adapter")
+        adapter.save(target / "adapter")
     if rank == 0:
         from safetensors.torch import save_file
 
-        save_file({n: t.contiguous() for n, t in tensors.items()}, Path(target) / "tensors.safetensors")
-    dist.barrier()
-    dist.destroy_process_group()
+        save_file({n: t.contiguous() for n, t in tensors.items()}, target / "tensors.safetensors")
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("method", ["lora", "dora"])
-def test_two_processes_equal_one(kind, method, tmp_path):
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    forked(__name__, (2, folder))
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "method"), CASES)
+def test_two_processes_equal_one(kind, method, two):
     from safetensors.torch import load_file
 
-    root = Path(__file__).resolve().parents[2]
-    code = f"from training.test_distributed import worker; worker({kind!r}, {method!r}, {str(tmp_path)!r})"
-    script = tmp_path / "worker.py"
-    script.write_text(code)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root / 'src'}:{root / 'tests'}"}
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [sys.executable, *launch, str(script)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    made = two / f"{kind}-{method}"
     model = tiny_llama()
     adapter = attach(model, {"method": method, "rank": 4}, name="job", seed=1)
     start = {n: t.detach().clone() for n, t, _ in adapter.named_tensors()}
     expected = trained(model, adapter, batch())
-    found = load_file(tmp_path / "tensors.safetensors")
+    found = load_file(made / "tensors.safetensors")
     assert max(float((expected[n] - start[n]).abs().max()) for n in start) > 1e-3
     assert found.keys() == expected.keys()
     assert max(float((found[n] - expected[n]).abs().max()) for n in expected) < 1e-5
     from lorry.formats.load import load
 
     other = tiny_llama()
-    loaded = load(other, tmp_path / "adapter", name="job")
+    loaded = load(other, made / "adapter", name="job")
     again = {n: t for n, t, _ in loaded.named_tensors()}
     assert max(float((again[n] - expected[n]).abs().max()) for n in expected) < 1e-5

@@ -27,6 +27,7 @@ ACTIVE = {
     "lora-plus": {"ratio": 4.0},
     "lora-fa": {"until": 3},
     "lora-ggpo": {"sigma": 0.5, "beta": 10.0, "smoothing": 0.5},
+    "dps": {"stages": 3, "max_stage": 2},
     "dp-sgd": {"max_norm": 0.5, "noise": 0.1},
 }
 STAGES = {"freezing": {"freeze": 3}}

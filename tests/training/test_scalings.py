@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from methods.small import stack
+from training.tiny_bases import tiny_llama, token_rows
 
 import lorry
 from lorry.core.method.families import Bottleneck
 from lorry.core.method.registry import presets
-from lorry.training import Job
+from lorry.training import Fleet, Job
 from lorry.training.hooks import DYNAMICS
 from lorry.training.presets import COMBINATIONS
 from lorry.training.scalings import SCALINGS
@@ -122,3 +125,31 @@ def test_what_a_job_says_beside_a_preset_is_added_or_refused():
             job(**{"preset": "lora-ga", **options})
     with pytest.raises(lorry.OptionError, match="Did you mean .*'lora-ga'"):
         job(preset="lora_ga")
+
+
+def variants():
+    """The names that the page of choices promises."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "choices.md").read_text(encoding="utf-8")
+    return re.findall(r"`([\w-]+)`", " ".join(re.findall(r"^\| .* \| (`.*) \|$", page, re.M)))
+
+
+def test_every_variant_of_the_unified_study_is_a_preset():
+    names = variants()
+    assert len(names) == len(set(names)) > 50
+    for name in names:
+        job(preset=name)
+
+
+def test_every_combination_is_trained_in_one_fleet(tmp_path):
+    options = {"steps": 2, "batch_size": 2, "calibration": 2, "targets": "attention"}
+    jobs = [Job(n, token_rows(4, (5, 8), 1), {"rank": 2}, preset=n, **options) for n in COMBINATIONS]
+    fleet = Fleet(tiny_llama(), None, jobs, tmp_path)
+    assert fleet.train().ok
+    for run in fleet.runs:
+        assert run.adapter.metadata.get("start") == COMBINATIONS[run.job.name].start
+
+
+def test_a_combination_that_does_not_fit_is_refused_with_the_reason(tmp_path):
+    asked = Job("a", token_rows(4, (5, 8), 1), "lora", start="nlora", steps=1, targets="attention")
+    with pytest.raises(lorry.SiteError, match="no mixer between A and B. Take the method mos-lora"):
+        Fleet(tiny_llama(), None, [asked], tmp_path)

@@ -1,10 +1,12 @@
 """Fleets on several processes equal fleets on one; what cannot be spread is refused; one failure ends all."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import yaml
+from page_blocks import DOCS, PageRunner, blocks
 from safetensors.torch import load_file
 from training import several
 from training.launching import forked, launched
@@ -77,6 +79,15 @@ def test_the_base_is_spread_and_adapters_are_whole(two):
     assert 0 < found["under way"] < 3
 
 
+def test_one_process_takes_up_what_two_began(one, two, tmp_path):
+    shutil.copytree(two / "joined", tmp_path / "run")
+    for path in sorted((tmp_path / "run" / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(path)
+    train(several.base(), None, several.jobs(), tmp_path / "run", resume=True)
+    for name in JOBS:
+        assert apart(one / "joined" / name / "adapter", tmp_path / "run" / name / "adapter") < 1e-7
+
+
 @pytest.mark.parametrize("name", PLANNED)
 def test_packed_passes_are_split_too_and_a_base_may_stay_whole(one, two, name):
     assert apart(one / "planned" / name / "adapter", two / "planned" / name / "adapter") < 1e-9
@@ -115,6 +126,16 @@ def test_what_cannot_be_split_is_refused_by_name(options, words, tmp_path):
         check_splittable(fleet.runs, shard=False)
 
 
+def test_quantised_weights_are_not_spread_but_may_stay_whole(tmp_path):
+    job = Job.from_dict({"name": "job", "data": token_rows(6, (3, 9), 1), "steps": 2})
+    fleet = Fleet(tiny_llama(), None, [job], tmp_path)
+    layer = fleet.runs[0].adapter.sites[0].owner
+    layer.weight = torch.nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
+    with pytest.raises(OptionError, match="int8.*shard: false"):
+        check_splittable(fleet.runs, shard=True)
+    check_splittable(fleet.runs, shard=False)
+
+
 def test_methods_with_losses_over_the_rows_of_a_pass_are_refused_by_name(tmp_path):
     job = Job.from_dict({"name": "job", "data": token_rows(6, (3, 9), 1), "steps": 2, "method": "mixlora"})
     fleet = Fleet(tiny_llama(), None, [job], tmp_path)
@@ -125,11 +146,18 @@ def test_methods_with_losses_over_the_rows_of_a_pass_are_refused_by_name(tmp_pat
 
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("file")
-    text = ["the cat sat on the mat", "a dog", "one two three", "it went home to eat some fish with a friend"]
-    (folder / "data.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in text * 3))
-    common = {"data": str(folder / "data.jsonl"), "steps": 2, "rank": 2}
-    made = {"base": "pocket", "out": str(folder / "out"), "jobs": [{"name": n, **common} for n in "ab"]}
+    """The run of the guide, its data cut to a few examples and its training to two steps."""
+    folder, page = tmp_path_factory.mktemp("file"), DOCS / "guides" / "several-machines.md"
+    runner = PageRunner(folder, steps=2)
+    for block in blocks(page):
+        if block.language == "python" or block.title == "run.yaml":
+            runner.run(block)
+    made = yaml.safe_load((folder / "run.yaml").read_text())
+    made["defaults"]["batch_size"], made["out"] = 3, str(folder / "out")
+    for job in made["jobs"]:
+        data = folder / job["data"]
+        data.write_text("".join(data.read_text().splitlines(keepends=True)[:12]))
+        job["data"] = str(data)
     (folder / "run.yaml").write_text(yaml.safe_dump(made))
     return folder / "run.yaml"
 
@@ -158,7 +186,7 @@ def test_the_command_under_torchrun_reports_once(commands, run_file):
     report = json.loads(commands.stdout)
     assert [job["status"] for job in report["jobs"]] == ["done", "done"]
     assert commands.stderr.count("report, metrics and curves") == 1
-    assert {p.name for p in (run_file.parent / "out").iterdir()} >= {"a", "b", "report.json"}
+    assert {p.name for p in (run_file.parent / "out").iterdir()} >= {"star", "unrotate", "report.json"}
 
 
 def test_a_process_that_fails_ends_all_with_one_message(commands):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lorry.cli.arguments import BaseArgument, CheckBase, Dtype, adapter_references
+from lorry.cli.arguments import BASE_HELP, CheckBase, Dtype, adapter_references
 from lorry.cli.generate import Composition, label, parse_composition
 from lorry.cli.output import failure, note
 from lorry.cli.sampling import (
-    MaxNewTokens,
     MinP,
     RepetitionPenalty,
     Sampling,
@@ -27,22 +27,33 @@ from lorry.cli.sampling import (
     conversation,
     template_of,
 )
+from lorry.cli.talk import HELP, Talk
 from lorry.core.errors import LorryError, OptionError
 
-HELP = "/adapter NAME[:W][+NAME[:W]] or none: what applies from now on; /adapters; /system TEXT; /reset; /quit"
+#: Tokens of an answer, where nothing else is said.
+LONGEST = 512
 
 
 def chat(
-    base: BaseArgument,
+    base: Annotated[str, typer.Argument(help=f"{BASE_HELP} Or the address of a server, as http://127.0.0.1:8000.")],
     adapter: Annotated[
         list[str] | None,
         typer.Option(
             "--adapter", "-a", metavar="[NAME=]DIR[:WEIGHT]", help="Adapter to load; the first applies; repeatable."
         ),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="What a server's answers come from: an adapter, or base+a:0.7+b:0.3."),
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option("--api-key", envvar="LORRY_API_KEY", show_envvar=True, help="For a server.")
+    ] = None,
     system: Annotated[str | None, typer.Option("--system", help="What the system message says.")] = None,
     template: Template = None,
-    max_new_tokens: MaxNewTokens = 512,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help=f"Longest answer; {LONGEST} here, on a server as long as there is room.")
+    ] = None,
     temperature: Temperature = 0.0,
     top_k: TopK = 0,
     top_p: TopP = 1.0,
@@ -53,24 +64,57 @@ def chat(
     check_base: CheckBase = True,
     dtype: Dtype = "auto",
 ) -> None:
-    """Talk with a base and its adapters; answers appear as they are made. /help lists the commands."""
+    """Talk with a base and its adapters, here or on a server; answers appear as they are made. /help lists commands."""
+    longest = max_new_tokens or LONGEST
+    sampling = Sampling(longest, temperature, top_k, top_p, min_p, repetition_penalty, tuple(stop or ()))
+    if base.startswith(("http://", "https://")):
+        here = {"--adapter": adapter, "--template": template, "--any-base": not check_base, "--dtype": dtype != "auto"}
+        useless = [flag for flag, given in here.items() if given]
+        if useless:
+            raise OptionError(
+                f"{useless[0]} is for a model in this process; {base} has its own. Name one with --model."
+            )
+        from lorry.cli.chat_server import ServerTalk
+
+        with ServerTalk(base, model, sampling, max_new_tokens, seed, system, api_key) as talk:
+            note(f"{base}, {talk.model}; {HELP}")
+            _converse(talk)
+        return
+    if model is not None:
+        raise OptionError("--model is for a server; load an adapter with --adapter DIR.")
+    _converse(_here(base, adapter_references(adapter), template, sampling, system, seed, check_base, dtype))
+
+
+def _here(
+    base: str,
+    references: dict[str, tuple[Path, float]],
+    template: Path | None,
+    sampling: Sampling,
+    system: str | None,
+    seed: int,
+    check_base: bool,
+    dtype: str,
+) -> Talk:
+    """Return the conversation with a model that is loaded into this process."""
     import torch
 
     import lorry
     from lorry.cli.bases import load_base, load_tokenizer
 
-    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, tuple(stop or ()))
-    references = adapter_references(adapter)
     tokenizer = load_tokenizer(base)
     rules = template_of(tokenizer, template)
-    model: Any = load_base(base, dtype)
+    loaded_base: Any = load_base(base, dtype)
     for name, (path, _) in references.items():
-        note(str(lorry.load(model, path, name=name, check_base=check_base).receipt))
+        note(str(lorry.load(loaded_base, path, name=name, check_base=check_base).receipt))
     loaded = {name: weight for name, (_, weight) in references.items()}
     first = dict(list(loaded.items())[:1])
-    talk = Conversation(model, tokenizer, rules, sampling, loaded, first, system)
+    talk = Conversation(loaded_base, tokenizer, rules, sampling, loaded, first, system)
     torch.manual_seed(seed)
     note(f"{base}, {label(first)}; {HELP}")
+    return talk
+
+
+def _converse(talk: Talk) -> None:
     for line in lines():
         try:
             if not talk.hear(line):
@@ -92,8 +136,8 @@ def lines() -> Iterator[str]:
             return
 
 
-class Conversation:
-    """A conversation with a model whose adapters may change between turns.
+class Conversation(Talk):
+    """A conversation with a model in this process.
 
     Parameters
     ----------
@@ -121,9 +165,9 @@ class Conversation:
         first: Composition,
         system: str | None = None,
     ) -> None:
+        super().__init__(system)
         self.model, self.tokenizer, self.template, self.sampling = model, tokenizer, template, sampling
-        self.loaded, self.system = loaded, system
-        self.messages: list[dict[str, str]] = []
+        self.loaded = loaded
         self.use(first)
 
     def use(self, composition: Composition) -> None:
@@ -132,33 +176,15 @@ class Conversation:
 
         apply_only(self.model, composition)
 
-    def hear(self, line: str) -> bool:
-        """Act on a line: a command, or what the user says; returns whether the conversation goes on."""
-        word, _, rest = line.strip().partition(" ")
-        rest = rest.strip()
-        if not word:
-            return True
-        if word in ("/quit", "/exit"):
-            return False
-        if word == "/reset":
-            self.messages.clear()
-            note("the conversation begins anew")
-        elif word == "/adapter":
-            composition = parse_composition(rest, self.loaded, "/adapter")
-            self.use(composition)
-            note(f"from now on: {label(composition)}")
-        elif word == "/adapters":
-            note(", ".join(self.loaded) or "no adapter is loaded")
-        elif word == "/system":
-            self.system = rest or None
-            note("the system message is changed" if rest else "no system message any more")
-        elif word == "/help":
-            note(HELP)
-        elif word.startswith("/"):
-            raise OptionError(f"There is no command {word}; there are: {HELP}.")
-        else:
-            self.answer(line.strip())
-        return True
+    def switch(self, text: str) -> str:
+        """Let the adapters that a text names apply from now on."""
+        composition = parse_composition(text, self.loaded, "/adapter")
+        self.use(composition)
+        return label(composition)
+
+    def names(self) -> Iterable[str]:
+        """Return the adapters that are loaded."""
+        return self.loaded
 
     def answer(self, text: str) -> str:
         """Write the answer to what the user says, word by word, and return it; Ctrl-C ends it early."""
@@ -183,6 +209,4 @@ class Conversation:
                 self.model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **options)
         except KeyboardInterrupt:
             streamer.end()
-        answer = self.sampling.cut("".join(said))
-        self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
-        return answer
+        return self.sampling.cut("".join(said))

@@ -48,6 +48,15 @@ def _signature(
         str | None,
         typer.Option("--api-key", envvar=KEY_VARIABLE, show_envvar=True, help="The one key, which may do everything."),
     ] = None,
+    train: Annotated[
+        bool, typer.Option("--train", help="Let clients of the tinker interface train adapters on the base.")
+    ] = False,
+    train_dir: Annotated[
+        Path, typer.Option("--train-dir", help="Folder of what they train; a server that starts on it goes on.")
+    ] = Path("lorry-training"),
+    train_tokens: Annotated[
+        int, typer.Option("--train-tokens", min=1, help="Tokens of a joint pass of training, at most.")
+    ] = 8192,
     template: Template = None,
     dtype: Dtype = "auto",
     device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1; auto takes a GPU.")] = "auto",
@@ -67,12 +76,26 @@ def serve(**flags: Any) -> None:
     first SIGTERM or Ctrl-C lets what runs end and refuses what is new; the second ends at once.
     """
     own = {name: flags.pop(name) for name in _OWN}
-    server = build(own, {name: value for name, value in flags.items() if value is not None})
+    server = build(own, {name: _value(name, value) for name, value in flags.items() if value is not None})
     try:
         server.run()
     finally:
+        if server.trainer is not None:
+            server.trainer.close()
         server.service.close()
         server.service.engine.close()
+
+
+def _value(name: str, value: Any) -> Any:
+    """Return an engine's option; one that is written ``{name: value, ...}`` is a mapping."""
+    if not isinstance(value, str) or not value.startswith("{"):
+        return value
+    import yaml
+
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise OptionError(f"--{name.replace('_', '-')}: cannot read {value!r} as YAML.") from None
 
 
 def build(own: Mapping[str, Any], engine_options: Mapping[str, Any]) -> DrainingServer:
@@ -113,8 +136,10 @@ def _engine(own: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[Engine,
     from lorry.cli.bases import load_base, load_tokenizer
     from lorry.serving.engine import Engine
     from lorry.serving.options import EngineOptions
+    from lorry.serving.scheduling.policy import policy_from
 
     checked = EngineOptions(**options)
+    policy_from(checked.policy)  # refused before anything is loaded
     tokenizer = load_tokenizer(own["base"])
     note(f"loading {own['base']} ...")
     model = load_base(own["base"], own["dtype"])
@@ -172,9 +197,29 @@ def _server(
     serving = Serving.over(service, Prompts(tokenizer, template), keys, base, tuple(own["adapter_dir"] or ()))
     # a server of one machine's user without keys shall not be reached through pages of other sites
     hosts = None if keys.required else {*_LOOPBACK, own["host"]}
-    app = create_app(serving, most_bytes=own["max_body"], hosts=hosts)
+    trainer = None
+    if own["train"]:
+        from lorry.serving.training.options import TrainingOptions
+        from lorry.serving.training.trainer import Trainer
+
+        trainer = Trainer(service, TrainingOptions(folder=own["train_dir"], max_tokens=own["train_tokens"]))
+        note(f"training is on; {own['train_dir']} keeps what clients train")
+    source = Path(own["base"]).expanduser()
+    app = create_app(
+        serving,
+        most_bytes=own["max_body"],
+        hosts=hosts,
+        training=trainer,
+        tokenizer=os.path.realpath(source) if source.is_dir() else _tokenizer_name(tokenizer, own["base"]),
+    )
     said: Callable[[str], None] = lambda address: note(f"serving {base} at {address}")  # noqa: E731
-    return DrainingServer(app, own["host"], own["port"], service, patience=own["patience"], ready=said)
+    return DrainingServer(app, own["host"], own["port"], service, patience=own["patience"], ready=said, trainer=trainer)
+
+
+def _tokenizer_name(tokenizer: Any, base: str) -> str:
+    """Return where clients find the tokenizer: where it was read from."""
+    name = getattr(tokenizer, "name_or_path", "")
+    return name if isinstance(name, str) and name else base
 
 
 def _flag(field: Declared) -> inspect.Parameter:

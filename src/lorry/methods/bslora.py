@@ -17,7 +17,7 @@ from lorry.core.sites.site import Site
 from lorry.core.sites.stacks import split_at_number
 
 
-@register("bslora", paper="arXiv 2601.22708, section on sharing", kinds=lambda kind: kind.plain_product)
+@register("bslora", paper="arXiv 2601.22708", kinds=lambda kind: kind.plain_product)
 @dataclass(frozen=True)
 class BSLoRA(Bottleneck):
     """``ΔW = scale · (B A + B_i A_i + B_g A_g)``: the second pair is shared by the sites of one block of the model, the

@@ -15,7 +15,7 @@ from lorry.core.sites.site import Site
 from lorry.methods.lora import LoRA
 
 
-@register("loda", paper="arXiv 2601.22708, section on ranks", kinds=lambda kind: kind.additive)
+@register("loda", paper="MERL TR2023-150", kinds=lambda kind: kind.additive)
 @dataclass(frozen=True)
 class LoDA(LoRA):
     """``ΔW x = scale · B (h + σ(M2 σ(M1 σ(h))))`` with ``h = A x`` and σ a leaky ReLU of slope `slope`.

@@ -18,7 +18,9 @@ from lorry.methods.melora import MELoRA
 from lorry.methods.parts.allocation import effective_rank, gradient_of, ranks_by_importance
 
 
-@register("ralora", paper="arXiv 2601.22708, section on ranks", kinds=lambda kind: not (kind.whole or kind.indexed))
+@register(
+    "ralora", paper="ICLR 2026, openreview.net/forum?id=kObvnQ6pUx", kinds=lambda kind: not (kind.whole or kind.indexed)
+)
 @dataclass(frozen=True)
 class RaLoRA(MELoRA):
     """``ΔW = scale · diag(B_1 A_1, …, B_k A_k)`` with ``k = 2^⌊log2(erank(G) / rank)⌋`` blocks of rank `rank` each at
@@ -80,4 +82,4 @@ class RaLoRA(MELoRA):
         return self.with_options(rank=new, blocks=k, alpha=alpha)
 
 
-preset("d-ralora", of="ralora", paper="arXiv 2601.22708, section on ranks", budget=True)
+preset("d-ralora", of="ralora", paper="ICLR 2026, openreview.net/forum?id=kObvnQ6pUx", budget=True)

@@ -15,7 +15,7 @@ from lorry.core.options import option
 from lorry.core.sites.site import Site
 
 
-@register("ridgelora", paper="arXiv 2601.22708, section on ranks")
+@register("ridgelora", paper="NeurIPS 2025, openreview.net/forum?id=0RF80tUWuv")
 @dataclass(frozen=True)
 class RidgeLoRA(WeightDelta):
     """``W' = W (ρ · diag(d) + scale · B A)``, and so ``ΔW = W (ρ · diag(d) - I + scale · B A)``, with A ``(rank, in)``,

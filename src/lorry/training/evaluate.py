@@ -37,7 +37,8 @@ def evaluate(
     Returns
     -------
     dict
-        Metrics by job: ``loss`` and, by objective, ``perplexity``, ``accuracy`` and others.
+        Metrics by job: ``loss`` and, by objective, ``perplexity``, ``accuracy`` and others; for jobs with dynamics that
+        ask for it, those of each task as ``METRIC/TASK``, too.
     """
     waiting = {
         run.name: _batches(run, base.setting)
@@ -45,6 +46,8 @@ def evaluate(
         if run.prepared is not None and run.prepared.evaluation is not None
     }
     sums: dict[str, Tally] = {}
+    apart = {run.name: run for run in runs if run.acting.by_task}
+    of_task: dict[str, dict[int, Tally]] = {}
     with base.mode(training=False):
         while waiting:
             shares = [batches.pop(0) for batches in waiting.values()]
@@ -52,19 +55,37 @@ def evaluate(
                 for share, tally in zip(group, one_pass(base, group), strict=False):
                     before = sums.get(share.name)
                     sums[share.name] = tally if before is None else before + tally
+                    if share.name in apart and share.task_ids is not None:
+                        own = of_task.setdefault(share.name, {})
+                        number = share.task_ids[0]
+                        own[number] = own[number] + tally if number in own else tally
             waiting = {name: batches for name, batches in waiting.items() if batches}
-    return {name: tally.metrics() for name, tally in sums.items()}
+    found = {name: tally.metrics() for name, tally in sums.items()}
+    for name, tallies in of_task.items():
+        names = apart[name].task_names
+        for number in sorted(tallies):
+            # a task that is held out only has no name
+            label = names[number] if number < len(names) else str(number)
+            found[name] |= {f"{metric}/{label}": value for metric, value in tallies[number].metrics().items()}
+    return found
 
 
 def _batches(run: Run, setting: Setting) -> list[Share]:
-    """Return examples sorted by size, so that padding is small, drawn alike in every evaluation."""
+    """Return examples sorted by size, so that padding is small, drawn alike in every evaluation.
+
+    Where tasks are told apart, no share has examples of two.
+    """
     assert run.prepared is not None and run.prepared.evaluation is not None
     made, held = run.prepared, run.prepared.evaluation
-    order = sorted(range(len(held)), key=lambda i: made.task.cost(held[i]))
+    tags = held.task_ids if run.acting.by_task and held.task_ids is not None else (0,) * len(held)
+    order = sorted(range(len(held)), key=lambda i: (tags[i], made.task.cost(held[i])))
     shares = []
-    for start in range(0, len(order), run.job.eval_batch_size):
-        chosen = order[start : start + run.job.eval_batch_size]
+    start = 0
+    while start < len(order):
+        most = order[start : start + run.job.eval_batch_size]
+        chosen = [i for i in most if tags[i] == tags[most[0]]]
         generator = torch.Generator().manual_seed(mix_seed(run.job.seed, "evaluate", start))
         examples = made.task.draw(held.take(chosen), generator, setting, run.name)
         shares.append(Share(run.name, made, examples, held.ids(chosen)))
+        start += len(chosen)
     return shares

@@ -208,6 +208,7 @@ class Fleet:
                 self._detach()
                 raise
         try:
+            self._check_ahead()
             running = [run for run in self.runs if run.running]
             self.planner.check(running, self.base.setting)
             if self.processes.several:
@@ -223,6 +224,15 @@ class Fleet:
         check_splittable(runs, self.shard)
         place_base(self.model, [run.adapter for run in runs if run.adapter], self.processes, self.shard)
         return self.rounds
+
+    def _check_ahead(self) -> None:
+        """Refuse to plan steps ahead for jobs whose examples depend on evaluations."""
+        wrong = [run.name for run in self.runs if run.acting.by_task]
+        if wrong and self.planner.steps_ahead:
+            raise OptionError(
+                f"Job '{wrong[0]}' drops tasks as evaluations say, and the planner '{self.planner.name}' plans several "
+                "steps before they are known; use the planner 'joined'."
+            )
 
     def _calibrate(self, run: Run, prepared: Prepared) -> None:
         """Show the first examples to a method or a start that wants to see some; the same ones at a resumed run."""
@@ -375,6 +385,7 @@ class Fleet:
         for name, metrics in self.rounds.evaluate(runs, self.max_pad_ratio, self.max_tokens).items():
             run = next(r for r in runs if r.name == name)
             run.judge(metrics)
+            run.evaluated(metrics)
             self._log(name, {"step": run.progress.step, **{f"eval_{k}": v for k, v in metrics.items()}})
 
     def _finish(self, runs: Sequence[Run]) -> None:

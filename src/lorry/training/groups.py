@@ -158,7 +158,7 @@ class ParameterGroups:
             self.resting[name] = (dict(frozen.get(name, {})), self._options(options))
         rebuilt = []
         for group in described["groups"]:
-            parameters = [by_name[name] for name in group["names"]]
+            parameters = [by_name[name].requires_grad_(True) for name in group["names"]]
             rebuilt.append({**self.optimizer.defaults, **self._options(group["options"]), "params": parameters})
         self.optimizer.param_groups[:] = rebuilt
 

@@ -56,6 +56,12 @@ class Moment:
         Around and after a pass: factor of the summed loss of the job's rows in what is differentiated.
     heights, counts
         Around and after a pass: rows of each example of the micro-batch, and the predictions that each is scored on.
+    tasks
+        Names of the job's tasks, by their numbers; empty where its examples have none.
+    raised
+        Stages that begin before the next step because a dynamic said so (`raise_stage`).
+    dropped
+        Numbers of the tasks whose examples are drawn no more; a dynamic adds to them.
     """
 
     adapter: Adapter
@@ -72,6 +78,13 @@ class Moment:
     weight: float = 1.0
     heights: tuple[int, ...] = ()
     counts: tuple[int, ...] = ()
+    tasks: tuple[str, ...] = ()
+    raised: list[str] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
+
+    def raise_stage(self, stage: str) -> None:
+        """Let a stage begin before the next step, for every dynamic of the job (`Dynamic.at_stage`)."""
+        self.raised.append(stage)
 
     def generator(self, *parts: object) -> Generator:
         """Return a source of randomness for this dynamic at this step, and for whatever `parts` name."""
@@ -100,12 +113,27 @@ class Dynamic:
         """Check rules between options; raise `OptionError` with the rule and the values."""
         return
 
+    @property
+    def by_task(self) -> bool:
+        """Whether it wants evaluations to be told apart by task, and may drop tasks."""
+        return False
+
     def begin(self, at: Moment) -> None:
         """Act once before the first step of a run."""
         return
 
     def at_stage(self, at: Moment, stage: str) -> None:
-        """Act when a stage of the job begins, before the step at which it does (`Job.stages`)."""
+        """Act when a stage of the job begins, before the step at which it does.
+
+        Stages begin where the job says so (`Job.stages`), or where a dynamic does (`Moment.raise_stage`).
+        """
+        return
+
+    def after_evaluation(self, at: Moment, metrics: Mapping[str, float]) -> None:
+        """Act after an evaluation of the job, other than the one before its first step.
+
+        With `by_task` the metrics of each task stand among the others as ``METRIC/TASK``.
+        """
         return
 
     def around_pass(self, at: Moment) -> AbstractContextManager[Any]:
@@ -239,6 +267,11 @@ class Acting:
     def row_gradients(self) -> bool:
         """Whether one of them wants the gradient of each row."""
         return any(d.row_gradients for d in self.dynamics)
+
+    @property
+    def by_task(self) -> bool:
+        """Whether one of them wants evaluations by task."""
+        return any(d.by_task for d in self.dynamics)
 
     def remembered(self, name: str) -> dict[str, Tensor]:
         """Return what a dynamic remembers, to be changed in place."""

@@ -23,7 +23,7 @@ from .hooks import Dynamic, by_name, make_dynamics
 from .objectives import OBJECTIVES, make_objective
 from .presets import parts_of
 from .scalings import SCALINGS, Scaling
-from .schedule import SCHEDULES, Schedule
+from .schedule import SCHEDULES, Schedule, warmup_steps
 from .short_forms import spelled_out
 from .starts import STARTS, Start
 from .task import Examples, Task
@@ -97,8 +97,10 @@ class Job:
         None, "How alpha and rank scale the update, if not in the method's way: a name, or {scaling: name, **options}."
     )
     dynamics: Any = option((), "What acts on the training itself: names, or mappings {dynamics: name, **options}.")
-    stages: Mapping[str, float] | None = option(
-        None, "Stage -> step at which it begins (a fraction of the run if below 1), for dynamics that wait for one."
+    stages: Mapping[str, Any] | None = option(
+        None,
+        "Stage -> step at which it begins (a fraction of the run if below 1), or several, for dynamics that wait for "
+        "one.",
     )
     seed: int = option(0, "Start of the adapter, order of the data, dropout.")
     dtype: str = option("float32", "Type of the adapter's tensors.", choices=tuple(DTYPES))
@@ -147,9 +149,24 @@ class Job:
         self.make_start()
         self.make_dynamics()
         self._check_built_from()
-        for stage, at in (self.stages or {}).items():
+        for stage, at in self._stage_steps():
             if isinstance(at, bool) or not isinstance(at, int | float) or at < 0:
                 raise OptionError(f"Job '{self.name}': stage '{stage}' must begin at a step from 0, found {at!r}.")
+        judging = [dynamic.name for dynamic in self.make_dynamics() if dynamic.by_task]
+        if judging and not (evaluated and self.eval_every):
+            raise OptionError(
+                f"Job '{self.name}': '{judging[0]}' judges tasks by evaluations; set eval_every, and give eval_data or "
+                "hold_out."
+            )
+
+    def _stage_steps(self) -> list[tuple[str, Any]]:
+        """Return each stage with each step at which it begins."""
+        given = (self.stages or {}).items()
+        return [(stage, at) for stage, several in given for at in (several if _is_list(several) else [several])]
+
+    def stages_at(self, step: int, total: int) -> list[str]:
+        """Return the stages that begin before a step, of a run of `total` steps."""
+        return [stage for stage, at in self._stage_steps() if warmup_steps(at, total) == step]
 
     def _check_task_ids(self) -> None:
         value = self.task_ids
@@ -265,9 +282,9 @@ class Job:
 
     def to_dict(self) -> dict[str, Any]:
         """The job as plain data; records in memory are described, not written out."""
-        plain = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        plain = {k: _described(v) if k in ("data", "eval_data") else _plain(v) for k, v in values.items()}
         plain["method"] = plain["method"] or self.make_method().info.slug
-        plain["data"], plain["eval_data"] = _described(self.data), _described(self.eval_data)
         return plain
 
 
@@ -289,6 +306,10 @@ def jobs_from(values: Sequence[Job | Mapping[str, Any]]) -> list[Job]:
         if name.lower() in ("checkpoints", "report.json", "losses.png"):
             raise OptionError(f"A job cannot be called '{name}': the output folder has a place of that name.")
     return jobs
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
 
 
 def _distinct(paths: Any) -> bool:

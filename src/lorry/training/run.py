@@ -25,7 +25,7 @@ from .jobs import Job
 from .joint import Place, Share
 from .optim import clip_gradients, gradients, make_optimizer, set_rate
 from .row_gradients import RowGradients
-from .schedule import Schedule, rate_factor, warmup_steps
+from .schedule import Schedule, rate_factor
 from .task import Prepared, Setting
 
 #: What a job's status may be; a failed one is ``failed: WHY``.
@@ -48,6 +48,10 @@ class Progress:
     best_value: float | None = None
     worse: int = 0
     closed: bool = False
+    # examples of all steps, tasks that are drawn no more, and stages that begin before the next step
+    drawn: int = 0
+    dropped: list[int] = field(default_factory=list)
+    raised: list[str] = field(default_factory=list)
     # of the step under way
     micro: int = 0
     pending: list[list[int]] = field(default_factory=list)
@@ -167,14 +171,18 @@ class Run:
         if p.pending:
             return
         p.pending = self._drawn(self.cursor)
+        if not p.pending:
+            p.status = STOPPED  # tasks that were dropped leave nothing to learn from
+            return
         p.micro, p.loss, p.penalty, p.size = 0, 0.0, 0.0, len(p.pending)
         p.labels = sum(self.prepared.task.count(train[i]) for batch in p.pending for i in batch)
         p.examples = sum(map(len, p.pending))
         if p.step == 0:
             self._each(lambda dynamic, at: dynamic.begin(at))
-        for stage, begins in (self.job.stages or {}).items():
-            if warmup_steps(begins, self.total) == p.step:
-                self._each(lambda dynamic, at, stage=stage: dynamic.at_stage(at, stage))  # type: ignore[misc]
+        beginning = [*self.job.stages_at(p.step, self.total), *p.raised]
+        p.raised.clear()
+        for stage in beginning:
+            self._each(lambda dynamic, at, stage=stage: dynamic.at_stage(at, stage))  # type: ignore[misc]
 
     def share(self) -> Share:
         """Return the next micro-batch of the step that is open."""
@@ -196,8 +204,20 @@ class Run:
 
     def _drawn(self, cursor: BatchCursor) -> list[list[int]]:
         """Return the micro-batches of the step that a cursor comes to next; fewer, or none, at the end of the data."""
-        batches = (next(cursor, None) for _ in range(self.job.gradient_accumulation_steps))
-        return [list(batch) for batch in batches if batch is not None]
+        assert self.prepared is not None
+        ids, dropped = self.prepared.train.task_ids, set(self.progress.dropped)
+        found: list[list[int]] = []
+        if ids is not None and dropped.issuperset(ids):
+            return found
+        while len(found) < self.job.gradient_accumulation_steps:
+            batch = next(cursor, None)
+            if batch is None:
+                break
+            # of what a task that was dropped leaves out, nothing else takes the place: that is what is saved
+            left = list(batch) if ids is None else [i for i in batch if ids[i] not in dropped]
+            if left:
+                found.append(left)
+        return found
 
     def ahead(self, steps: int) -> list[Share]:
         """Return what is left of the step that is open and the steps after it as a share each, `steps` in all.
@@ -276,7 +296,21 @@ class Run:
         assert self.adapter is not None and self.groups is not None
         p, remembered = self.progress, self.acting.remembered(dynamic.name)
         values = (p.step, self.total, p.micro, self.rate, self.job.seed, dynamic.name, remembered, p.examples)
-        return Moment(self.adapter, self.groups, *values, **facts or {})
+        found = Moment(self.adapter, self.groups, *values, **facts or {})
+        found.tasks, found.raised, found.dropped = self.task_names, p.raised, p.dropped
+        return found
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """Names of the tasks of its examples by number; empty where they have none."""
+        assert self.prepared is not None
+        ids = self.prepared.train.task_ids
+        if ids is None:
+            return ()
+        given = self.job.task_ids
+        if isinstance(given, Mapping) and given.get("names") is not None:
+            return tuple(map(str, given["names"]))
+        return tuple(map(str, range(1 + max(ids))))
 
     def _each(self, act: Callable[[Dynamic, Moment], None], facts: Mapping[str, Any] | None = None) -> None:
         """Let every dynamic act; one that cannot stops the job."""
@@ -327,6 +361,7 @@ class Run:
             return None
         self.optimizer.zero_grad(set_to_none=True)
         p.step += 1
+        p.drawn += p.examples
         p.last_loss = loss
         p.first_loss = loss if p.first_loss is None else p.first_loss
         p.best_loss = loss if p.best_loss is None else min(loss, p.best_loss)
@@ -368,6 +403,11 @@ class Run:
             if self.job.patience is not None and p.worse >= self.job.patience and self.running:
                 p.status = STOPPED
         return better
+
+    def evaluated(self, metrics: Mapping[str, float]) -> None:
+        """Let dynamics act on an evaluation."""
+        if self.progress.step and self.running:
+            self._each(lambda dynamic, at: dynamic.after_evaluation(at, metrics))
 
     def restore_best(self) -> bool:
         """Go back to the tensors of the best evaluation, if they were kept and are not the present ones."""

@@ -51,6 +51,7 @@ class TrainerDynamics:
         self.groups: ParameterGroups | None = None
         self.pending: Path | None = None
         self._rows: RowGradients | None = None
+        self._raised: list[str] = []
         self._total = self._micro = 0
         if len(adapters) > 1:
             raise AdapterError(
@@ -62,6 +63,12 @@ class TrainerDynamics:
             raise AdapterError(
                 "Dynamics read gradients as they are, in one process: train on one device, and without the scaled "
                 "losses of fp16 (bf16 works)."
+            )
+        judging = [dynamic.name for dynamic in chosen if dynamic.by_task]
+        if judging:
+            raise AdapterError(
+                f"'{judging[0]}' judges tasks by evaluations that the engine tells apart, which a trainer's are not: "
+                "train a job with lorry.train, or leave its target out."
             )
         self.adapter = next(iter(adapters.values()))
         self._methods = {path: entry.method for path, entry in self.adapter.entries.items()}
@@ -123,6 +130,7 @@ class TrainerDynamics:
             def on_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
                 outer._each(lambda dynamic, at: dynamic.after_step(at))
                 outer._micro = 0
+                outer._raise()
                 outer._follow()
 
         return Acts()
@@ -144,7 +152,15 @@ class TrainerDynamics:
         trainer = self.trainer
         rate = next((group["lr"] / group["factor"] for group in self.groups.optimizer.param_groups), 0.0)
         values = (trainer.state.global_step, self._total, self._micro, rate, trainer.args.seed, dynamic.name)
-        return Moment(self.adapter, self.groups, *values, self.acting.remembered(dynamic.name), **facts or {})
+        found = Moment(self.adapter, self.groups, *values, self.acting.remembered(dynamic.name), **facts or {})
+        found.raised = self._raised
+        return found
+
+    def _raise(self) -> None:
+        """Let the stages begin that dynamics asked for: before the next step, which is now."""
+        stages, self._raised = self._raised, []
+        for stage in stages:
+            self._each(lambda dynamic, at, stage=stage: dynamic.at_stage(at, stage))  # type: ignore[misc]
 
     def _each(self, act: Callable[[Dynamic, Moment], None], facts: Mapping[str, Any] | None = None) -> None:
         for dynamic in self.acting.dynamics:

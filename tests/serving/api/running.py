@@ -51,14 +51,17 @@ def saved(folder: Path, seed: int) -> Path:
 
 
 @contextmanager
-def serving_of(folders: tuple[Path, ...] = (), keys: Keys | None = None, **options: Any) -> Iterator[Serving]:
+def serving_of(
+    folders: tuple[Path, ...] = (), keys: Keys | None = None, max_requests: int = 4096, pages: int = 256
+) -> Iterator[Serving]:
     """An engine with a service and what HTTP needs, in a thread that ends."""
     model, tokenizer = pocket.load()
-    service = Service(Engine(model, tokenizer, EngineOptions(pages=256, **options)))
+    service = Service(Engine(model, tokenizer, EngineOptions(pages=pages)), max_requests=max_requests)
     try:
         yield Serving.over(service, Prompts(tokenizer, TEMPLATE), keys or Keys(), "pocket", folders)
     finally:
         service.close()
+        service.engine.close()
 
 
 @contextmanager

@@ -23,6 +23,7 @@ keys:
   - name: bob
     key_sha256: {digest}
     manage: true
+    adapters: [math, other, new]
     concurrent: 2
     requests_per_minute: 3
 """
@@ -83,6 +84,13 @@ def test_keys_over_http(file, shelf, caplog):
         with client("bobs-secret") as bob:
             answer = httpx.post(f"{server.url}/v1/load_lora_adapter", json=load, headers=dict(bob.auth_headers))
             assert answer.status_code == 200, answer.text
+            for path in ("load", "unload"):
+                foreign = httpx.post(
+                    f"{server.url}/v1/{path}_lora_adapter",
+                    json={"lora_name": "foreign"} | ({"lora_path": "story"} if path == "load" else {}),
+                    headers=dict(bob.auth_headers),
+                )
+                assert foreign.status_code == 403
             with pytest.raises(openai.BadRequestError, match="2 under way"):
                 bob.completions.create(model="pocket", prompt="a", n=3)
             for _ in range(3):

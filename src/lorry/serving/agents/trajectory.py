@@ -185,6 +185,12 @@ class Trajectory:
 
     # -- adapters
 
+    def factors(self, role: str) -> Mapping[int, tuple[Tensor, Tensor] | None]:
+        """Return A ``(rank, in)`` and B with its scale ``(out, rank)`` of the role's values, by layer; None where its
+        adapter changes none.
+        """
+        return self._factors[role] if self.policy.split else self._of(role)
+
     def _adapter(self, role: str) -> Adapter | None:
         name = self.roles[role]
         if name is None:

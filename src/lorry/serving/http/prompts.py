@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ class Prompts:
 
     def __init__(self, tokenizer: Any, template: str | None = None) -> None:
         self.tokenizer = copy.deepcopy(tokenizer)
+        self.tokenizer.model_max_length = sys.maxsize  # what is too long is refused, not warned of
         self.template = template if template is not None else _own_template(tokenizer)
         self._texts: dict[int, str] = {}
         self._reserved = set(inspect.signature(type(tokenizer).apply_chat_template).parameters)

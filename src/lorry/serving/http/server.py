@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 from lorry.core.errors import OptionError
 from lorry.serving.service import Service
+from lorry.serving.training.trainer import Trainer
 
 
 class DrainingServer(uvicorn.Server):
@@ -28,6 +29,8 @@ class DrainingServer(uvicorn.Server):
         Seconds for what runs; what has not ended then is given up.
     ready
         Called with the server's address as soon as it listens.
+    trainer
+        What trains on the service's engine, and is closed before it; None for nothing.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class DrainingServer(uvicorn.Server):
         *,
         patience: float = 60.0,
         ready: Callable[[str], None] | None = None,
+        trainer: Trainer | None = None,
     ) -> None:
         super().__init__(
             uvicorn.Config(
@@ -46,6 +50,7 @@ class DrainingServer(uvicorn.Server):
             )
         )
         self.host, self.service, self.patience, self.ready = host, service, patience, ready
+        self.trainer = trainer
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain: asyncio.Task[None] | None = None
         self._told = False

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 from fastapi import Depends, Request
 
-from lorry.core.errors import AdapterError
 from lorry.serving.engine import Engine
 from lorry.serving.http.errors import ApiError
 from lorry.serving.http.keys import Holder, Keys
 from lorry.serving.http.metrics import Metrics
-from lorry.serving.http.names import composition_of, missing, unknown
+from lorry.serving.http.names import composition_of, unknown
 from lorry.serving.http.prompts import Prompts
 from lorry.serving.service import Draining, Service
 
@@ -64,13 +62,9 @@ class Serving:
         holder.check_model(found)
         return found
 
-    def refused(self, error: AdapterError, model: str | None, composition: Mapping[str, float], holder: Holder
-                ) -> ApiError:  # fmt: skip
-        """Return the answer to an engine that refuses a composition: 404 if one of its adapters is not served."""
-        served = self.names()
-        if missing(composition, served) is None:
-            return ApiError(400, str(error), param="model")
-        return unknown(model or "", [self.base, *filter(holder.may_use, served)])
+    def unknown(self, model: str | None, holder: Holder) -> ApiError:
+        """Return the answer to a model that is not served; it names those alone that the key may use."""
+        return unknown(model or self.base, [self.base, *filter(holder.may_use, self.names())])
 
     def names(self) -> list[str]:
         """Return the names of the adapters that are served."""

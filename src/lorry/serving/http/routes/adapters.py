@@ -10,9 +10,10 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from lorry.core.errors import AdapterError
 from lorry.serving.http.bodies import LoadBody, UnloadBody
 from lorry.serving.http.errors import ApiError
-from lorry.serving.http.names import BASE, unknown
+from lorry.serving.http.names import BASE
 from lorry.serving.http.state import GUARDED, WORKING, Caller, Shared
 
 router = APIRouter(tags=["adapters"])
@@ -21,8 +22,8 @@ router = APIRouter(tags=["adapters"])
 @router.post("/v1/load_lora_adapter", dependencies=WORKING)
 async def load(body: LoadBody, serving: Shared, caller: Caller) -> dict[str, Any]:
     """Load an adapter under a name; the answer holds the receipt."""
-    caller.check_manage()
     name = body.lora_name
+    caller.check_manage(name)
     if name in (BASE, serving.base):
         raise ApiError(400, f"'{name}' names the base; give the adapter another name.", param="lora_name")
     path = await asyncio.to_thread(allowed, body.lora_path, serving.folders)
@@ -36,10 +37,11 @@ async def load(body: LoadBody, serving: Shared, caller: Caller) -> dict[str, Any
 @router.post("/v1/unload_lora_adapter", dependencies=WORKING)
 async def unload(body: UnloadBody, serving: Shared, caller: Caller) -> dict[str, Any]:
     """Unload an adapter; requests that use it end as they began."""
-    caller.check_manage()
-    if body.lora_name not in serving.names():
-        raise unknown(body.lora_name, serving.names())
-    await asyncio.to_thread(serving.engine.unload, body.lora_name)
+    caller.check_manage(body.lora_name)
+    try:
+        await asyncio.to_thread(serving.engine.unload, body.lora_name)
+    except AdapterError as error:
+        raise serving.unknown(body.lora_name, caller) from error
     return {"object": "adapter", "id": body.lora_name, "deleted": True}
 
 
@@ -59,6 +61,7 @@ async def listed(serving: Shared, caller: Caller) -> dict[str, Any]:
             "in_use": each.in_use,
         }
         for each in found
+        if caller.may_use(each.name)
     ]
     return {"object": "list", "data": rows}
 

@@ -42,7 +42,7 @@ async def embeddings(body: EmbeddingBody, serving: Shared, caller: Caller) -> di
 
             vectors.update(zip(places, await serving.service.call(work), strict=True))
     except AdapterError as error:
-        raise serving.refused(error, body.model, composition, caller) from error
+        raise serving.unknown(body.model, caller) from error
     finally:
         grant.end()
     data = [

@@ -1,0 +1,243 @@
+"""A server under everything at once: many adapters, loads, exchanges, clients that vanish, bad input and overload.
+
+``PYTHONPATH=tests python -m serving.api.soak --requests 10000 --adapters 1000`` runs the long form; a short one is
+among the tests. Every answer is held against what transformers generates offline, and at the end nothing may be left:
+no page in use, no request, no thread, no growing memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import json
+import random
+import resource
+import tempfile
+import threading
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from serving.api.running import Running, running, serving_of
+
+import lorry
+from lorry import pocket
+
+PROMPTS = ("reverse:abcde>", "upper:lorry>", "vowels:banana>")
+TOKENS = 5
+BAD: tuple[tuple[str, Any], ...] = (
+    ("/v1/completions", b"{"),
+    ("/v1/completions", {"prompt": "a", "model": "nobody"}),
+    ("/v1/completions", {"prompt": "a" * 400}),
+    ("/v1/completions", {"prompt": "a", "temperature": -1}),
+    ("/v1/chat/completions", {"messages": [{"role": "nobody"}]}),
+    ("/v1/load_lora_adapter", {"lora_name": "thief", "lora_path": "/etc"}),
+    ("/v1/unload_lora_adapter", {"lora_name": "nobody"}),
+)
+
+
+def shelf(folder: Path, count: int) -> dict[str, Path]:
+    """Write so many adapters of several ranks, all of which change what the model says."""
+    found, model = {}, pocket.load()[0]
+    for number in range(count):
+        name, rank = f"a{number}", 1 + number % 6
+        adapter = lorry.attach(model, {"method": "lora", "rank": rank, "alpha": 2 * rank}, name=name, seed=number)
+        generator = torch.Generator().manual_seed(number)
+        for parameter in adapter.parameters():
+            parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.08)
+        found[name] = folder / name
+        adapter.save(found[name])
+        adapter.detach()
+    return found
+
+
+def references(folders: dict[str, Path], mixtures: list[dict[str, float]]) -> dict[tuple[str, str], str]:
+    """Return what transformers generates greedily: by model, as a client names it, and prompt."""
+    model, tokenizer = pocket.load()
+    found = {}
+    for composition in [{}, *({name: 1.0} for name in folders), *mixtures]:
+        adapters = [lorry.load(model, folders[name], name=name, activate=False) for name in composition]
+        lorry.activate(model, composition or None) if adapters else None
+        for prompt in PROMPTS:
+            ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
+            with torch.no_grad():
+                out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False)
+            text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+            found[named(composition), prompt] = text
+        for adapter in adapters:
+            adapter.detach()
+    return found
+
+
+def named(composition: dict[str, float]) -> str:
+    """Return what clients call a composition."""
+    return "+".join(["base", *(f"{name}:{weight}" for name, weight in composition.items())])
+
+
+@dataclass
+class Soak:
+    """What clients do to one server, and what came of it.
+
+    Attributes
+    ----------
+    steady
+        Names that stay loaded from the beginning to the end.
+    changing
+        Names that come and go.
+    """
+
+    server: Running
+    folders: dict[str, Path]
+    expected: dict[tuple[str, str], str]
+    steady: list[str]
+    changing: list[str]
+    draw: random.Random
+    seen: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+
+    async def run(self, actions: int, clients: int) -> None:
+        """Do so many things, by so many clients at once."""
+        async with httpx.AsyncClient(base_url=self.server.url, timeout=120, limits=httpx.Limits()) as client:
+            left = iter(range(actions))
+
+            async def one() -> None:
+                for _ in left:
+                    await self._act(client)
+
+            await asyncio.gather(*(one() for _ in range(clients)))
+
+    async def _act(self, client: httpx.AsyncClient) -> None:
+        kinds = {self._ask: 70, self._ask_changing: 8, self._vanish: 6, self._bad: 6, self._exchange: 4,
+                 self._come_and_go: 3, self._crowd: 3}  # fmt: skip
+        action = self.draw.choices(list(kinds), list(kinds.values()))[0]
+        self.seen[action.__name__] += 1
+        await action(client)
+
+    async def _post(self, client: httpx.AsyncClient, path: str, body: Any) -> httpx.Response:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return await client.post(path, content=content, headers={"Content-Type": "application/json"})
+
+    def _body(self, model: str, prompt: str) -> dict[str, Any]:
+        return {"model": model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0}
+
+    def _note(self, what: str, answer: httpx.Response) -> None:
+        self.seen[f"{what} {answer.status_code}"] += 1
+        if answer.status_code == 500:
+            self.wrong.append(f"{what}: {answer.text[:300]}")
+
+    async def _compare(self, client: httpx.AsyncClient, model: str, may_be: tuple[int, ...]) -> None:
+        prompt = self.draw.choice(PROMPTS)
+        answer = await self._post(client, "/v1/completions", self._body(model, prompt))
+        self._note("answer", answer)
+        if answer.status_code == 200:
+            said = answer.json()["choices"][0]["text"]
+            if said != self.expected[model, prompt]:
+                self.wrong.append(f"{model} {prompt}: {said!r}, not {self.expected[model, prompt]!r}")
+        elif answer.status_code not in may_be:
+            self.wrong.append(f"{model}: {answer.status_code} {answer.text[:300]}")
+
+    async def _ask(self, client: httpx.AsyncClient) -> None:
+        """A power law over the adapters that stay, the base and mixtures."""
+        steady = {named({name: 1.0}) for name in self.steady}
+        models = [m for m in dict.fromkeys(model for model, _ in self.expected) if m in steady or m.count(":") != 1]
+        place = min(int(self.draw.paretovariate(0.8)) - 1, len(models) - 1)
+        await self._compare(client, models[place], (503,))
+
+    async def _ask_changing(self, client: httpx.AsyncClient) -> None:
+        await self._compare(client, named({self.draw.choice(self.changing): 1.0}), (404, 503))
+
+    async def _vanish(self, client: httpx.AsyncClient) -> None:
+        model = named({self.draw.choice(self.steady): 1.0})
+        body = self._body(model, PROMPTS[0]) | {"max_tokens": 200, "ignore_eos": True, "stream": True}
+        async with client.stream("POST", "/v1/completions", json=body) as answer:
+            async for _ in answer.aiter_raw():
+                break
+
+    async def _bad(self, client: httpx.AsyncClient) -> None:
+        path, body = self.draw.choice(BAD)
+        answer = await self._post(client, path, body)
+        self._note("bad", answer)
+        if not 400 <= answer.status_code < 500 and answer.status_code != 503:
+            self.wrong.append(f"{path} {body!r}: {answer.status_code} {answer.text[:300]}")
+
+    async def _exchange(self, client: httpx.AsyncClient) -> None:
+        """Load a name again: answers under way keep theirs, and the file is the same."""
+        name = self.draw.choice(self.steady)
+        body = {"lora_name": name, "lora_path": str(self.folders[name]), "load_inplace": True}
+        answer = await self._post(client, "/v1/load_lora_adapter", body)
+        self._note("exchange", answer)
+        if answer.status_code != 200:
+            self.wrong.append(f"exchange {name}: {answer.text[:300]}")
+
+    async def _come_and_go(self, client: httpx.AsyncClient) -> None:
+        name = self.draw.choice(self.changing)
+        out = await self._post(client, "/v1/unload_lora_adapter", {"lora_name": name})
+        self._note("unload", out)
+        back = {"lora_name": name, "lora_path": str(self.folders[name]), "load_inplace": True}
+        self._note("load", await self._post(client, "/v1/load_lora_adapter", back))
+
+    async def _crowd(self, client: httpx.AsyncClient) -> None:
+        """More at once than the server takes."""
+        body = self._body("base", PROMPTS[0]) | {"n": 40, "max_tokens": 2, "temperature": 1}
+        answers = await asyncio.gather(*(self._post(client, "/v1/completions", body) for _ in range(3)))
+        for answer in answers:
+            self._note("crowd", answer)
+            if answer.status_code not in (200, 503):
+                self.wrong.append(f"crowd: {answer.status_code} {answer.text[:300]}")
+
+
+def memory() -> int:
+    """Return the bytes that this process has in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1]) if Path("/proc/self/statm").exists() else 0
+    return pages * resource.getpagesize()
+
+
+def soak(actions: int, adapters: int, clients: int, seed: int = 0, pages: int = 160) -> dict[str, Any]:
+    """Run everything and return what was counted; `wrong` says what is not as it must be."""
+    draw = random.Random(seed)
+    with tempfile.TemporaryDirectory() as text:
+        folders = shelf(Path(text), adapters)
+        names = list(folders)
+        few = min(adapters // 4 + 1, 20)
+        mixtures = [{a: 0.7, b: 0.3} for a, b in zip(names, names[1 : 1 + few], strict=False)]
+        changing, steady = names[-few:], names[:-few]
+        mixtures = [each for each in mixtures if set(each) <= set(steady)]
+        expected = references(folders, mixtures)
+        gc.collect()
+        threads = set(threading.enumerate())
+        with serving_of((Path(text),), max_requests=96, pages=pages) as serving:
+            for name, path in folders.items():
+                serving.engine.load(name, path)
+            with running(serving) as server:
+                work = Soak(server, folders, expected, steady, changing, draw)
+                asyncio.run(work.run(actions // 2, clients))
+                half = memory()
+                asyncio.run(work.run(actions - actions // 2, clients))
+                grown = memory() - half
+                stats = serving.engine.stats()
+                left = {"pages": stats.pages - stats.pages_free, "requests": serving.service.under_way,
+                        "running": stats.running, "waiting": stats.waiting}  # fmt: skip
+        gc.collect()
+        more = sorted(thread.name for thread in set(threading.enumerate()) - threads if thread.is_alive())
+    return {"seen": dict(work.seen), "wrong": work.wrong, "left": left, "threads": more, "grown": grown}
+
+
+def main() -> None:
+    """Run the long form and print what was counted."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--adapters", type=int, default=1_000)
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    found = soak(given.requests, given.adapters, given.clients, given.seed)
+    print(json.dumps({**found, "wrong": found["wrong"][:20], "wrong_count": len(found["wrong"])}, indent=2))
+    raise SystemExit(bool(found["wrong"] or found["threads"] or any(found["left"].values())))
+
+
+if __name__ == "__main__":
+    main()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lorry.serving.engine import Engine
     from lorry.serving.http.keys import Keys
     from lorry.serving.http.server import DrainingServer
+    from lorry.serving.modes.mode import Mode
 
 #: A key that is given so stands in no list of processes.
 KEY_VARIABLE = "LORRY_API_KEY"
@@ -33,6 +34,10 @@ def _signature(
     adapter: Annotated[
         list[str] | None,
         typer.Option("--adapter", "-a", metavar="[NAME=]DIR", help="Adapter to serve from the start; repeatable."),
+    ] = None,
+    mode: Annotated[
+        list[str] | None,
+        typer.Option("--mode", metavar="[NAME=]DIR", help="Retriever to embed and rank with; repeatable."),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen at; any but loopback needs keys.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
@@ -116,8 +121,9 @@ def build(own: Mapping[str, Any], engine_options: Mapping[str, Any]) -> Draining
     engine, tokenizer = _engine(own, engine_options)
     name = own["name"] or _name(own["base"])
     _load(engine, references, name)
+    modes = _modes(engine, own["mode"], {*references, "base", name})
     _show(engine, name)
-    return _server(engine, tokenizer, name, template, keys, own)
+    return _server(engine, tokenizer, name, template, keys, modes, own)
 
 
 def _keys(file: Path | None, secret: str | None) -> Keys:
@@ -174,6 +180,18 @@ def _load(engine: Engine, references: Mapping[str, tuple[Path, float]], base: st
             shown.advance(task)
 
 
+def _modes(engine: Engine, texts: Sequence[str] | None, taken: Collection[str]) -> dict[str, Mode]:
+    """Load the retrievers of the command line."""
+    from lorry.serving.retrieval import serve_mode
+
+    found = {}
+    for name, (path, _) in adapter_references(texts).items():
+        if name in taken:
+            raise OptionError(f"'{name}' is taken; call the mode otherwise: --mode NAME={path}.")
+        found[name] = serve_mode(engine, name, path)
+    return found
+
+
 def _show(engine: Engine, base: str) -> None:
     """Print what is served."""
     adapters = engine.adapters()
@@ -185,7 +203,13 @@ def _show(engine: Engine, base: str) -> None:
 
 
 def _server(
-    engine: Engine, tokenizer: Any, base: str, template: str | None, keys: Keys, own: Mapping[str, Any]
+    engine: Engine,
+    tokenizer: Any,
+    base: str,
+    template: str | None,
+    keys: Keys,
+    modes: Mapping[str, Mode],
+    own: Mapping[str, Any],
 ) -> DrainingServer:
     from lorry.serving.http.app import create_app
     from lorry.serving.http.prompts import Prompts
@@ -195,6 +219,7 @@ def _server(
 
     service = Service(engine, max_requests=own["max_requests"])
     serving = Serving.over(service, Prompts(tokenizer, template), keys, base, tuple(own["adapter_dir"] or ()))
+    serving.modes.update(modes)
     # a server of one machine's user without keys shall not be reached through pages of other sites
     hosts = None if keys.required else {*_LOOPBACK, own["host"]}
     trainer = None

@@ -95,9 +95,12 @@ def holder_of(request: Request) -> Holder:
 
 
 def taken(request: Request) -> None:
-    """Raise 503 when nothing new is taken."""
-    if serving_of(request).service.draining:
+    """Raise 503 when nothing new is taken, or nothing could be answered."""
+    service = serving_of(request).service
+    if service.draining:
         raise Draining("The server is shutting down and takes no new requests; ask another one.")
+    if not service.alive:
+        raise ApiError(503, "The engine has stopped; its log says why. Start the server again.", code="stopped")
 
 
 #: Arguments of endpoints.

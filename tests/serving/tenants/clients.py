@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from serving.api.running import Running, running, serving_of
+from serving.api.running import running, serving_of
 
 from lorry import pocket
 from lorry.pocket import Example
@@ -19,14 +20,23 @@ from lorry.serving.training.trainer import Trainer
 KEY = "tml-anyone"
 
 
+@dataclass
+class Training:
+    """A server that listens, and what trains there."""
+
+    url: str
+    trainer: Trainer
+    app: Any
+
+
 @contextmanager
-def training(folder: Path, keys: Keys | None = None, **options: Any) -> Iterator[Running]:
+def training(folder: Path, keys: Keys | None = None, **options: Any) -> Iterator[Training]:
     """A server of the pocket model that trains, in a thread."""
     with serving_of(keys=keys) as serving:
         trainer = Trainer(serving.service, TrainingOptions(folder=folder, **options))
         try:
             with running(serving, training=trainer, tokenizer=str(pocket.PATH)) as found:
-                yield found
+                yield Training(found.url, trainer, found.server.config.app)
         finally:
             trainer.close()
 

@@ -6,20 +6,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from serving.api.running import Running
-from serving.tenants.clients import service, training
+from serving.tenants.clients import Training, service, training
 
 pytest.importorskip("tinker")
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Training]:
     """A server of the pocket model."""
     with training(tmp_path_factory.mktemp("training")) as found:
         yield found
 
 
 @pytest.fixture
-def client(server: Running) -> Any:
+def client(server: Training) -> Any:
     """The public client with a session of its own."""
     return service(server.url)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -114,7 +115,7 @@ class Trainer:
         self._closed = False
         self._queues: dict[str, Queue] = {}
         self._busy: set[str] = set()
-        self._company = 0  # models in the last joint pass
+        self._company: deque[set[str]] = deque(maxlen=2)  # the models of the last two joint passes
         self._watchers: dict[tuple[str, int], list[Future[None]]] = {}
         self._take_up()
         self._loop = asyncio.new_event_loop()
@@ -233,11 +234,14 @@ class Trainer:
         if singles:
             return
         with self._wake:
-            # clients whose passes went together last time come again about now
-            self._wake.wait_for(lambda: self._closed or len(self._ready()) >= self._company, self.options.gather)
+            # clients that had passes just now come again about now
+            wanted = set().union(*self._company) & self._queues.keys()
+            self._wake.wait_for(
+                lambda: self._closed or wanted <= {model for model, _ in self._ready()}, self.options.gather
+            )
             waves = [(queue, queue.passes()) for _, queue in self._ready()]
         waves = [(queue, entries) for queue, entries in waves if entries]
-        self._company = len(waves)
+        self._company.append({entries[0].model for _, entries in waves})
         self._wave(waves)
         for tenant in self._tenants.shrink():
             self._on_engine(tenant.leave)

@@ -14,6 +14,7 @@ from lorry.core.errors import OptionError
 from lorry.core.life.state import kept_state
 from lorry.core.receipt import Receipt
 from lorry.formats.file import AdapterFile
+from lorry.serving.hot import HotAdapter
 from lorry.serving.options import EngineOptions
 from lorry.serving.paging.batch import Batch, Part
 from lorry.serving.paging.hooks import PagedModel
@@ -77,6 +78,7 @@ class Engine:
         self._tokens = Vocabulary.of(model, tokenizer)
         self._decoded = self._steps = self._finished = 0
         self._pool.dropped = self._runner.dropped
+        self._hot = HotAdapter(self.options.fuse_hot)
 
     # -- requests
 
@@ -182,6 +184,8 @@ class Engine:
         CheckpointError, FingerprintError, AdapterError, SiteError
             As for `lorry.load`; what was served under the name goes on being served.
         """
+        with self._passes:
+            self._cool()
         return self._catalogue.load(name, source, pinned)
 
     def unload(self, name: str) -> None:
@@ -192,7 +196,9 @@ class Engine:
         AdapterError
             An unknown name.
         """
-        self._catalogue.unload(name)
+        with self._passes:
+            self._cool()
+            self._catalogue.unload(name)
 
     def adapters(self) -> list[Served]:
         """Return the adapters that requests may name, and versions that requests under way still use."""
@@ -231,6 +237,7 @@ class Engine:
     def close(self) -> None:
         """Give the model's adapters their tensors back and end the side thread; requests under way are dropped."""
         with self._passes:
+            self._cool()
             with self._lock:
                 left = list(self._known.values())
             for sequence in left:
@@ -251,6 +258,7 @@ class Engine:
         model = self._runner.model.model
         try:
             with self._passes, ExitStack() as scope:
+                self._cool()
                 state = kept_state(model)
                 if state is not None:
                     active = state.composed({version.adapter.name: weight for version, weight in resolved} or None)
@@ -258,6 +266,11 @@ class Engine:
                 yield model
         finally:
             self._catalogue.give_back(resolved)
+
+    def _cool(self) -> None:
+        """Take whatever adapter is in the base weights out of them."""
+        if self._hot.leave():
+            self._runner.forget()
 
     # -- a step
 
@@ -272,8 +285,14 @@ class Engine:
             outputs = [self._end(each, Output(each.request.id, finish="cancelled")) for each in gone]
             shares, ended = self._scheduler.shares()
             outputs += [self._end(sequence, output) for sequence, output in ended]
+            compositions, tokens = {s.sequence.resolved for s in shares}, sum(s.count for s in shares)
+            if shares and self._hot.settle(compositions, tokens):
+                self._runner.forget()
+            start = self._hot.clock()
             for group in passes(shares):
                 outputs += self._pass(group)
+            if shares:
+                self._hot.measured(compositions, tokens, self._hot.clock() - start)
             self._steps += bool(shares)
             return outputs
 
@@ -348,6 +367,8 @@ class Engine:
             if sequence in self._arrived:
                 self._arrived.remove(sequence)
         self._scheduler.leave(sequence)
+        if self._hot.version is not None and self._hot.version.retired:
+            self._cool()
         self._catalogue.give_back(sequence.resolved)
         self._finished += 1
         return Output(**{**vars(output), "usage": sequence.usage})

@@ -46,6 +46,10 @@ class Runner:
         self._laned: list[tuple[Lane, int, int]] = []  # the lanes of the batch, with their first row and their rows
         self._last: tuple[object, Active | None, bool] | None = None
 
+    def forget(self) -> None:
+        """Let go of what was worked out for the last batch: the base weights were changed."""
+        self._last = None
+
     def dropped(self, resident: Resident) -> None:
         """Let go of what was made of an adapter's tensors, which leave their pages."""
         name = resident.adapter.name

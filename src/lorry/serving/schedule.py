@@ -142,7 +142,7 @@ class Scheduler:
                         continue
                     raise AdapterError("The pool has no room for it beside the adapters that were pinned since.")
             except LorryError as error:
-                failed.append((sequence, Output(request.id, finish="error", error=f"It cannot run: {error}")))
+                failed.append((sequence, Output(request.id, finish="error", error=f"It cannot run. {error}")))
                 self.policy.leave(request.id)
                 continue
             del self.waiting[request.id]

@@ -83,7 +83,7 @@ class Generation:
 
     async def outputs(self) -> AsyncGenerator[tuple[int, Output], None]:
         """Yield the outputs with the number of their sequence; raise `ApiError` if a sequence fails."""
-        composition = self.serving.composition(self.body.model, self.holder)
+        composition = self.serving.generating(self.body.model, self.holder)
         requests = self.requests(composition)
         places = {request.id: place for place, request in enumerate(requests)}
         reserved = sum(len(request.prompt) + request.sampling.max_tokens for request in requests)

@@ -15,6 +15,7 @@ from lorry.serving.http.keys import Holder, Keys
 from lorry.serving.http.metrics import Metrics
 from lorry.serving.http.names import composition_of, unknown
 from lorry.serving.http.prompts import Prompts
+from lorry.serving.modes.mode import Mode
 from lorry.serving.service import Draining, Service
 
 
@@ -30,6 +31,8 @@ class Serving:
         Tokens of prompt and answer together at most, and tokens that the base knows.
     folders
         Adapters are loaded from below these alone; with none, not at all.
+    modes
+        By their names, which are also those of their adapters: what embeds and ranks, and generates nothing.
     created
         When the app was made, in seconds since 1970.
     """
@@ -42,6 +45,7 @@ class Serving:
     context: int
     vocabulary: int
     folders: tuple[Path, ...] = ()
+    modes: dict[str, Mode] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -60,6 +64,15 @@ class Serving:
         """Return what a model's name stands for; raise as `composition_of`, and 403 if this key may not use it."""
         found = composition_of(model, self.base)
         holder.check_model(found)
+        return found
+
+    def generating(self, model: str | None, holder: Holder) -> dict[str, float]:
+        """Return what a model's name stands for that takes part in the base's own mode; raise 400 for another mode."""
+        found = self.composition(model, holder)
+        mode = next((name for name in found if name in self.modes), None)
+        if mode is not None:
+            message = f"'{mode}' is a mode of retrieval: give it as the model of /v1/embeddings or /v1/rerank, alone."
+            raise ApiError(400, message, code="not_generative", param="model")
         return found
 
     def unknown(self, model: str | None, holder: Holder) -> ApiError:

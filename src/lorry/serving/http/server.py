@@ -15,6 +15,10 @@ from lorry.core.errors import OptionError
 from lorry.serving.service import Service
 from lorry.serving.training.trainer import Trainer
 
+#: Seconds for which an idle connection stays open: longer than clients keep theirs (httpx 5 s), so that no request
+#: meets a connection that is just being closed.
+KEEP_ALIVE = 30
+
 
 class DrainingServer(uvicorn.Server):
     """Drains at the first signal: requests that run are finished, new ones get 503; a second signal ends it.
@@ -44,11 +48,17 @@ class DrainingServer(uvicorn.Server):
         ready: Callable[[str], None] | None = None,
         trainer: Trainer | None = None,
     ) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app, host, port, log_level="warning", access_log=False, timeout_graceful_shutdown=5, server_header=False
-            )
+        config = uvicorn.Config(
+            app,
+            host,
+            port,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE,
+            timeout_graceful_shutdown=5,
         )
+        super().__init__(config)
         self.host, self.service, self.patience, self.ready = host, service, patience, ready
         self.trainer = trainer
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -18,6 +18,7 @@ from lorry.serving.http.metrics import Metrics
 from lorry.serving.http.names import composition_of, missing, unknown
 from lorry.serving.http.prompts import Prompts
 from lorry.serving.service import Draining, Service
+from lorry.serving.training.names import SERVED
 
 
 @dataclass
@@ -73,8 +74,9 @@ class Serving:
         return unknown(model or "", [self.base, *filter(holder.may_use, served)])
 
     def names(self) -> list[str]:
-        """Return the names of the adapters that are served."""
-        return list({adapter.name: None for adapter in self.engine.adapters()})
+        """Return the names of the adapters that are served, without those that clients train."""
+        names = {adapter.name: None for adapter in self.engine.adapters()}
+        return [name for name in names if not name.startswith(SERVED)]
 
 
 def serving_of(request: Request) -> Serving:

@@ -17,6 +17,7 @@ from lorry.serving.http.names import composition_of, unknown
 from lorry.serving.http.prompts import Prompts
 from lorry.serving.modes.mode import Mode
 from lorry.serving.service import Draining, Service
+from lorry.serving.training.names import SERVED
 
 
 @dataclass
@@ -80,8 +81,9 @@ class Serving:
         return unknown(model or self.base, [self.base, *filter(holder.may_use, self.names())])
 
     def names(self) -> list[str]:
-        """Return the names of the adapters that are served."""
-        return list({adapter.name: None for adapter in self.engine.adapters()})
+        """Return the names of the adapters that are served, without those that clients train."""
+        names = {adapter.name: None for adapter in self.engine.adapters()}
+        return [name for name in names if not name.startswith(SERVED)]
 
 
 def serving_of(request: Request) -> Serving:

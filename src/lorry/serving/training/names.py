@@ -14,6 +14,8 @@ from pathlib import Path
 from lorry.serving.training.errors import Refused
 
 SCHEME = "tinker://"
+#: What the engine's names of saved weights begin with; no other interface gives them to anybody.
+SERVED = "tinker-"
 #: Kind in a path -> what clients call it.
 KINDS = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
@@ -60,7 +62,7 @@ class Address:
     @property
     def served(self) -> str:
         """The name under which the engine has it, which tells nothing about its owner."""
-        return f"tinker-{hashlib.sha256(self.path.encode()).hexdigest()[:32]}"
+        return f"{SERVED}{hashlib.sha256(self.path.encode()).hexdigest()[:32]}"
 
     def below(self, root: Path) -> Path:
         """Return the folder of the checkpoint below that of all."""

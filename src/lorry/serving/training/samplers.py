@@ -41,7 +41,8 @@ class Samplers:
             return {}
         address = Address.parse(path)
         with self._lock:
-            if path not in self._loaded:
+            served = {adapter.name for adapter in self.engine.adapters()}
+            if path not in self._loaded or address.served not in served:
                 self.engine.load(address.served, address.below(self.root))
             self._loaded[path] = None
             self._loaded.move_to_end(path)

@@ -30,7 +30,8 @@ from serving.api.running import Running, running, serving_of
 import lorry
 from lorry import pocket
 
-PROMPTS = ("reverse:abcde>", "upper:lorry>", "vowels:banana>")
+#: Of one length, so that the offline answers are one batch without padding.
+PROMPTS = ("reverse:abcde>", "upper:lorries>", "vowels:banana>")
 TOKENS = 5
 #: Parts of a run after each of which memory is looked at.
 QUARTERS = 4
@@ -84,12 +85,11 @@ def references(folders: dict[str, Path], mixtures: list[dict[str, float]]) -> di
     for composition in [{}, *({name: 1.0} for name in folders), *mixtures]:
         adapters = [lorry.load(model, folders[name], name=name, activate=False) for name in composition]
         lorry.activate(model, composition or None) if adapters else None
-        for prompt in PROMPTS:
-            ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
-            with torch.no_grad():
-                out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False)
-            text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-            found[named(composition), prompt] = text
+        ids = torch.tensor(tokenizer(list(PROMPTS), add_special_tokens=False)["input_ids"])
+        with torch.no_grad():
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False)
+        for prompt, row in zip(PROMPTS, out, strict=True):
+            found[named(composition), prompt] = tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True)
         for adapter in adapters:
             adapter.detach()
     return found
@@ -155,7 +155,10 @@ class Soak:
                  self._come_and_go: 3, self._crowd: 3}  # fmt: skip
         action = self.draw.choices(list(kinds), list(kinds.values()))[0]
         self.seen[action.__name__] += 1
-        await action(client)
+        try:
+            await action(client)
+        except httpx.TransportError as error:
+            self.wrong.append(f"{action.__name__}: {type(error).__name__}: {error}")
 
     async def _post(self, client: httpx.AsyncClient, path: str, body: Any) -> httpx.Response:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()

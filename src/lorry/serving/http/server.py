@@ -14,6 +14,10 @@ from fastapi import FastAPI
 from lorry.core.errors import OptionError
 from lorry.serving.service import Service
 
+#: Seconds that an idle connection stays open. Clients should be the first to close: httpx does so after 5, and where
+#: both sides have the same patience, a request now and then meets a connection that is just being closed.
+_KEEP_ALIVE = 75
+
 
 class DrainingServer(uvicorn.Server):
     """Drains at the first signal: requests that run are finished, new ones get 503; a second signal ends it.
@@ -42,7 +46,14 @@ class DrainingServer(uvicorn.Server):
     ) -> None:
         super().__init__(
             uvicorn.Config(
-                app, host, port, log_level="warning", access_log=False, timeout_graceful_shutdown=5, server_header=False
+                app,
+                host,
+                port,
+                log_level="warning",
+                access_log=False,
+                timeout_graceful_shutdown=5,
+                timeout_keep_alive=_KEEP_ALIVE,
+                server_header=False,
             )
         )
         self.host, self.service, self.patience, self.ready = host, service, patience, ready

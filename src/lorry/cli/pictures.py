@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorry.serving.replay import Replayed
 
 #: Rows of the spectrum panel that still carry their names.
 NAMED_ROWS = 60
@@ -201,4 +204,40 @@ def before_after(rows: Sequence[tuple[str, float, float]], path: Path, title: st
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     axis.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    return _save(figure, path)
+
+
+def replayed(found: Replayed, path: Path) -> Path:
+    """Draw how long requests of a replay took, and how many ran and waited meanwhile."""
+    from lorry.serving.replay import quantile
+
+    figure, axes = _canvas(9.6, 3.6, 2)
+    left, right = axes
+    for name, seconds in (("first token", found.to_first), ("last token", found.to_end)):
+        if seconds:
+            shares = [(place + 1) / len(found.timings) for place in range(len(seconds))]
+            left.plot(seconds, shares, label=f"{name} (median {quantile(seconds, 0.5):.2g} s)", drawstyle="steps-post")
+    left.axvline(found.workload.deadline, color="#888888", linewidth=0.8, linestyle=":")
+    left.set_xscale("log")
+    left.set_ylim(0, 1.02)
+    left.set_xlabel("seconds from arrival, log scale")
+    left.set_ylabel("share of all requests")
+    left.legend(frameon=False, fontsize=8, loc="upper left")
+    if found.course:
+        times, running, waiting = zip(*found.course, strict=True)
+        right.plot(times, running, label="running")
+        right.plot(times, waiting, label="waiting")
+        right.legend(frameon=False, fontsize=8)
+    right.set_xlabel("seconds from the start")
+    right.set_ylabel("requests")
+    right.set_ylim(bottom=0)
+    for axis in axes:
+        axis.grid(alpha=0.25, linewidth=0.5)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+    work = found.workload
+    over = f"{work.adapters} adapters" if any(t.ready is not None for t in found.timings) else "the base"
+    figure.suptitle(
+        f"{len(found.timings)} requests over {over}, {work.rate:g} in a second, cv {work.cv:g}", fontsize=11
+    )
     return _save(figure, path)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorry.cli.arguments import BaseArgument, Dtype, adapter_references
+from lorry.cli.arguments import BaseArgument, Dtype, Json, adapter_references, key_values
 from lorry.cli.declared import Declared, declared_options
 from lorry.cli.output import err, note, progress, size, table
 from lorry.cli.sampling import Template
@@ -70,6 +70,19 @@ def _signature(
     patience: Annotated[
         float, typer.Option(min=0, help="Seconds for what still runs when the server is told to end.")
     ] = 60.0,
+    bench: Annotated[
+        bool, typer.Option("--bench", help="Listen nowhere: replay a workload on the engine and print what users see.")
+    ] = False,
+    workload: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--workload",
+            metavar="KEY=VALUE",
+            help="Of --bench: rate, seconds, cv, alpha, longest_input, ...; repeatable.",
+        ),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Of --bench: also draw it, to this PNG file.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Declare the flags that are not options of the engine."""
 
@@ -79,9 +92,19 @@ def serve(**flags: Any) -> None:
 
     A request's model is the base, an adapter, or a composition: base+math:0.7+story:0.3. /docs lists the endpoints. The
     first SIGTERM or Ctrl-C lets what runs end and refuses what is new; the second ends at once.
+
+    With --bench it serves nobody: requests come as --workload says (gamma arrivals, a power law over the adapters,
+    random prompts), and throughput, times and hit rates are printed.
     """
     own = {name: flags.pop(name) for name in _OWN}
-    server = build(own, {name: _value(name, value) for name, value in flags.items() if value is not None})
+    options = {name: _value(name, value) for name, value in flags.items() if value is not None}
+    if own["bench"]:
+        _bench(own, options)
+        return
+    for flag in ("workload", "plot", "as_json"):
+        if own[flag]:
+            raise OptionError(f"--{flag.removeprefix('as_')} belongs to --bench; give that, too, or leave it out.")
+    server = build(own, options)
     try:
         server.run()
     finally:
@@ -101,6 +124,20 @@ def _value(name: str, value: Any) -> Any:
         return yaml.safe_load(value)
     except yaml.YAMLError:
         raise OptionError(f"--{name.replace('_', '-')}: cannot read {value!r} as YAML.") from None
+
+
+def _bench(own: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Replay a workload on what would be served."""
+    from lorry.cli.serve_bench import bench_engine, workload_of
+
+    references = adapter_references(own["adapter"])
+    workload = workload_of(key_values(own["workload"], "--workload"), len(references))
+    engine, _ = _engine(own, options)
+    try:
+        _load(engine, references, own["name"] or _name(own["base"]))
+        bench_engine(engine, list(references), workload, own["max_requests"], own["plot"], own["as_json"])
+    finally:
+        engine.close()
 
 
 def build(own: Mapping[str, Any], engine_options: Mapping[str, Any]) -> DrainingServer:

@@ -144,3 +144,7 @@ def test_metrics_count_what_happened(server, client):
     assert float(lines["lorry_engine_pages"]) == server.serving.engine.stats().pages
     assert float(lines["lorry_time_to_first_token_seconds_count"]) >= 1
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+
+
+def test_clients_close_idle_connections_before_the_server_does(server):
+    assert server.server.config.timeout_keep_alive > httpx.Limits().keepalive_expiry > 0

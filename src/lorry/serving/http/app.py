@@ -13,12 +13,13 @@ import lorry.serving.http.routes.embeddings as embeddings
 import lorry.serving.http.routes.health as health
 import lorry.serving.http.routes.models as models
 import lorry.serving.http.routes.rerank as rerank
+import lorry.serving.http.routes.sessions as sessions
 import lorry.serving.http.routes.tokens as tokens
 from lorry.serving.http import errors
 from lorry.serving.http.guard import MOST_BYTES, Guard
 from lorry.serving.http.state import Serving
 
-ROUTES = (models, chat, completions, embeddings, rerank, tokens, adapters, health)
+ROUTES = (models, chat, completions, embeddings, rerank, sessions, tokens, adapters, health)
 
 
 def create_app(serving: Serving, *, most_bytes: int = MOST_BYTES, hosts: Collection[str] | None = None) -> FastAPI:

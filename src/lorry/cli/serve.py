@@ -67,6 +67,7 @@ def _signature(
     device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1; auto takes a GPU.")] = "auto",
     max_body: Annotated[int, typer.Option(min=1024, help="Bytes of a request, at most.")] = 4 << 20,
     max_requests: Annotated[int, typer.Option(min=1, help="Sequences under way, waiting ones too, at most.")] = 4096,
+    max_sessions: Annotated[int, typer.Option(min=0, help="Sessions of roles that are kept at once; 0 for none.")] = 64,
     patience: Annotated[
         float, typer.Option(min=0, help="Seconds for what still runs when the server is told to end.")
     ] = 60.0,
@@ -248,6 +249,7 @@ def _server(
     modes: Mapping[str, Mode],
     own: Mapping[str, Any],
 ) -> DrainingServer:
+    from lorry.serving.agents.sessions import SessionLimits, Sessions
     from lorry.serving.http.app import create_app
     from lorry.serving.http.prompts import Prompts
     from lorry.serving.http.server import DrainingServer
@@ -257,6 +259,7 @@ def _server(
     service = Service(engine, max_requests=own["max_requests"])
     serving = Serving.over(service, Prompts(tokenizer, template), keys, base, tuple(own["adapter_dir"] or ()))
     serving.modes.update(modes)
+    serving.sessions = Sessions(engine, SessionLimits(sessions=own["max_sessions"]))
     # a server of one machine's user without keys shall not be reached through pages of other sites
     hosts = None if keys.required else {*_LOOPBACK, own["host"]}
     trainer = None

@@ -246,6 +246,22 @@ class Engine:
             self._shelf.close()
 
     @contextmanager
+    def holding(self, composition: Composition) -> Iterator[tuple[nn.Module, dict[str, str]]]:
+        """Give the model and the names on it of adapters in their present versions, which stay until the end; the
+        model may be run, and its adapters read, inside of `applied` alone.
+
+        Raises
+        ------
+        AdapterError, OptionError
+            As for `submit`.
+        """
+        resolved = self._catalogue.acquire(composition)
+        try:
+            yield self._runner.model.model, {version.name: version.adapter.name for version, _ in resolved}
+        finally:
+            self._catalogue.give_back(resolved)
+
+    @contextmanager
     def applied(self, composition: Composition) -> Iterator[nn.Module]:
         """Give the model with a composition, for passes that generate nothing; steps wait meanwhile.
 

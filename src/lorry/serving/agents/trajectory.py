@@ -159,10 +159,8 @@ class Trajectory:
         if not self.tokens:
             raise OptionError("There is no text to go on with yet; append tokens first.")
         total = len(self.tokens)
-        owner = "" if self.policy.shared else role
-        whole = self.store.whole(owner)
-        held = whole[0].keys.length
-        start = min(self._read[role] if self.policy.rereads else held, total - 1)
+        whole = self.store.whole("" if self.policy.shared else role)
+        held, start = whole[0].keys.length, total - self.missing(role)
         known = max(held - start, 0)
         with self.store.whole_or_nothing(), ExitStack() as stack:
             stack.enter_context(self._adapted(role))
@@ -178,6 +176,12 @@ class Trajectory:
         self.counts.forwarded[role] = self.counts.forwarded.get(role, 0) + total - start
         self.counts.projected += total - start - known if self.policy.split else total - start
         return found
+
+    def missing(self, role: str) -> int:
+        """Return how many tokens the role has to run for its next logits."""
+        owner, total = "" if self.policy.shared else role, len(self.tokens)
+        held = self.store.whole(owner)[0].keys.length
+        return total - min(self._read[role] if self.policy.rereads else held, total - 1)
 
     @property
     def numbers(self) -> int:

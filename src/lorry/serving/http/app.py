@@ -13,10 +13,11 @@ import lorry.serving.http.routes.embeddings as embeddings
 import lorry.serving.http.routes.health as health
 import lorry.serving.http.routes.models as models
 import lorry.serving.http.routes.rerank as rerank
+import lorry.serving.http.routes.sessions as sessions
 import lorry.serving.http.routes.tokens as tokens
 import lorry.serving.http.training.checkpoints as checkpoints
 import lorry.serving.http.training.models as trained
-import lorry.serving.http.training.service as sessions
+import lorry.serving.http.training.service as tenancies
 from lorry.serving.http import errors
 from lorry.serving.http.guard import MOST_BYTES, Guard
 from lorry.serving.http.state import Serving
@@ -24,8 +25,8 @@ from lorry.serving.http.training.state import HANDLERS
 from lorry.serving.training.desk import Desk
 from lorry.serving.training.trainer import Trainer
 
-ROUTES = (models, chat, completions, embeddings, rerank, tokens, adapters, health)
-TRAINING = (sessions, trained, checkpoints)
+ROUTES = (models, chat, completions, embeddings, rerank, sessions, tokens, adapters, health)
+TRAINING = (tenancies, trained, checkpoints)
 
 
 def create_app(

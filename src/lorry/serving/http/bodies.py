@@ -246,6 +246,29 @@ class RerankBody(Body):
     max_tokens_per_doc: int | None = Field(None, ge=1)
 
 
+class SessionBody(Body):
+    """Roles with their adapters, and what they share of the cache of the text that they write."""
+
+    roles: Annotated[
+        dict[Annotated[str, Field(min_length=1, max_length=100)], Annotated[str, Field(max_length=2000)] | None],
+        Field(min_length=1, max_length=64),
+    ]
+    policy: str = Field("base-lr-shared", max_length=100)
+
+
+class AppendBody(Body):
+    """What a user or a tool adds to a session."""
+
+    input: str | Tokens
+    add_special_tokens: bool = False
+
+
+class TurnBody(Generating):
+    """Whose turn it is in a session, and how the role goes on."""
+
+    role: str = Field(max_length=100)
+
+
 class TokenizeBody(Body):
     """A text, or a conversation, to turn into tokens."""
 

@@ -94,7 +94,7 @@ class Generation:
                     watch.saw(output)
                     place = places[output.id]
                     self.usage[place] = output.usage
-                    _check(output)
+                    check_output(output)
                     yield place, output
         except AdapterError as error:
             raise self.serving.unknown(self.body.model, self.holder) from error
@@ -122,7 +122,8 @@ class Generation:
         }
 
 
-def _check(output: Output) -> None:
+def check_output(output: Output) -> None:
+    """Raise `ApiError` if a sequence was given up."""
     if output.finish == "dropped":
         message = output.error or "The request would have come too late for its deadline; try again."
         raise ApiError(503, message, code="dropped", retry_after=RETRY_AFTER)

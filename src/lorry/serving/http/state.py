@@ -9,6 +9,7 @@ from typing import Annotated, Any, cast
 
 from fastapi import Depends, Request
 
+from lorry.serving.agents.sessions import Sessions
 from lorry.serving.engine import Engine
 from lorry.serving.http.errors import ApiError
 from lorry.serving.http.keys import Holder, Keys
@@ -52,6 +53,7 @@ class Serving:
     def __post_init__(self) -> None:
         """Make the figures."""
         self.metrics = Metrics(self.engine.stats)
+        self.sessions = Sessions(self.engine)
 
     @classmethod
     def over(

@@ -81,7 +81,7 @@ def test_paths_that_name_nothing_are_refused(client, path):
 
 def test_bodies_of_any_kind_are_no_failure_of_the_server(server, model):
     bodies = [b"", b"\xff\x00", b"[]", b'{"model_id": 3, "session_id": null}', b'{"request_id": "a:train:0:1"}']
-    values = {"run": model.model_id, "kind": "weights", "name": "..", "session": "x", "sampler": "x"}
+    values = {"run": model.model_id, "kind": "weights", "name": "..", "session": "x", "sampler": "x", "file": "../x"}
     with httpx.Client(base_url=server.url, headers={"X-API-Key": "tml-anyone"}, timeout=30) as client:
         for path, methods in server.app.openapi()["paths"].items():
             if not path.startswith("/api/v1"):
@@ -150,6 +150,25 @@ def test_checkpoints_are_listed_kept_and_deleted(client):
     ).result()
     named = [each.model_name for each in rest.get_server_capabilities().result().supported_models]
     assert named == ["pocket"]
+
+
+def test_weights_are_exported_and_downloaded_by_links(client, server, tmp_path):
+    import lorry
+
+    model = client.create_lora_training_client("pocket", rank=4, seed=1).result()
+    good = datum(pocket.examples("star", "train", 1, seed=0)[0])
+    model.forward_backward([good], "cross_entropy").result()
+    model.optim_step(tinker.AdamParams(learning_rate=1e-2)).result()
+    path = model.save_weights_external("out").result().path
+    links = client.create_rest_client().get_external_weights_urls(path).result().urls
+    assert {"adapter_model.safetensors", "adapter_config.json"} <= links.keys()
+    for name, link in links.items():
+        (tmp_path / name).write_bytes(httpx.get(link).raise_for_status().content)
+    base, _ = pocket.load()
+    assert lorry.load(base, tmp_path).receipt.tensors_applied > 0
+    forged = httpx.URL(links["adapter_model.safetensors"]).copy_merge_params({"signature": "0" * 64})
+    other = str(httpx.URL(links["adapter_model.safetensors"])).replace("adapter_model.safetensors", "..%2Florry.json")
+    assert {httpx.get(link).status_code for link in (forged, other)} == {404}
 
 
 def test_a_folder_has_one_server(tmp_path):

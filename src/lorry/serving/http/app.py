@@ -64,5 +64,6 @@ def create_app(
             app.add_exception_handler(error, answer)
         for routes in TRAINING:
             app.include_router(routes.router)
+        app.include_router(checkpoints.links)
     app.add_middleware(Guard, count=serving.metrics.answered, most_bytes=most_bytes, hosts=hosts)
     return app

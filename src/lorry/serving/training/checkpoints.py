@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import json
+import secrets
 import shutil
 import time
 from collections.abc import Callable
@@ -31,6 +35,7 @@ class Checkpoints:
 
     def __init__(self, store: Store, root: Path, samplers: Samplers) -> None:
         self.store, self.root, self.samplers = store, root, samplers
+        self._secret = secrets.token_bytes(32)
 
     def save(
         self,
@@ -82,6 +87,25 @@ class Checkpoints:
     def folder(self, saved: Saved) -> Path:
         """Return where a checkpoint lies."""
         return Address.parse(saved.path).below(self.root)
+
+    def files(self, saved: Saved) -> dict[str, Path]:
+        """Return the files of a checkpoint by their name within it."""
+        folder = self.folder(saved)
+        return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+
+    def signature(self, saved: Saved, file: str, expires: int) -> str:
+        """Return what lets its holder fetch a file until a time; it is of no use after this server's end."""
+        text = json.dumps([saved.path, saved.created, file, expires])
+        return hmac.new(self._secret, text.encode(), hashlib.sha256).hexdigest()
+
+    def fetched(self, path: str, file: str, expires: int, signature: str) -> Path:
+        """Return the file that a signature is for; raise `Missing` if it is for none, or no longer."""
+        saved = self.store.checkpoint(Address.parse(path).path)
+        if saved is not None and expires > time.time():
+            found = self.files(saved).get(file)
+            if found is not None and hmac.compare_digest(self.signature(saved, file, expires), signature):
+                return found
+        raise Missing("There is no such file, or the link to it is over. Ask for a new one.")
 
     def delete(self, saved: Saved) -> None:
         """Remove a checkpoint."""

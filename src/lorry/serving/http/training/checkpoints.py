@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
+from fastapi.responses import FileResponse
 
 from lorry.serving.http.training.bodies import Copy, Lifetime, OfPath
 from lorry.serving.http.training.state import GUARDED, Owner, Taking
@@ -14,6 +16,10 @@ from lorry.serving.training.names import KINDS, Address
 from lorry.serving.training.store import Model, Saved, Store
 
 router = APIRouter(prefix="/api/v1", tags=["training"], dependencies=GUARDED)
+#: Files behind links that are signed.
+links = APIRouter(prefix="/api/v1", tags=["training"])
+#: Seconds for which a link is good.
+_LINKS = 3600
 _RUN = "/training_runs/{run}/checkpoints"
 _ONE = _RUN + "/{kind}/{name}"
 
@@ -74,6 +80,26 @@ def lifetime(run: str, kind: str, name: str, body: Lifetime, desk: Taking, owner
     """Say how long saved weights live from now on."""
     saved = desk.checkpoints.own(Address.of(run, f"{kind}/{name}"), owner.name)
     desk.checkpoints.change(saved, expires=expiry(body.ttl_seconds))
+
+
+@router.get(_ONE + "/external_weights_urls")
+def urls(run: str, kind: str, name: str, desk: Taking, owner: Owner, request: Request) -> dict[str, Any]:
+    """Return links to the files of saved weights, good for an hour and without a key."""
+    saved = desk.checkpoints.own(Address.of(run, f"{kind}/{name}"), owner.name)
+    expires = int(time.time()) + _LINKS
+    found = {}
+    for file in desk.checkpoints.files(saved):
+        link = request.url_for("fetch", run=run, kind=kind, name=name, file=file)
+        signature = desk.checkpoints.signature(saved, file, expires)
+        found[file] = str(link.include_query_params(expires=expires, signature=signature))
+    return {"urls": found, "expires": _time(expires)}
+
+
+@links.get("/files/{run}/{kind}/{name}/{file:path}")
+def fetch(run: str, kind: str, name: str, file: str, desk: Taking, expires: int, signature: str) -> FileResponse:
+    """Return a file of saved weights to whoever has a link to it."""
+    address = Address.of(run, f"{kind}/{name}")
+    return FileResponse(desk.checkpoints.fetched(address.path, file, expires, signature))
 
 
 @router.post("/weights_info")

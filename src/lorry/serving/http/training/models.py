@@ -145,6 +145,8 @@ async def asample(body: Sample, desk: Taking, owner: Owner) -> dict[str, Any]:
     elif path is not None:
         path = desk.sampled_path(owner.name, path)
     desk.check_base(body.base_model)
+    if path is None:
+        owner.check_model(())
     params = body.sampling_params
     most = min((each for each in (params.max_tokens, owner.max_tokens) if each is not None), default=None)
     wish = Wish(

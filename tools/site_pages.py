@@ -221,6 +221,7 @@ def run_file_page() -> str:
     from lorry.training.data import DataSpec
     from lorry.training.jobs import Job
     from lorry.training.objectives import OBJECTIVES
+    from lorry.training.study import Study
 
     def fields(cls: type) -> str:
         notes = _field_notes(cls)
@@ -243,6 +244,7 @@ def run_file_page() -> str:
     for name, cls in OBJECTIVES.items():
         if dataclasses.is_dataclass(cls):
             lines += [f"## Objective `{name}`", *paragraphs(cls.__doc__)[:1], fields(cls)]
+    lines += ["## A study: `lorry study study.yaml`", fields(Study)]
     lines += ["## A federation: `lorry federate run.yaml`", fields(Federation), "### `privacy`", fields(Privacy)]
     lines += ["## A merge recipe: `lorry merge recipe.yaml`", fields(Recipe)]
     lines += ["### Each entry of `inputs`", fields(RecipeInput), "### Each entry of `schedule`", fields(RecipeStep)]

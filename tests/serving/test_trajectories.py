@@ -1,5 +1,7 @@
 """Roles that share the cache of one text: the facts of LRAgent's sheet, on real decoders."""
 
+import threading
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -193,3 +195,32 @@ def test_what_cannot_be_shared_is_refused():
     gpt = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32))
     with pytest.raises(AdapterError, match="GPT2LMHeadModel has none"):
         Trajectory(gpt, {"plan": None})
+
+
+def test_another_thread_may_use_the_model_in_the_middle_of_a_pass():
+    model = with_roles(base())
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad(), lorry.activate(model, None):
+        expected = model(ids).logits
+    found = []
+
+    def meanwhile(*_):
+        if not found:
+            found.append(None)  # the pass below comes through here, too
+
+            def other():
+                with torch.no_grad(), lorry.activate(model, None):
+                    found.append(model(ids).logits)
+
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+
+    trajectory = Trajectory(model, {name: name for name in NAMES}, "base-lr-shared")
+    trajectory.append([1, 2, 3])
+    trajectory.turn("plan", 2)
+    trajectory.append([4, 4])
+    handle = model.lm_head.register_forward_pre_hook(meanwhile)
+    trajectory.logits("act")
+    handle.remove()
+    torch.testing.assert_close(found[1], expected, rtol=0, atol=1e-10)

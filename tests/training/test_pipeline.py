@@ -8,7 +8,14 @@ from safetensors.torch import load_file
 from training import piped
 from training.launching import forked
 from training.tiny_bases import tiny_llama, token_rows
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    GPT2Config,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from lorry.core.errors import OptionError
 from lorry.core.life.api import adapters
@@ -98,6 +105,32 @@ def test_the_weights_of_other_stages_are_let_go_of():
     assert sum(p.numel() for p in model.parameters()) < 0.6 * before
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        Gemma2Config(
+            vocab_size=97,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+        ),
+        GPT2Config(vocab_size=97, n_embd=16, n_layer=4, n_head=2, bos_token_id=0, eos_token_id=0),
+        BloomConfig(vocab_size=97, hidden_size=16, n_layer=4, n_head=2),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_models_that_do_more_around_their_blocks_are_cut_as_they_are(config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    stages = Stages(model, 3)  # scaled embeddings, added positions, biases of attention: the trial compares them all
+    assert stages.bounds == [0, 1, 2, 4]
+    assert (stages.width, stages.dtype) == (16, torch.float32)
+    assert model.training
+
+
 def test_models_without_one_stack_and_too_many_stages_are_refused():
     with pytest.raises(OptionError, match="2 blocks.*at most 2"):
         Stages(tiny_llama(), 3)
@@ -122,4 +155,8 @@ def test_what_does_not_fit_a_pipeline_is_refused_by_name(tmp_path):
         Fleet(tiny_llama(), None, [job], tmp_path, pipeline={"stages": 2}, processes=Processes(0, 2))
     fleet = Fleet(tiny_llama(), None, [job], tmp_path)
     with pytest.raises(OptionError, match="'job'.*'lora-mgpo'"):
+        PipelinedRounds(fleet.base, fleet.planner, Processes(0, 2), fleet.runs)
+    layer = fleet.runs[0].adapter.sites[0].owner
+    layer.weight = torch.nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
+    with pytest.raises(OptionError, match="int8.*Leave pipeline out"):
         PipelinedRounds(fleet.base, fleet.planner, Processes(0, 2), fleet.runs)

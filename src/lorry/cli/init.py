@@ -17,10 +17,14 @@ from lorry.cli.declared import declared_options
 from lorry.cli.output import out, print_json, write_text
 from lorry.core.errors import OptionError, near_misses
 
+#: Not a task, but what compares variants of training for one.
+STUDY = "study"
 #: Examples that are written for each job; few enough to train in seconds.
 EXAMPLES = 120
 #: Shown switched off below the first job: what people change next.
 _NEXT = ("targets", "max_length", "schedule", "warmup", "eval_every", "keep_best", "optimizer", "seed")
+#: The same of a study.
+_STUDY_NEXT = {"widen": 2, "test": "test.jsonl", "score": "token_accuracy", "max_memory": "24GiB"}
 _WIDTH = 100
 
 
@@ -102,8 +106,10 @@ STARTERS: dict[str, Starter] = {
 
 
 def init(
-    task: Annotated[str, typer.Argument(help=f"What is to be learned: {', '.join(STARTERS)}.")],
-    file: Annotated[Path, typer.Argument(help="YAML file to write.")] = Path("run.yaml"),
+    task: Annotated[str, typer.Argument(help=f"What is to be learned: {', '.join(STARTERS)}; or {STUDY}.")],
+    file: Annotated[
+        Path | None, typer.Argument(help=f"YAML file to write; run.yaml, or {STUDY}.yaml, if not given.")
+    ] = None,
     base: Annotated[str, typer.Option("--base", "-b", help=BASE_HELP)] = "pocket",
     data: Annotated[
         str | None, typer.Option("--data", help="Your data; example data are written if not given.")
@@ -111,17 +117,23 @@ def init(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a commented YAML for `lorry train`, with small example data, that runs as it stands."""
-    if task not in STARTERS:
-        raise OptionError(f"There is no task '{task}'.{near_misses(task, STARTERS)} There are: {', '.join(STARTERS)}.")
-    starter = STARTERS[task]
+    """Write a commented YAML for `lorry train` or `lorry study`, with small example data, that runs as it stands."""
+    known = (*STARTERS, STUDY)
+    if task not in known:
+        raise OptionError(f"There is no task '{task}'.{near_misses(task, known)} There are: {', '.join(known)}.")
+    starter = STARTERS["completion" if task == STUDY else task]
+    file = file or Path(f"{STUDY if task == STUDY else 'run'}.yaml")
     sources, texts = {}, {}
     for skill in starter.skills:
         path = file.parent / "data" / f"{skill}.{starter.ending}"
         sources[skill] = data or str(path)
         if data is None:
             texts[path] = starter.write(_examples(skill))
-    texts[file] = render(task, starter, base, str(file.parent / "out" / file.stem), sources, file)
+    target = str(file.parent / "out" / file.stem)
+    if task == STUDY:
+        texts[file] = render_study(base, target, sources["swap"], file)
+    else:
+        texts[file] = render(task, starter, base, target, sources, file)
     there = [str(path) for path in texts if path.exists()]
     if there and not overwrite:
         raise OptionError(f"{', '.join(there)} exists already. Choose another file, or pass --overwrite.")
@@ -130,7 +142,11 @@ def init(
     if as_json:
         print_json({"task": task, "file": str(file), "written": [str(path) for path in texts]})
         return
-    out().print(f"wrote {', '.join(map(str, texts))}; next: lorry train {file}", highlight=False, soft_wrap=True)
+    out().print(
+        f"wrote {', '.join(map(str, texts))}; next: lorry {'study' if task == STUDY else 'train'} {file}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _examples(skill: str) -> list[tuple[str, str]]:
@@ -182,6 +198,40 @@ def render(task: str, starter: Starter, base: str, target: str, sources: Mapping
             lines += ["    # What people change next:"]
             left = (key for key in _NEXT if key not in own and key not in shared)
             lines += [f"    # {key}: {_default(job[key].default)}  # {job[key].help}" for key in left]
+    return "\n".join(lines) + "\n"
+
+
+def render_study(base: str, target: str, source: str, file: Path) -> str:
+    """Return the YAML of a study of a few variants; the comments are the options' own help."""
+    helps = {o.name: o.help for o in declared_options("training/study/options.py", "Study")}
+    job = {"data": source, "objective": "completion", "targets": "attention", "steps": 24, "hold_out": 0.25}
+    variants = {
+        "lora": {"method": "lora"},
+        "dora": {"method": "dora"},
+        "lora-plus": {"method": "lora", "dynamics": "lora-plus"},
+        "pissa": {"method": "lora", "start": "pissa"},
+    }
+    lines = [
+        *_comment("Variants of training, compared over learning rates and seeds.", 0),
+        f"#   lorry study {file}           run it, or go on where it was stopped; --set KEY=VALUE replaces a value",
+        f"#   lorry study {file} --ray     the same on a Ray cluster",
+        "",
+        *_entry("base", base, helps["base"], 0),
+        *_entry("out", target, helps["out"], 0),
+        "",
+        *_comment(helps["job"], 0),
+        "job:",
+        *(line for key, value in job.items() for line in _entry(key, value, "", 1)),
+        "",
+        *_comment(helps["variants"], 0),
+        "variants:",
+        *(line for key, value in variants.items() for line in _entry(key, value, "", 1)),
+        "",
+    ]
+    axes = {"rates": [1e-3, 1e-2, 1e-1], "ranks": [8], "batch_sizes": [8], "seeds": [0, 1]}
+    lines += [line for key, value in axes.items() for line in _entry(key, value, helps[key], 0)]
+    lines += ["# What people change next:"]
+    lines += [f"# {key}: {value}  # {helps[key]}" for key, value in _STUDY_NEXT.items()]
     return "\n".join(lines) + "\n"
 
 

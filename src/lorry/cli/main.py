@@ -31,6 +31,7 @@ from lorry.cli import (
     plan,
     push,
     serve,
+    study,
     train,
 )
 from lorry.cli.output import failure, out, print_json
@@ -165,6 +166,7 @@ app.command("methods")(methods.methods)
 app.command("plan")(plan.plan)
 app.command("compare")(compare.compare)
 app.command("train", cls=train.TrainCommand)(train.train)
+app.command("study")(study.study)
 app.command("federate")(federate.federate)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lorry.serving.engine import Engine
     from lorry.serving.http.keys import Keys
     from lorry.serving.http.server import DrainingServer
+    from lorry.serving.modes.mode import Mode
 
 #: A key that is given so stands in no list of processes.
 KEY_VARIABLE = "LORRY_API_KEY"
@@ -33,6 +34,10 @@ def _signature(
     adapter: Annotated[
         list[str] | None,
         typer.Option("--adapter", "-a", metavar="[NAME=]DIR", help="Adapter to serve from the start; repeatable."),
+    ] = None,
+    mode: Annotated[
+        list[str] | None,
+        typer.Option("--mode", metavar="[NAME=]DIR", help="Retriever to embed and rank with; repeatable."),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen at; any but loopback needs keys.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
@@ -48,6 +53,15 @@ def _signature(
         str | None,
         typer.Option("--api-key", envvar=KEY_VARIABLE, show_envvar=True, help="The one key, which may do everything."),
     ] = None,
+    train: Annotated[
+        bool, typer.Option("--train", help="Let clients of the tinker interface train adapters on the base.")
+    ] = False,
+    train_dir: Annotated[
+        Path, typer.Option("--train-dir", help="Folder of what they train; a server that starts on it goes on.")
+    ] = Path("lorry-training"),
+    train_tokens: Annotated[
+        int, typer.Option("--train-tokens", min=1, help="Tokens of a joint pass of training, at most.")
+    ] = 8192,
     template: Template = None,
     dtype: Dtype = "auto",
     device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1; auto takes a GPU.")] = "auto",
@@ -83,7 +97,7 @@ def serve(**flags: Any) -> None:
     random prompts), and throughput, times and hit rates are printed.
     """
     own = {name: flags.pop(name) for name in _OWN}
-    options = {name: value for name, value in flags.items() if value is not None}
+    options = {name: _value(name, value) for name, value in flags.items() if value is not None}
     if own["bench"]:
         _bench(own, options)
         return
@@ -94,6 +108,8 @@ def serve(**flags: Any) -> None:
     try:
         server.run()
     finally:
+        if server.trainer is not None:
+            server.trainer.close()
         server.service.close()
         server.service.engine.close()
 
@@ -110,6 +126,18 @@ def _bench(own: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         bench_engine(engine, list(references), workload, own["max_requests"], own["plot"], own["as_json"])
     finally:
         engine.close()
+
+
+def _value(name: str, value: Any) -> Any:
+    """Return an engine's option; one that is written ``{name: value, ...}`` is a mapping."""
+    if not isinstance(value, str) or not value.startswith("{"):
+        return value
+    import yaml
+
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise OptionError(f"--{name.replace('_', '-')}: cannot read {value!r} as YAML.") from None
 
 
 def build(own: Mapping[str, Any], engine_options: Mapping[str, Any]) -> DrainingServer:
@@ -130,8 +158,9 @@ def build(own: Mapping[str, Any], engine_options: Mapping[str, Any]) -> Draining
     engine, tokenizer = _engine(own, engine_options)
     name = own["name"] or _name(own["base"])
     _load(engine, references, name)
+    modes = _modes(engine, own["mode"], {*references, "base", name})
     _show(engine, name)
-    return _server(engine, tokenizer, name, template, keys, own)
+    return _server(engine, tokenizer, name, template, keys, modes, own)
 
 
 def _keys(file: Path | None, secret: str | None) -> Keys:
@@ -150,8 +179,10 @@ def _engine(own: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[Engine,
     from lorry.cli.bases import load_base, load_tokenizer
     from lorry.serving.engine import Engine
     from lorry.serving.options import EngineOptions
+    from lorry.serving.scheduling.policy import policy_from
 
     checked = EngineOptions(**options)
+    policy_from(checked.policy)  # refused before anything is loaded
     tokenizer = load_tokenizer(own["base"])
     note(f"loading {own['base']} ...")
     model = load_base(own["base"], own["dtype"])
@@ -186,6 +217,18 @@ def _load(engine: Engine, references: Mapping[str, tuple[Path, float]], base: st
             shown.advance(task)
 
 
+def _modes(engine: Engine, texts: Sequence[str] | None, taken: Collection[str]) -> dict[str, Mode]:
+    """Load the retrievers of the command line."""
+    from lorry.serving.retrieval import serve_mode
+
+    found = {}
+    for name, (path, _) in adapter_references(texts).items():
+        if name in taken:
+            raise OptionError(f"'{name}' is taken; call the mode otherwise: --mode NAME={path}.")
+        found[name] = serve_mode(engine, name, path)
+    return found
+
+
 def _show(engine: Engine, base: str) -> None:
     """Print what is served."""
     adapters = engine.adapters()
@@ -197,7 +240,13 @@ def _show(engine: Engine, base: str) -> None:
 
 
 def _server(
-    engine: Engine, tokenizer: Any, base: str, template: str | None, keys: Keys, own: Mapping[str, Any]
+    engine: Engine,
+    tokenizer: Any,
+    base: str,
+    template: str | None,
+    keys: Keys,
+    modes: Mapping[str, Mode],
+    own: Mapping[str, Any],
 ) -> DrainingServer:
     from lorry.serving.http.app import create_app
     from lorry.serving.http.prompts import Prompts
@@ -207,11 +256,32 @@ def _server(
 
     service = Service(engine, max_requests=own["max_requests"])
     serving = Serving.over(service, Prompts(tokenizer, template), keys, base, tuple(own["adapter_dir"] or ()))
+    serving.modes.update(modes)
     # a server of one machine's user without keys shall not be reached through pages of other sites
     hosts = None if keys.required else {*_LOOPBACK, own["host"]}
-    app = create_app(serving, most_bytes=own["max_body"], hosts=hosts)
+    trainer = None
+    if own["train"]:
+        from lorry.serving.training.options import TrainingOptions
+        from lorry.serving.training.trainer import Trainer
+
+        trainer = Trainer(service, TrainingOptions(folder=own["train_dir"], max_tokens=own["train_tokens"]))
+        note(f"training is on; {own['train_dir']} keeps what clients train")
+    source = Path(own["base"]).expanduser()
+    app = create_app(
+        serving,
+        most_bytes=own["max_body"],
+        hosts=hosts,
+        training=trainer,
+        tokenizer=os.path.realpath(source) if source.is_dir() else _tokenizer_name(tokenizer, own["base"]),
+    )
     said: Callable[[str], None] = lambda address: note(f"serving {base} at {address}")  # noqa: E731
-    return DrainingServer(app, own["host"], own["port"], service, patience=own["patience"], ready=said)
+    return DrainingServer(app, own["host"], own["port"], service, patience=own["patience"], ready=said, trainer=trainer)
+
+
+def _tokenizer_name(tokenizer: Any, base: str) -> str:
+    """Return where clients find the tokenizer: where it was read from."""
+    name = getattr(tokenizer, "name_or_path", "")
+    return name if isinstance(name, str) and name else base
 
 
 def _flag(field: Declared) -> inspect.Parameter:

@@ -76,6 +76,10 @@ def _signature(
     """Declare the flags that are not options of a job."""
 
 
+#: Exit code of a process that was told to stop, and leaves it to the first to say so.
+STOPPED = 130
+
+
 class TrainCommand(TyperCommand):
     """The command, which knows what the flags of other trainers are called here."""
 
@@ -111,6 +115,10 @@ def train(**flags: Any) -> None:
         if error.own:
             raise
         raise typer.Exit(1) from None  # the process that failed says so
+    except KeyboardInterrupt:
+        if processes.first:
+            raise
+        raise typer.Exit(STOPPED) from None
     if failed:
         raise typer.Exit(1)
 

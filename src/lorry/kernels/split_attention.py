@@ -43,7 +43,13 @@ def expanding_attention(
 def split_attention(
     q: Tensor, k: Tensor, v: Tensor, low: Tensor, up: Tensor, scaling: float, mask: Tensor | None = None
 ) -> Tensor:
-    """Return the same as `expanding_attention`, ``(batch, heads, length, value width)``, in the reordered form."""
+    """Return the same as `expanding_attention`, ``(batch, heads, length, value width)``, in the reordered form; causal
+    attention on a GPU is one kernel.
+    """
+    if q.is_cuda and mask is None and not torch.is_grad_enabled():
+        from lorry.kernels.triton_split import triton_split_attention
+
+        return triton_split_attention(q, k, v, low, up, scaling)
     length, keys = q.shape[2], k.shape[2]
     if length <= QUERIES:
         return _reordered(q, k, v, low, up, scaling, mask)

@@ -71,8 +71,8 @@ def _factor(table, count, segment, which, KIND: tl.constexpr, SAME: tl.constexpr
 
 @triton.jit
 def _flags(table, count, segment, rows, positions, room):  # type: ignore[no-untyped-def]
-    """Return where each token's window of keep flags begins, as `lorry.kernels.dropout` defines it, whether its segment
-    drops, and the factor of what is kept.
+    """Return the pool of keep flags, where each token's window in it begins (see `lorry.kernels.dropout`), whether its
+    segment drops, and the factor of what is kept.
     """
     local = rows - tl.load(table + _BEGIN * count + segment).to(tl.int32)
     bits = (local // positions).to(tl.uint32) * _STEP + (local % positions).to(tl.uint32)
@@ -82,7 +82,8 @@ def _flags(table, count, segment, rows, positions, room):  # type: ignore[no-unt
     bits = bits ^ (bits >> 16)
     address = tl.load(table + _POOL * count + segment)
     keep = tl.load(table + _KEEP * count + segment).to(tl.float64, bitcast=True)
-    return address.to(tl.pointer_type(tl.uint8)) + bits.to(tl.int64) % room, (rows * 0 + address) != 0, keep
+    shift = (bits.to(tl.int64) % room).to(tl.int32)
+    return address.to(tl.pointer_type(tl.uint8)), shift, (rows * 0 + address) != 0, keep
 
 
 @tuned("project")
@@ -99,14 +100,14 @@ def _project(  # type: ignore[no-untyped-def]
     rank, step, factor = _factor(table, count, segment, which, KIND, SAME, ALIGNED)
     r = tl.program_id(1) * RANK + tl.arange(0, RANK)
     if DROP:
-        window, drops, keep = _flags(table, count, segment, rows, positions, room)
+        flags, window, drops, keep = _flags(table, count, segment, rows, positions, room)
     total = tl.zeros((ROWS, RANK), dtype=SUM)
     for k0 in range(0, tl.where(tl.program_id(1) * RANK < rank, width, 0), INNER):
         k = k0 + tl.arange(0, INNER)
         here = live[:, None] & (k < width)[None, :]
         part = tl.load(x + at[:, None] * x_stride + k[None, :], mask=here, other=0.0)
         if DROP:
-            kept = tl.load(window[:, None] + k[None, :], mask=here & drops[:, None], other=1)
+            kept = tl.load(flags + (window[:, None] + k[None, :]), mask=here & drops[:, None], other=1)
             part = tl.where(kept != 0, part, 0.0)
         there = (k < width)[:, None] & (r < rank)[None, :]
         if TURNED:
@@ -159,18 +160,20 @@ def _product(  # type: ignore[no-untyped-def]
         left, thin = left.to(x.dtype.element_ty).to(MATH), thin.to(x.dtype.element_ty).to(MATH)
         total = tl.dot(left, thin, total, input_precision=PRECISION, out_dtype=SUM)
     if DROP:
-        window, drops, keep = _flags(table, count, segment, rows, positions, room)
-        kept = tl.load(window[:, None] + n[None, :], mask=here & drops[:, None], other=1)
+        flags, window, drops, keep = _flags(table, count, segment, rows, positions, room)
+        kept = tl.load(flags + (window[:, None] + n[None, :]), mask=here & drops[:, None], other=1)
         total = tl.where(kept != 0, total * keep.to(SUM), 0.0)
     if SCALED:
         total = total * tl.load(scale + rows, mask=live, other=0.0).to(SUM)[:, None]
-    right = weight + n.to(tl.int64)[None, :] * outer_stride
+    # one wide address for a tile and narrow steps within it: addresses of their own would fill the registers
+    right = weight + (tl.program_id(0) % in_group // tall * OUTER).to(tl.int64) * outer_stride
+    steps = tl.arange(0, INNER)[:, None] * inner_stride + tl.arange(0, OUTER)[None, :] * outer_stride
     for k0 in range(0, inner, INNER):
         k = k0 + tl.arange(0, INNER)
         part = tl.load(x + at[:, None] * x_stride + k[None, :], mask=live[:, None] & (k < inner)[None, :], other=0.0)
-        there = (k < inner)[:, None] & inside[None, :]
-        wide = tl.load(right + k.to(tl.int64)[:, None] * inner_stride, mask=there, other=0.0)
+        wide = tl.load(right + steps, mask=(k < inner)[:, None] & inside[None, :], other=0.0)
         total = tl.dot(part.to(MATH), wide.to(MATH), total, input_precision=PRECISION, out_dtype=SUM)
+        right += INNER * inner_stride
     if BIAS:
         total += tl.load(bias + n, mask=inside, other=0.0).to(SUM)[None, :]
     tl.store(y + at[:, None] * y_stride + n[None, :], total, mask=here)
@@ -246,8 +249,8 @@ def _outer(  # type: ignore[no-untyped-def]
         here = live[:, None] & (k < width)[None, :]
         part = tl.load(x + at[:, None] * x_stride + k[None, :], mask=here, other=0.0)
         if DROP:
-            window, drops, keep = _flags(table, count, segment, rows, positions, room)
-            kept = tl.load(window[:, None] + k[None, :], mask=here & drops[:, None], other=1)
+            flags, window, drops, keep = _flags(table, count, segment, rows, positions, room)
+            kept = tl.load(flags + (window[:, None] + k[None, :]), mask=here & drops[:, None], other=1)
             part = tl.where(kept != 0, part, 0.0)
         thin = thin.to(x.dtype.element_ty).to(MATH)
         total = tl.dot(thin, part.to(MATH), total, input_precision=PRECISION, out_dtype=SUM)

@@ -28,6 +28,12 @@ from lorry.serving.schedule import Scheduler, Share, passes
 from lorry.serving.sequence import Sequence
 from lorry.serving.served import Catalogue
 
+#: What is said where a pass gives logits that are no numbers.
+_NOT_NUMBERS = (
+    "The model's logits are not numbers in this request. Its adapters, or their weights in the composition, may be too "
+    "large for the type of the base; use smaller weights or another type."
+)
+
 
 class Engine:
     """Serves requests on one base, batched anew at every step.
@@ -130,9 +136,9 @@ class Engine:
                 self.submit(request)
                 asked.append(request)
         except BaseException:
-            for request in asked:
-                self.cancel(request.id)
-            self.step()
+            with self._passes:
+                for request in asked:
+                    self._end(self._known[request.id], Output(request.id, finish="cancelled"))
             raise
         outputs: dict[str, list[Output]] = {request.id: [] for request in asked}
         left = set(outputs)
@@ -194,6 +200,10 @@ class Engine:
 
     def stats(self) -> Stats:
         """Return what the engine holds and has done."""
+        with self._passes:
+            return self._stats()
+
+    def _stats(self) -> Stats:
         with self._lock:
             arrived = len(self._arrived)
         count = self._scheduler.counts
@@ -269,6 +279,7 @@ class Engine:
 
     def _pass(self, shares: list[Share]) -> list[Output]:
         """Run the model over shares of sequences and return what it adds to each."""
+        shares = [shares[n] for n in self._runner.arranged([(s.sequence.resolved, s.count) for s in shares])]
         parts = [
             Part(
                 share.sequence.tokens[share.sequence.stored : share.sequence.stored + share.count],
@@ -292,9 +303,21 @@ class Engine:
             if share.whole:
                 whole.append((share.sequence, row - 1))
             share.sequence.stored += share.count
+        return self._choose(logits, whole)
+
+    def _choose(self, logits: Tensor, whole: list[tuple[Sequence, int]]) -> list[Output]:
+        """Choose the next token of sequences from their rows of logits, and return what that adds to each."""
+        outputs = []
+        if whole:
+            broken = logits[[row for _, row in whole]].amax(-1).isnan().tolist()
+            for (sequence, _), wrong in zip(whole, broken, strict=True):
+                if wrong:
+                    self._pool.blocks.withdraw(sequence.blocks)
+                    outputs.append(self._end(sequence, _error(sequence, _NOT_NUMBERS)))
+            whole = [each for each, wrong in zip(whole, broken, strict=True) if not wrong]
         rows = logits if len(whole) == len(logits) else logits[[row for _, row in whole]]
         found = choose(rows, [sequence.chooser for sequence, _ in whole])
-        return [self._chosen(sequence, each) for (sequence, _), each in zip(whole, found, strict=True)]
+        return outputs + [self._chosen(sequence, each) for (sequence, _), each in zip(whole, found, strict=True)]
 
     def _failed(self, shares: list[Share], error: Exception) -> list[Output]:
         """Let the composition at which a pass fails go under alone."""

@@ -60,8 +60,6 @@ class Sequence:
         #: What its pages belong to: versions and weights.
         self.root: Hashable = tuple((version.serial, weight) for version, weight in resolved)
         self.residents = [version.resident for version, _ in resolved]
-        #: What lies side by side in a batch has the same or a similar order.
-        self.order = tuple((version.factors.number, version.serial, weight) for version, weight in resolved)
         #: Whether its tokens may lie in one batch with those of other compositions.
         self.by_token = all(version.by_token for version, _ in resolved)
 

@@ -32,6 +32,7 @@ from .planning.simulation import one_forward_one_backward
 from .processes import Processes
 from .rounds import Done, Rounds, parameters_of
 from .run import Run
+from .sharding import quantised_site
 from .split_pass import refuse_losses_over_rows
 from .stages import Stages
 from .task import Batch, Tally
@@ -270,6 +271,13 @@ def _alike(parameters: Sequence[Any]) -> list[list[Any]]:
 
 
 def _check(runs: Sequence[Run]) -> None:
+    other = quantised_site(runs)
+    if other is not None:
+        raise OptionError(
+            f"The weight of '{other.path}' is a {type(other.stored).__name__} of {other.stored.dtype}, and quantised "
+            "weights cannot go through a pipeline. Leave pipeline out and set shard: false, or load the base with "
+            "dtype: bfloat16."
+        )
     for run in runs:
         for dynamic in run.acting.dynamics:
             around = type(dynamic).around_pass is not Dynamic.around_pass

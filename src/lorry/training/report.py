@@ -72,6 +72,7 @@ def job_report(run: Run, adapter_path: Path | None) -> dict[str, Any]:
         "sites": None if run.adapter is None else len(run.adapter.entries),
         "steps": p.step,
         "planned_steps": run.total,
+        "drawn": p.drawn,
         run.unit: p.size_seen,
         "unit": run.unit,
         "seconds": round(p.seconds, 3),

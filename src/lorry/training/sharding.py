@@ -8,6 +8,7 @@ from torch import nn
 
 from lorry.core.errors import OptionError
 from lorry.core.life.adapter import Adapter
+from lorry.core.sites.site import Site
 from lorry.core.sites.stacks import find_stacks
 from lorry.core.sites.storage import DENSE
 
@@ -44,14 +45,19 @@ def check_splittable(runs: Sequence[Run], shard: bool) -> None:
                 f"Job '{run.name}': the dynamics '{reading[0]}' read the base's weights between passes, where each "
                 "process has a part of them only. Set shard: false, which keeps the base whole in each process."
             )
-    stored = [(site, site.stored) for run in runs if run.adapter is not None for site in run.adapter.sites]
-    other = next((site for site, weight in stored if not DENSE.keeps(weight)), None)
+    other = quantised_site(runs)
     if shard and other is not None:
         raise OptionError(
             f"The weight of '{other.path}' is a {type(other.stored).__name__} of {other.stored.dtype}, and quantised "
             "weights cannot be spread over processes. Set shard: false, which keeps the base whole in each process, or "
             "load it with dtype: bfloat16."
         )
+
+
+def quantised_site(runs: Sequence[Run]) -> Site | None:
+    """Return a site whose weight is no plain floating tensor; None if there is none."""
+    sites = (site for run in runs if run.adapter is not None for site in run.adapter.sites)
+    return next((site for site in sites if not DENSE.keeps(site.stored)), None)
 
 
 def place_base(model: nn.Module, adapters: Iterable[Adapter], processes: Processes, shard: bool) -> None:

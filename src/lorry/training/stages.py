@@ -69,7 +69,13 @@ class Stages:
                 f"stages to at most {len(self.blocks)}."
             )
         self.bounds = [stage * len(self.blocks) // count for stage in range(count + 1)]
-        self._try()
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()  # dropout would be drawn anew
+        try:
+            self._try()
+        finally:
+            for module, mode in modes:
+                module.training = mode
 
     def last(self, stage: int) -> bool:
         """Return whether a stage is the last one."""

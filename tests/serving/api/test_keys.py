@@ -9,9 +9,11 @@ import pytest
 from serving.api.running import running, serving_of
 
 from lorry.core.errors import OptionError
+from lorry.serving.http.bodies import ChatBody
 from lorry.serving.http.errors import ApiError
 from lorry.serving.http.keys import Bucket, KeyRule, Keys
 from lorry.serving.http.server import check_exposed
+from lorry.serving.http.wishes import length_of
 
 FILE = """
 keys:
@@ -23,6 +25,7 @@ keys:
   - name: bob
     key_sha256: {digest}
     manage: true
+    adapters: [math, other, new]
     concurrent: 2
     requests_per_minute: 3
 """
@@ -83,6 +86,13 @@ def test_keys_over_http(file, shelf, caplog):
         with client("bobs-secret") as bob:
             answer = httpx.post(f"{server.url}/v1/load_lora_adapter", json=load, headers=dict(bob.auth_headers))
             assert answer.status_code == 200, answer.text
+            for path in ("load", "unload"):
+                foreign = httpx.post(
+                    f"{server.url}/v1/{path}_lora_adapter",
+                    json={"lora_name": "foreign"} | ({"lora_path": "story"} if path == "load" else {}),
+                    headers=dict(bob.auth_headers),
+                )
+                assert foreign.status_code == 403
             with pytest.raises(openai.BadRequestError, match="2 under way"):
                 bob.completions.create(model="pocket", prompt="a", n=3)
             for _ in range(3):
@@ -119,6 +129,14 @@ def test_tokens_that_were_not_used_go_back():
     with pytest.raises(ApiError) as never:
         holder.take(1, 101)
     assert never.value.retry_after is None and "Ask for less" in never.value.message
+
+
+def test_an_answer_without_a_length_keeps_to_all_limits():
+    body = ChatBody.model_validate({"messages": [{"role": "user", "content": "x"}]})
+    lengths = {}
+    for limits in ({}, {"tokens_per_minute": 100}, {"max_tokens": 7}, {"tokens_per_minute": 5}):
+        lengths[str(limits)] = length_of(body, 10, 256, Keys([rule(**limits)]).holder("Bearer secret-of-x"), None)
+    assert list(lengths.values()) == [246, 90, 7, 1]
 
 
 def test_sequences_under_way_are_counted_until_they_end():

@@ -27,6 +27,8 @@ SOURCE = Path(__file__).resolve().parents[3] / "src"
         (["--adapter-dir", "absent"], "no folder absent"),
         (["-a", "x=absent"], "no adapter at absent"),
         (["--pool-bytes", "0"], "pool_bytes"),
+        (["--policy", "fcsf"], "fcfs"),
+        (["--policy", "{policy: fcfs"], "--policy"),
         (["--template", "absent.jinja"], "absent.jinja"),
     ],
 )

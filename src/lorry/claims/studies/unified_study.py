@@ -114,8 +114,8 @@ def rate_matters_most(setting: Setting) -> Finding:
 def tuned_lora_matches(setting: Setting) -> Finding:
     """Compare variants at one rate for all, and each at its own."""
     found, notes = scenes(setting)
-    rates: dict[str, float] = {}
     verdicts, panels, said = [], [], []
+    rates: dict[str, float] = {}
     for scene in found:
         result = compared(scene, setting, widen=2)
         analysis = result.analysis

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -167,20 +167,18 @@ def _attend(
     **more: Any,
 ) -> tuple[Tensor, None]:
     """Attend as transformers asks for it, with the low-rank values of the pass under way."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    parts = _CURRENT.get()
-    if parts is None:  # another thread's pass, while a role's is under way
-        usual: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        return usual(module, query, key, value, attention_mask, scaling=scaling, **more)
+    parts = _CURRENT.get() or {}
     odd = [name for name in ("softcap", "s_aux", "sinks") if more.get(name) is not None]
     if odd:
         raise AdapterError(
             f"{type(module).__name__} attends with {odd[0]}, which attention over values in two parts does not know. "
             "Take the scheme 'non-shared' or 'full-shared'."
         )
-    part = parts[int(module.layer_idx)]  # type: ignore[arg-type]
+    # another thread's pass, while a role's is under way, has no part in two-part values, and masks of its own
+    part = parts.get(int(module.layer_idx), LayerPart(None, None, None))  # type: ignore[arg-type]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        attention_mask = torch.where(attention_mask, 0.0, float("-inf")).to(query.dtype)
     if part.low is None or part.up is None:
         low, up = value.new_zeros(1, value.shape[2], 1), value.new_zeros(value.shape[1] * value.shape[3], 1)
     else:
@@ -191,7 +189,18 @@ def _attend(
 
 def _register() -> None:
     from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, eager_mask
+    from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(ATTENTION, _attend)
-    AttentionMaskInterface.register(ATTENTION, eager_mask)
+    AttentionMaskInterface.register(ATTENTION, _mask)
+
+
+def _mask(*args: Any, mask_function: Any = None, attention_mask: Tensor | None = None, **more: Any) -> Tensor | None:
+    """Give a mask where there is more to it than that a token sees those before it."""
+    from transformers.masking_utils import causal_mask_function, eager_mask
+
+    if mask_function in (None, causal_mask_function) and attention_mask is None:
+        return None
+    chosen = {} if mask_function is None else {"mask_function": mask_function}
+    found: Tensor = eager_mask(*args, attention_mask=attention_mask, **chosen, **more)
+    return found

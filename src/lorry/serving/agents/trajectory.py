@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from lorry.core.errors import AdapterError, OptionError
 from lorry.core.forward.weights import BySite
 from lorry.core.life.adapter import Adapter
-from lorry.core.life.api import activate, adapters
+from lorry.core.life.api import adapters
 from lorry.core.method.families import Bottleneck
+from lorry.serving.composed import composed
 
 from .passing import LayerPart, attention_modules, cache_for, split_values
 from .policy import CachePolicy, policy_from
@@ -207,9 +208,9 @@ class Trajectory:
         """Return a context in which the role's adapter applies, but not to values whose part of it lies apart."""
         adapter = self._adapter(role)
         if adapter is None:
-            return activate(self.model, None)
+            return composed(self.model, {})
         weight = BySite({f"*.{VALUES}": 0.0}, default=1.0) if self.policy.split else 1.0
-        return activate(self.model, {adapter.name: weight})
+        return composed(self.model, {adapter.name: weight})
 
     def _of(self, role: str) -> dict[int, tuple[Tensor, Tensor] | None]:
         """Return each layer's A and scaled B of the role's values."""
@@ -235,7 +236,8 @@ class Trajectory:
                     "the scheme 'non-shared'."
                 )
             a, b = method.factors(entry.tensors(), entry.site)
-            found[number] = a.detach(), b.detach() * method.scale(entry.site)
+            # copies: an engine may move an adapter's tensors between two turns
+            found[number] = a.detach().clone(), b.detach() * method.scale(entry.site)
         return found
 
     def _parts(self, role: str) -> dict[int, LayerPart]:

@@ -226,16 +226,24 @@ class EmbeddingBody(Body):
     dimensions: int | None = Field(None, ge=1)
     pooling: Literal["mean", "last"] = "mean"
     normalize: bool = True
+    return_multivector: bool = Field(False, description="A vector for each token, where the model is a retriever.")
     add_special_tokens: bool = True
+
+
+class Document(Part):
+    """A text, as an object."""
+
+    text: str
 
 
 class RerankBody(Body):
     """Documents to order by how well they answer a query."""
 
-    query: str
-    documents: list[str]
-    top_n: int | None = None
+    query: Annotated[str, Field(min_length=1)]
+    documents: Annotated[list[str | Document], Field(min_length=1, max_length=MOST_INPUTS)]
+    top_n: int | None = Field(None, ge=1)
     return_documents: bool | None = None
+    max_tokens_per_doc: int | None = Field(None, ge=1)
 
 
 class TokenizeBody(Body):

@@ -127,6 +127,11 @@ class Holder:
         """Of one answer, at most."""
         return None if self.rule is None else self.rule.max_tokens
 
+    @property
+    def tokens_per_minute(self) -> int | None:
+        """Of prompts and answers, at most."""
+        return None if self.rule is None else self.rule.tokens_per_minute
+
     def may_use(self, adapter: str) -> bool:
         """Whether an adapter, be it there or not, is among those of the key."""
         if self.rule is None or self.rule.adapters is None:
@@ -142,8 +147,10 @@ class Holder:
         if not names and self.rule is not None and not self.rule.base:
             raise ApiError(403, "This key may not use the base without an adapter.", code="base_not_allowed")
 
-    def check_manage(self) -> None:
-        """Raise 403 unless the key may load and unload adapters."""
+    def check_manage(self, *names: str) -> None:
+        """Raise 403 unless the key may load and unload adapters, of these names in particular."""
+        if names:
+            self.check_model(names)
         if self.rule is not None and not self.rule.manage:
             raise ApiError(403, "This key may not load or unload adapters.", code="manage_not_allowed")
 

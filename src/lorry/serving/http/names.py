@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from lorry.core.errors import near_misses
 from lorry.serving.http.errors import ApiError
@@ -63,9 +63,3 @@ def unknown(model: str, known: Iterable[str]) -> ApiError:
     hint = near_misses(model, known)
     message = f"There is no model '{model}'.{hint} GET /v1/models lists those that are served."
     return ApiError(404, message, code="model_not_found", param="model")
-
-
-def missing(composition: Mapping[str, float], served: Iterable[str]) -> str | None:
-    """Return the first adapter of a composition that is not served."""
-    there = set(served)
-    return next((name for name in composition if name not in there), None)

@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 from lorry.core.errors import OptionError
 from lorry.serving.service import Service
+from lorry.serving.training.trainer import Trainer
 
 #: Seconds that an idle connection stays open. Clients should be the first to close: httpx does so after 5, and where
 #: both sides have the same patience, a request now and then meets a connection that is just being closed.
@@ -32,6 +33,8 @@ class DrainingServer(uvicorn.Server):
         Seconds for what runs; what has not ended then is given up.
     ready
         Called with the server's address as soon as it listens.
+    trainer
+        What trains on the service's engine, and is closed before it; None for nothing.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class DrainingServer(uvicorn.Server):
         *,
         patience: float = 60.0,
         ready: Callable[[str], None] | None = None,
+        trainer: Trainer | None = None,
     ) -> None:
         super().__init__(
             uvicorn.Config(
@@ -57,6 +61,7 @@ class DrainingServer(uvicorn.Server):
             )
         )
         self.host, self.service, self.patience, self.ready = host, service, patience, ready
+        self.trainer = trainer
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain: asyncio.Task[None] | None = None
         self._told = False

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 from fastapi import Depends, Request
 
-from lorry.core.errors import AdapterError
 from lorry.serving.engine import Engine
 from lorry.serving.http.errors import ApiError
 from lorry.serving.http.keys import Holder, Keys
 from lorry.serving.http.metrics import Metrics
-from lorry.serving.http.names import composition_of, missing, unknown
+from lorry.serving.http.names import composition_of, unknown
 from lorry.serving.http.prompts import Prompts
+from lorry.serving.modes.mode import Mode
 from lorry.serving.service import Draining, Service
 
 
@@ -32,6 +31,8 @@ class Serving:
         Tokens of prompt and answer together at most, and tokens that the base knows.
     folders
         Adapters are loaded from below these alone; with none, not at all.
+    modes
+        By their names, which are also those of their adapters: what embeds and ranks, and generates nothing.
     created
         When the app was made, in seconds since 1970.
     """
@@ -44,6 +45,7 @@ class Serving:
     context: int
     vocabulary: int
     folders: tuple[Path, ...] = ()
+    modes: dict[str, Mode] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -64,13 +66,18 @@ class Serving:
         holder.check_model(found)
         return found
 
-    def refused(self, error: AdapterError, model: str | None, composition: Mapping[str, float], holder: Holder
-                ) -> ApiError:  # fmt: skip
-        """Return the answer to an engine that refuses a composition: 404 if one of its adapters is not served."""
-        served = self.names()
-        if missing(composition, served) is None:
-            return ApiError(400, str(error), param="model")
-        return unknown(model or "", [self.base, *filter(holder.may_use, served)])
+    def generating(self, model: str | None, holder: Holder) -> dict[str, float]:
+        """Return what a model's name stands for that takes part in the base's own mode; raise 400 for another mode."""
+        found = self.composition(model, holder)
+        mode = next((name for name in found if name in self.modes), None)
+        if mode is not None:
+            message = f"'{mode}' is a mode of retrieval: give it as the model of /v1/embeddings or /v1/rerank, alone."
+            raise ApiError(400, message, code="not_generative", param="model")
+        return found
+
+    def unknown(self, model: str | None, holder: Holder) -> ApiError:
+        """Return the answer to a model that is not served; it names those alone that the key may use."""
+        return unknown(model or self.base, [self.base, *filter(holder.may_use, self.names())])
 
     def names(self) -> list[str]:
         """Return the names of the adapters that are served."""
@@ -88,9 +95,12 @@ def holder_of(request: Request) -> Holder:
 
 
 def taken(request: Request) -> None:
-    """Raise 503 when nothing new is taken."""
-    if serving_of(request).service.draining:
+    """Raise 503 when nothing new is taken, or nothing could be answered."""
+    service = serving_of(request).service
+    if service.draining:
         raise Draining("The server is shutting down and takes no new requests; ask another one.")
+    if not service.alive:
+        raise ApiError(503, "The engine has stopped; its log says why. Start the server again.", code="stopped")
 
 
 #: Arguments of endpoints.

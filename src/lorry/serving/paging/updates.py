@@ -8,9 +8,9 @@ adapter are multiplied with its factors where they lie. The definition is `lorry
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from lorry.core.method.families import Bottleneck
 from lorry.serving.paging.resident import Resident
 
 #: Tokens of one adapter in a row from which its factors are used where they lie.
-_LONG = 6
+LONG = 6
 #: Bytes of a site's factors beyond which copying them costs more than a call for each adapter.
 _LARGE = 1 << 18
 #: The kinds of factors that there were so far; their numbers stay.
@@ -134,7 +134,31 @@ class Stretch:
     weight: float
 
 
-def prepare(active: Active, stretches: Sequence[Stretch], tokens: int, dtype: torch.dtype) -> None:
+class Part(Protocol):
+    """Who gives updates of some tokens of a batch."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The sites."""
+
+    def made(self, number: int) -> Made:
+        """Return what to multiply with at the site of a number."""
+
+
+def computed_in(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the type in which updates are computed, for layers that compute in `dtype`."""
+    # on the CPU, batched products of a token each are several times faster so
+    return torch.float32 if device.type == "cpu" and dtype.itemsize < 4 else dtype
+
+
+def prepare(
+    active: Active,
+    stretches: Sequence[Stretch],
+    tokens: int,
+    dtype: torch.dtype,
+    parts: Sequence[Part] = (),
+    odd: Iterable[str] = (),
+) -> None:
     """Make the updates of a batch ready at every site where all adapters of the batch are plain.
 
     Parameters
@@ -146,23 +170,25 @@ def prepare(active: Active, stretches: Sequence[Stretch], tokens: int, dtype: to
     tokens
         Tokens of the batch.
     dtype
-        Of the layers' outputs.
+        In which they are computed.
+    parts
+        Who gives the updates of further tokens.
+    odd
+        Sites where the adapters of these are something else.
     """
-    if any(stretch.factors.resident.pool.device.type == "cpu" for stretch in stretches) and dtype.itemsize < 4:
-        dtype = torch.float32  # batched products of a token each are several times faster so
-    members: list[_Long | _Short] = []
+    members: list[Part] = list(parts)
     short: dict[int, list[Stretch]] = {}
     for stretch in stretches:
-        if stretch.stop - stretch.start >= _LONG or stretch.factors.large:
+        if stretch.stop - stretch.start >= LONG or stretch.factors.large:
             members.append(_Long(stretch, dtype))
         else:
             short.setdefault(stretch.factors.number, []).append(stretch)
     members += [_Short(each, dtype) if len(each) > 1 else _Long(each[0], dtype) for each in short.values()]
-    odd = {path for stretch in stretches for path in stretch.factors.odd}
+    excluded = {path for stretch in stretches for path in stretch.factors.odd}.union(odd)
     updates: dict[str, SiteUpdate] = {}
     for member in members:
         for number, path in enumerate(member.paths):
-            if path not in odd:
+            if path not in excluded:
                 updates.setdefault(path, SiteUpdate(tokens)).parts.append((member, number))
     for path, update in updates.items():
         active.kept[STACKED, path] = update
@@ -177,7 +203,7 @@ class _Long:
         self._stretch = stretch
         self._dtype = dtype
 
-    def made(self, number: int) -> _Made:
+    def made(self, number: int) -> Made:
         """Return what to multiply with at the site of a number."""
         stretch, path = self._stretch, self.paths[number]
         a, b = (tensor.to(self._dtype) for tensor in stretch.factors.ready(path))
@@ -209,7 +235,7 @@ class _Short:
             self._units = torch.stack(whole, 2).to(device) // ALIGNED  # (sites, A and B, tokens)
         self._gathered: list[list[Tensor]] = [[], []]
 
-    def made(self, number: int) -> _Made:
+    def made(self, number: int) -> Made:
         """Return what to multiply with at the site of a number, for each token."""
         if self._units is None:
             pairs = [stretch.factors.ready(self.paths[number]) for stretch in self._each]
@@ -220,15 +246,14 @@ class _Short:
                 ranks = [site.a.shape[0] for site in sites]
                 pool = self._stretches[0].factors.resident.pool
                 for which, slots in enumerate(([site.a for site in sites], [site.b for site in sites])):
-                    self._gathered[which] = _windows(pool, slots, ranks, self._units[:, which])
+                    self._gathered[which] = _gathered(pool, slots, ranks, self._units[:, which])
             a, b = (gathered[number] for gathered in self._gathered)
         return self._index, a.to(self._dtype).mT, b.to(self._dtype), self._scales[number]
 
 
-def _windows(pool: PagePool, slots: Sequence[Slot], ranks: Sequence[int], units: Tensor) -> list[Tensor]:
+def _gathered(pool: PagePool, slots: Sequence[Slot], ranks: Sequence[int], units: Tensor) -> list[Tensor]:
     """Return tensors from all over a pool, for each slot ``(tokens, rank, width)`` as they lie in memory.
 
-    They begin at multiples of `ALIGNED`, so a tensor of any size is one row of a view of the pool whose rows overlap.
     Sites whose tensors are of one shape are read together.
 
     Parameters
@@ -244,18 +269,25 @@ def _windows(pool: PagePool, slots: Sequence[Slot], ranks: Sequence[int], units:
     for number, (slot, rank) in enumerate(zip(slots, ranks, strict=True)):
         alike.setdefault((rank, slot.nbytes, slot.dtype), []).append(number)
     found: list[Tensor] = [units] * len(slots)
-    for (rank, nbytes, dtype), numbers in alike.items():
-        flat = pool.rows(dtype).view(-1)
-        size, step = nbytes // dtype.itemsize, ALIGNED // dtype.itemsize
-        windows = flat.as_strided(((flat.numel() - size) // step + 1, size), (step, 1))
-        read = windows.index_select(0, units[numbers].view(-1)).view(len(numbers), units.shape[1], rank, -1)
-        for number, tensor in zip(numbers, read.unbind(), strict=True):
+    for (rank, _, _), numbers in alike.items():
+        read = windows(pool, slots[numbers[0]], units[numbers].view(-1))
+        for number, tensor in zip(numbers, read.view(len(numbers), units.shape[1], rank, -1).unbind(), strict=True):
             found[number] = tensor
     return found
 
 
+def windows(pool: PagePool, slot: Slot, units: Tensor) -> Tensor:
+    """Return tensors of one shape from all over a pool, ``(units, elements)``.
+
+    They begin at multiples of `ALIGNED`, so a tensor of any size is one row of a view of the pool whose rows overlap.
+    """
+    flat = pool.rows(slot.dtype).view(-1)
+    size, step = slot.nbytes // slot.dtype.itemsize, ALIGNED // slot.dtype.itemsize
+    return flat.as_strided(((flat.numel() - size) // step + 1, size), (step, 1)).index_select(0, units)
+
+
 #: Which tokens; Aᵀ, Bᵀ and a scale, for all of them or one for each.
-_Made = tuple[slice | Tensor, Tensor, Tensor, float | Tensor]
+Made = tuple[slice | Tensor, Tensor, Tensor, float | Tensor]
 
 
 class SiteUpdate:
@@ -268,9 +300,9 @@ class SiteUpdate:
     """
 
     def __init__(self, tokens: int) -> None:
-        self.parts: list[tuple[_Long | _Short, int]] = []
+        self.parts: list[tuple[Part, int]] = []
         self._tokens = tokens
-        self._made: list[_Made] | None = None
+        self._made: list[Made] | None = None
 
     def serves(self, x: Tensor) -> bool:
         """Whether the input has the batch's tokens."""

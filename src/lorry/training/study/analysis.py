@@ -210,8 +210,8 @@ def means(records: Iterable[Record], better: Way) -> dict[Setup, dict[float, flo
 def anova(rows: Sequence[tuple[Record, float]]) -> dict[str, float | None]:
     """Return the part of each source in the sum of squares of scores (type II), which add up to one.
 
-    Sources with one value are None, and so is `CROSSED` where not both of its factors vary. All are None where the
-    scores do not differ.
+    Sources with one value are None, and so is `CROSSED` where not both of its factors vary, or where there are too few
+    runs to tell it from the rest. All are None where the scores do not differ.
     """
     import pandas
     from statsmodels.formula.api import ols
@@ -223,7 +223,7 @@ def anova(rows: Sequence[tuple[Record, float]]) -> dict[str, float | None]:
         return dict(none)
     varied = [f for f in FACTORS if table[f].nunique() > 1]
     terms = [f"C({f})" for f in varied]
-    if {"rate", "variant"} <= set(varied):
+    if {"rate", "variant"} <= set(varied) and len(table) > _degrees(table, varied, crossed=True):
         terms.append("C(variant):C(rate)")
     if not terms or len(table) <= _degrees(table, varied):
         return dict(none)
@@ -233,11 +233,11 @@ def anova(rows: Sequence[tuple[Record, float]]) -> dict[str, float | None]:
     return none | {names[term]: float(value) / total for term, value in found.items()}
 
 
-def _degrees(table: Any, varied: Sequence[str]) -> int:
+def _degrees(table: Any, varied: Sequence[str], crossed: bool = False) -> int:
     """How many numbers the model of an analysis of variance has."""
     counts = {f: int(table[f].nunique()) for f in varied}
-    crossed = (counts.get("rate", 1) - 1) * (counts.get("variant", 1) - 1)
-    return 1 + sum(count - 1 for count in counts.values()) + crossed
+    more = (counts["rate"] - 1) * (counts["variant"] - 1) if crossed else 0
+    return 1 + sum(count - 1 for count in counts.values()) + more
 
 
 def _setup(record: Record) -> Setup:

@@ -67,7 +67,7 @@ class Study:
     """
 
     base: str = option(MISSING, "'pocket', a local Hugging Face model folder, or a name on the hub.")
-    out: str = option(MISSING, "Folder for the results of all cells, the report and the picture.")
+    out: str = option(MISSING, "Folder for the results of all runs, the report and the picture.")
     job: Any = option(MISSING, "Options that all jobs share: data, objective, steps, targets and so on.")
     variants: Any = option(
         MISSING,

@@ -10,10 +10,11 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from lorry.core.errors import AdapterError
 from lorry.serving.http.bodies import LoadBody, UnloadBody
 from lorry.serving.http.errors import ApiError
-from lorry.serving.http.names import BASE, unknown
-from lorry.serving.http.state import GUARDED, WORKING, Caller, Shared
+from lorry.serving.http.names import BASE
+from lorry.serving.http.state import GUARDED, WORKING, Caller, Serving, Shared
 
 router = APIRouter(tags=["adapters"])
 
@@ -21,10 +22,11 @@ router = APIRouter(tags=["adapters"])
 @router.post("/v1/load_lora_adapter", dependencies=WORKING)
 async def load(body: LoadBody, serving: Shared, caller: Caller) -> dict[str, Any]:
     """Load an adapter under a name; the answer holds the receipt."""
-    caller.check_manage()
     name = body.lora_name
+    caller.check_manage(name)
     if name in (BASE, serving.base):
         raise ApiError(400, f"'{name}' names the base; give the adapter another name.", param="lora_name")
+    _check_mode(serving, name)
     path = await asyncio.to_thread(allowed, body.lora_path, serving.folders)
     if not body.load_inplace and name in serving.names():
         message = f"An adapter '{name}' is served already; send load_inplace: true to exchange it, or unload it first."
@@ -36,10 +38,12 @@ async def load(body: LoadBody, serving: Shared, caller: Caller) -> dict[str, Any
 @router.post("/v1/unload_lora_adapter", dependencies=WORKING)
 async def unload(body: UnloadBody, serving: Shared, caller: Caller) -> dict[str, Any]:
     """Unload an adapter; requests that use it end as they began."""
-    caller.check_manage()
-    if body.lora_name not in serving.names():
-        raise unknown(body.lora_name, serving.names())
-    await asyncio.to_thread(serving.engine.unload, body.lora_name)
+    caller.check_manage(body.lora_name)
+    _check_mode(serving, body.lora_name)
+    try:
+        await asyncio.to_thread(serving.engine.unload, body.lora_name)
+    except AdapterError as error:
+        raise serving.unknown(body.lora_name, caller) from error
     return {"object": "adapter", "id": body.lora_name, "deleted": True}
 
 
@@ -59,8 +63,16 @@ async def listed(serving: Shared, caller: Caller) -> dict[str, Any]:
             "in_use": each.in_use,
         }
         for each in found
+        if caller.may_use(each.name)
     ]
     return {"object": "list", "data": rows}
+
+
+def _check_mode(serving: Serving, name: str) -> None:
+    """Raise 409 for the adapter of a mode, which belongs to a head."""
+    if name in serving.modes:
+        message = f"'{name}' belongs to a mode of this server and stays as it is."
+        raise ApiError(409, message, code="mode_adapter", param="lora_name")
 
 
 def allowed(path: str, folders: Sequence[Path]) -> Path:

@@ -6,9 +6,8 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from lorry.core.errors import AdapterError
 from lorry.serving.http.keys import Holder
-from lorry.serving.http.names import composition_of, missing
+from lorry.serving.http.names import composition_of
 from lorry.serving.http.state import GUARDED, Caller, Serving, Shared
 
 router = APIRouter(dependencies=GUARDED, tags=["models"])
@@ -32,9 +31,8 @@ async def model(model: str, serving: Shared, caller: Caller) -> dict[str, Any]:
 
 def _check(serving: Serving, caller: Holder, model: str, composition: dict[str, float]) -> None:
     caller.check_model(composition)
-    absent = missing(composition, serving.names())
-    if absent is not None:
-        raise serving.refused(AdapterError(f"No adapter '{absent}' is served."), model, composition, caller)
+    if not composition.keys() <= set(serving.names()):
+        raise serving.unknown(model, caller)
 
 
 def _card(serving: Serving, name: str | None) -> dict[str, Any]:

@@ -115,18 +115,6 @@ def serve(**flags: Any) -> None:
         server.service.engine.close()
 
 
-def _value(name: str, value: Any) -> Any:
-    """Return an engine's option; one that is written ``{name: value, ...}`` is a mapping."""
-    if not isinstance(value, str) or not value.startswith("{"):
-        return value
-    import yaml
-
-    try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise OptionError(f"--{name.replace('_', '-')}: cannot read {value!r} as YAML.") from None
-
-
 def _bench(own: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     """Replay a workload on what would be served."""
     from lorry.cli.serve_bench import bench_engine, workload_of
@@ -139,6 +127,18 @@ def _bench(own: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         bench_engine(engine, list(references), workload, own["max_requests"], own["plot"], own["as_json"])
     finally:
         engine.close()
+
+
+def _value(name: str, value: Any) -> Any:
+    """Return an engine's option; one that is written ``{name: value, ...}`` is a mapping."""
+    if not isinstance(value, str) or not value.startswith("{"):
+        return value
+    import yaml
+
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise OptionError(f"--{name.replace('_', '-')}: cannot read {value!r} as YAML.") from None
 
 
 def build(own: Mapping[str, Any], engine_options: Mapping[str, Any]) -> DrainingServer:

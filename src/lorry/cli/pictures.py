@@ -241,3 +241,40 @@ def replayed(found: Replayed, path: Path) -> Path:
         f"{len(found.timings)} requests over {over}, {work.rate:g} in a second, cv {work.cv:g}", fontsize=11
     )
     return _save(figure, path)
+
+
+def lines(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], path: Path, below: str, title: str
+) -> Path:
+    """Draw panels of lines over one quantity on a log scale.
+
+    Parameters
+    ----------
+    panels
+        What a panel shows -> name of a line, empty where there is but one -> points.
+    path
+        The PNG file to write.
+    below
+        What the horizontal axes show.
+    title
+        What the picture shows.
+    """
+    figure, axes = _canvas(4.2 * len(panels), 3.6, len(panels))
+    for axis, (what, series) in zip(axes, panels.items(), strict=True):
+        for name, points in series.items():
+            across, up = zip(*points, strict=True)
+            axis.plot(across, up, label=name or None, linewidth=1.4, marker="o", markersize=3.5)
+        places = sorted({across for points in series.values() for across, _ in points})
+        axis.set_xscale("log")
+        axis.set_xticks(places, [f"{place:g}" for place in places])
+        axis.minorticks_off()
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel(below)
+        axis.set_title(what, fontsize=10)
+        axis.grid(alpha=0.25, linewidth=0.5)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+        if any(series):
+            axis.legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    return _save(figure, path)

@@ -128,7 +128,7 @@ def test_keys_have_their_modes(server):
 
 
 def test_modes_of_the_command_line(folder, shelf):
-    own = dict.fromkeys(("keys", "api_key", "template", "name", "adapter", "adapter_dir", "mode"))
+    own = dict.fromkeys(("keys", "api_key", "template", "name", "adapter", "adapter_dir", "mode", "train"))
     own |= {"base": "pocket", "host": "127.0.0.1", "port": 0, "dtype": "auto", "device": "cpu", "max_body": 4096,
             "max_requests": 4, "max_sessions": 2, "patience": 1.0}  # fmt: skip
     server = build(own | {"mode": [f"find={folder}"]}, {"pages": 64})

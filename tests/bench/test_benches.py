@@ -10,6 +10,7 @@ import torch
 import lorry
 from lorry.bench import (
     BENCHES,
+    agents,
     decode,
     fleet,
     fuse,
@@ -231,3 +232,22 @@ def test_kernels_without_a_gpu_says_so_and_measures_the_forms_for_the_cpu():
     if not torch.cuda.is_available():
         with pytest.raises(lorry.OptionError, match="device=cuda"):
             kernels.run(device="cuda")
+
+
+def test_agents():
+    """Sizes of caches and tokens that are run are those of LRAgent's formulas."""
+    result = agents.run(rounds=1, roles=2, turns=4, prompt=8, observation=5, answer=2, rank=2, lengths="16,32", **TINY)
+    schemes = result["schemes"]
+    assert result["tokens"] == 36 and list(schemes) == ["non-shared", "full-shared", "base-shared", "base-lr-shared"]
+    # what the last role has read, and the other one a turn before; the last token is run by nobody
+    last, before = 35, 28
+    width = 2 * 64
+    assert schemes["full-shared"]["numbers"] == width * last
+    assert schemes["non-shared"]["numbers"] == width * (last + before)
+    assert schemes["base-shared"]["numbers"] == width * last + 2 * (last + before)
+    assert schemes["base-lr-shared"]["numbers"] == (width + 2) * last
+    assert [each["forwarded"] for each in schemes.values()] == [last + before, last, last + before, last]
+    text = shown(agents, result)
+    assert "base-lr-shared" in text and "expanding to reordered" in text
+    with pytest.raises(lorry.OptionError, match="turns"):
+        agents.run(turns=0)

@@ -12,6 +12,7 @@ from lorry.bench import (
     BENCHES,
     _serve_load,
     _serve_peers,
+    agents,
     decode,
     fleet,
     fuse,
@@ -269,3 +270,22 @@ def test_peers_of_serving_do_the_same_work_as_the_engine():
     for way in (_serve_peers.peft_switch, _serve_peers.peft_merge):
         torch.manual_seed(0)
         assert way(shape, 3).answer(named) == rows
+
+
+def test_agents():
+    """Sizes of caches and tokens that are run are those of LRAgent's formulas."""
+    result = agents.run(rounds=1, roles=2, turns=4, prompt=8, observation=5, answer=2, rank=2, lengths="16,32", **TINY)
+    schemes = result["schemes"]
+    assert result["tokens"] == 36 and list(schemes) == ["non-shared", "full-shared", "base-shared", "base-lr-shared"]
+    # what the last role has read, and the other one a turn before; the last token is run by nobody
+    last, before = 35, 28
+    width = 2 * 64
+    assert schemes["full-shared"]["numbers"] == width * last
+    assert schemes["non-shared"]["numbers"] == width * (last + before)
+    assert schemes["base-shared"]["numbers"] == width * last + 2 * (last + before)
+    assert schemes["base-lr-shared"]["numbers"] == (width + 2) * last
+    assert [each["forwarded"] for each in schemes.values()] == [last + before, last, last + before, last]
+    text = shown(agents, result)
+    assert "base-lr-shared" in text and "expanding to reordered" in text
+    with pytest.raises(lorry.OptionError, match="turns"):
+        agents.run(turns=0)

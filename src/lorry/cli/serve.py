@@ -32,6 +32,13 @@ _KINDS: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool,
 #: Names of loopback, which a server without keys answers to.
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS", help="Serve on replicas under Ray Serve: local starts Ray here, auto finds it, or where."
+    ),
+]
+
 
 def _signature(
     base: BaseArgument,
@@ -88,12 +95,7 @@ def _signature(
     ] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Of --bench: also draw it, to this PNG file.")] = None,
     as_json: Json = False,
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS", help="Serve on replicas under Ray Serve: local starts Ray here, auto finds it, or where."
-        ),
-    ] = None,
+    ray: RayAddress = None,
 ) -> None:
     """Declare the flags that are neither options of the engine nor of the replicas."""
 

@@ -93,7 +93,7 @@ def test_bodies_of_any_kind_are_no_failure_of_the_server(server, model):
 
 
 def test_a_key_reaches_its_own_alone_and_what_was_published(tmp_path):
-    keys = Keys([KeyRule(name=name, key=key) for name, key in (("one", ONE), ("other", OTHER))])
+    keys = Keys([KeyRule(name="one", key=ONE), KeyRule(name="other", key=OTHER, max_tokens=2, base=False)])
     with training(tmp_path, keys) as server:
         with pytest.raises(tinker.AuthenticationError):
             service(server.url, "tml-unknown").create_lora_training_client("pocket").result()
@@ -116,16 +116,19 @@ def test_a_key_reaches_its_own_alone_and_what_was_published(tmp_path):
         expected = one.create_sampling_client(model_path=saved).result().sample(prompt, 1, params).result()
         bearer = {"Authorization": f"Bearer {OTHER}"}
         listed = httpx.get(f"{server.url}/v1/models", headers=bearer).json()["data"]
-        assert [each["id"] for each in listed] == ["pocket"]
+        assert listed == []
         for name in {each.name for each in server.trainer.service.engine.adapters()}:
             body = {"model": name, "prompt": "a", "max_tokens": 1}
             assert httpx.post(f"{server.url}/v1/completions", json=body, headers=bearer).status_code == 404
         one.create_rest_client().publish_checkpoint_from_tinker_path(saved).result()
         sampler = other.create_sampling_client(model_path=saved).result()
-        assert sampler.sample(prompt, 1, params).result().sequences[0].tokens == expected.sequences[0].tokens
+        assert sampler.sample(prompt, 1, params).result().sequences[0].tokens == expected.sequences[0].tokens[:2]
+        bare = other.create_sampling_client(base_model="pocket").result()
+        with pytest.raises(tinker.PermissionDeniedError):
+            bare.sample(prompt, 1, params).result()
 
 
-def test_checkpoints_are_listed_kept_and_deleted(client):
+def test_checkpoints_are_listed_kept_and_deleted(client, server):
     model = client.create_lora_training_client("pocket", rank=4, seed=1, user_metadata={"a": "b"}).result()
     rest = client.create_rest_client()
     state = model.save_state("first", ttl_seconds=7200).result().path
@@ -139,6 +142,10 @@ def test_checkpoints_are_listed_kept_and_deleted(client):
     run = rest.get_training_run_by_tinker_path(state).result()
     assert (run.lora_rank, run.user_metadata, run.last_checkpoint.tinker_path) == (4, {"a": "b"}, state)
     assert rest.get_weights_info_by_tinker_path(state).result().lora_rank == 4
+    unload = {"model_id": model.model_id}
+    for status in (200, 404):  # saved weights stay
+        answer = httpx.post(f"{server.url}/api/v1/unload_model", json=unload, headers={"X-API-Key": "tml-anyone"})
+        assert answer.status_code == status
     copy = rest.copy_weights(sampler, "anywhere").result()
     rest.delete_checkpoint_from_tinker_path(sampler).result()
     assert [each.tinker_path for each in rest.list_checkpoints(model.model_id).result().checkpoints] == [state]

@@ -9,9 +9,9 @@ import re
 import secrets
 import time
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from lorry.core.errors import LorryError
 from lorry.serving.service import Overloaded
@@ -40,6 +40,18 @@ class _Sample:
     owner: str
     task: asyncio.Task[tuple[bytes, str]]
     ended: float | None = None
+
+
+class Leave(Protocol):
+    """What a key may take, to be given back."""
+
+    used: int
+
+    def end(self) -> None:
+        """Give it back but for the tokens that were used."""
+
+
+Take = Callable[[int, int], Leave]
 
 
 class Desk:
@@ -185,7 +197,7 @@ class Desk:
             raise Refused(f"{path} cannot be sampled from; save the weights with save_weights_for_sampler.")
         return saved.path
 
-    def sample(self, owner: str, wish: Wish, path: str | None, sampler: str | None, seq: int | None) -> str:
+    def sample(self, owner: str, wish: Wish, path: str | None, sampler: str | None, seq: int | None, take: Take) -> str:
         """Begin to sample, on the running loop; returns the request's id. An id that is known is not begun again.
 
         Raises
@@ -194,6 +206,8 @@ class Desk:
             What is wished for cannot be had.
         Overloaded
             Too much is under way.
+        Exception
+            What `take` raises, which is asked for leave for so many samples and tokens.
         """
         service = self.trainer.service
         id = f"{sampler or f'{uuid.uuid4()}:sample:0'}:{0 if seq is None else _checked(seq, 0)}"
@@ -205,11 +219,17 @@ class Desk:
         if service.under_way + wish.samples > service.max_requests or len(self._samples) >= _MOST_ANSWERS:
             raise Overloaded("The server has as many requests for samples as it takes; try again later.")
 
+        leave = take(wish.samples, wish.samples * (len(wish.prompt) + sampling.max_tokens))
+
         async def run() -> bytes:
             composition = await asyncio.to_thread(self.trainer.samplers.composition, path)
-            return await sampled(service, wish, sampling, composition, f"tinker-{uuid.uuid4().hex}", owner)
+            name = f"tinker-{uuid.uuid4().hex}"
+            answer, leave.used = await sampled(service, wish, sampling, composition, name, owner)
+            return answer
 
-        self._samples[id] = _Sample(owner, asyncio.get_running_loop().create_task(_answered(run())))
+        task = asyncio.get_running_loop().create_task(_answered(run()))
+        task.add_done_callback(lambda _: leave.end())  # also of a task that was cancelled before it began
+        self._samples[id] = _Sample(owner, task)
         return id
 
     async def _sample(self, owner: str, id: str) -> tuple[bytes, str] | None:

@@ -83,8 +83,8 @@ class Wish:
 
 async def sampled(
     service: Service[Engine], wish: Wish, sampling: Sampling, composition: Mapping[str, float], id: str, key: str
-) -> bytes:
-    """Return the answer to a request for samples.
+) -> tuple[bytes, int]:
+    """Return the answer to a request for samples, and how many tokens it took.
 
     Raises
     ------
@@ -106,4 +106,5 @@ async def sampled(
     for answer in answers:
         if answer.finish not in ("stop", "length"):
             raise RuntimeError(answer.error or f"A sample ended as '{answer.finish}'.")
-    return sample_response(answers, prompt=wish.prompt_logprobs, top_prompt=wish.top_prompt, top=wish.top)
+    used = sum(answer.usage.prompt + answer.usage.completion for answer in answers)
+    return sample_response(answers, prompt=wish.prompt_logprobs, top_prompt=wish.top_prompt, top=wish.top), used

@@ -116,6 +116,7 @@ class Trainer:
         self._queues: dict[str, Queue] = {}
         self._busy: set[str] = set()
         self._company: deque[set[str]] = deque(maxlen=2)  # the models of the last two joint passes
+        self._unloading: deque[tuple[str, Future[None]]] = deque()
         self._watchers: dict[tuple[str, int], list[Future[None]]] = {}
         self._take_up()
         self._loop = asyncio.new_event_loop()
@@ -182,12 +183,13 @@ class Trainer:
 
     async def unload(self, model: str) -> None:
         """Forget a model; its checkpoints stay."""
+        done: Future[None] = Future()
         with self._wake:
-            self._queues.pop(model, None)
-            self._busy.discard(model)
-        tenant = await asyncio.to_thread(self._tenants.drop, model)
-        if tenant is not None:
-            await self.service.call(self._alone(tenant.leave))
+            if self._closed:
+                raise Draining("The server has ended.")
+            self._unloading.append((model, done))
+            self._wake.notify_all()
+        await asyncio.wrap_future(done)
 
     def close(self) -> None:
         """End the thread; what is not done is done by the next server on the folder."""
@@ -195,6 +197,8 @@ class Trainer:
             self._closed = True
             self._wake.notify_all()
         self._thread.join()
+        for _, done in self._unloading:
+            done.cancel()
         self._loop.close()
         self.store.close()
 
@@ -203,7 +207,7 @@ class Trainer:
     def _work(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._closed or bool(self._ready()))
+                self._wake.wait_for(lambda: self._closed or bool(self._unloading) or bool(self._ready()))
                 if self._closed:
                     return
             try:
@@ -226,6 +230,8 @@ class Trainer:
 
     def _round(self) -> None:
         """Do what is no pass, then the passes of all models that wait for one."""
+        while self._unloading:
+            self._unload(*self._unloading.popleft())
         with self._wake:
             singles = [(q, q.head) for _, q in self._ready() if q.head is not None and q.head.kind != PASS]
         for queue, entry in singles:
@@ -245,6 +251,17 @@ class Trainer:
         self._wave(waves)
         for tenant in self._tenants.shrink():
             self._on_engine(tenant.leave)
+
+    def _unload(self, model: str, done: Future[None]) -> None:
+        with self._wake:
+            self._queues.pop(model, None)
+        try:
+            tenant = self._tenants.drop(model)
+            if tenant is not None:
+                self._on_engine(tenant.leave)
+        finally:
+            if done.set_running_or_notify_cancel():
+                done.set_result(None)
 
     def _single(self, queue: Queue, entry: Entry) -> None:
         """Do one request that is no pass; its effect and its answer are written down together."""

@@ -162,5 +162,5 @@ async def asample(body: Sample, desk: Taking, owner: Owner) -> dict[str, Any]:
         top_prompt=body.topk_prompt_logprobs,
         top=body.topk_sample_logprobs,
     )
-    id = desk.sample(owner.name, wish, path, body.sampling_session_id, body.seq_id)
+    id = desk.sample(owner.name, wish, path, body.sampling_session_id, body.seq_id, owner.take)
     return {"request_id": id, "sample_sequence_ids": [f"{id}:{turn}" for turn in range(body.num_samples)]}

@@ -168,15 +168,17 @@ def serve_replicas(own: Mapping[str, Any], engine_options: Mapping[str, Any], cl
         if own[flag]:
             raise OptionError(f"--{flag} is for a server of one process; leave out --ray.")
     ended = Event()
-    before = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    before: dict[signal.Signals, Any] = {}
     try:
         address = start_replicas(own, engine_options, cluster)
+        for number in (signal.SIGTERM, signal.SIGINT):  # now, since Ray sets handlers of its own when it starts
+            before[number] = signal.signal(number, lambda *_: ended.set())
         note(f"serving {own['name'] or _name(own['base'])} at {address}")
         ended.wait()
     finally:
+        take_down()
         for number, handler in before.items():
             signal.signal(number, handler)
-        take_down()
 
 
 def start_replicas(own: Mapping[str, Any], engine_options: Mapping[str, Any], cluster: Mapping[str, Any]) -> str:

@@ -93,6 +93,22 @@ def test_draws_follow_the_distribution_of_transformers_processors(temperature, t
     assert chi_squared < freedom + 4 * math.sqrt(2 * freedom) + 4
 
 
+@pytest.mark.parametrize("spread", [0.1, 6.0])
+def test_a_nucleus_is_the_same_whether_it_lies_among_few_tokens_or_many(spread):
+    vocabulary = Vocabulary(3000)
+    logits = spread * torch.randn(1, 3000, generator=torch.Generator().manual_seed(2))
+    shares = logits.double().softmax(-1)[0].sort(descending=True)
+    size = int((shares.values.cumsum(0) < 0.7).sum()) + 1
+    assert (size > 512) == (spread < 1)
+    nucleus, drawn = set(shares.indices[:size].tolist()), []
+    for top_k in (0, 3000):
+        options = [Sampling(temperature=1.0, top_p=0.7, top_k=top_k, seed=seed) for seed in range(60)]
+        choosers = [Chooser(Request("r", (1,), sampling=each), vocabulary) for each in options]
+        drawn.append([each.token for each in choose(logits.expand(60, -1), choosers)])
+    assert drawn[0] == drawn[1]
+    assert set(drawn[0]) <= nucleus
+
+
 def test_the_random_numbers_are_gumbels():
     found = gumbel(torch.arange(200)[:, None] * 7919, torch.arange(500)[None]).flatten()
     assert abs(found.mean() - 0.5772) < 0.02

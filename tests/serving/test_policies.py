@@ -44,6 +44,16 @@ def test_every_policy_serves_everyone_once_and_forgets_who_leaves(name):
     assert admitted(policy) == ""
 
 
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_a_preempted_request_comes_back_in_front(name):
+    policy = filled(name, [request(c, "x", key="k") for c in "abc"])
+    assert admitted(policy, room=1) in ("a", "c")  # early abort begins with the newest
+    policy.again(request("p", "x", key="k"), 1.0)
+    running = View(1.0, [request("r", "x")])
+    left = admitted(policy, running)
+    assert left.startswith("p") and len(left) == 3
+
+
 def test_first_come_stops_at_the_first_refusal():
     policy = filled("fcfs", [request(c) for c in "abcd"])
     assert admitted(policy, refuse="c") == "ab"

@@ -17,6 +17,8 @@ from .chooser import Chooser
 
 #: Entries of (rows, vocabulary) that are drawn from at a time: what bounds the memory of it.
 AT_ONCE = 1 << 23
+#: Of how many of the likeliest tokens a nucleus (top-p) is sought first.
+HEAD = 512
 _COLDEST = 1e-30
 
 
@@ -60,11 +62,17 @@ def _drawn(scores: Tensor, choosers: Sequence[Chooser], any_k: bool, any_p: bool
     if any_k:
         scores, tokens = _likeliest(scores, [s.top_k for s in options])
     if any_p:
+        norm = scores.double().logsumexp(-1, keepdim=True)
+        most = column([s.top_p for s in options], torch.float64)
+        if scores.shape[-1] > HEAD:
+            head, ids = _likeliest(scores, [HEAD] * len(options))
+            if bool(((head.double() - norm).exp().sum(-1, keepdim=True) > most + 1e-9).all()):
+                scores, tokens = head, ids  # they hold the whole nucleus, and need not be sorted with all others
         scores, order = scores.sort(dim=-1, descending=True, stable=True)
         tokens = tokens.gather(-1, order)
-        shares = scores.double().softmax(-1)
+        shares = (scores.double() - norm).exp()
         before = shares.cumsum(-1) - shares
-        outside = before >= column([s.top_p for s in options], torch.float64)
+        outside = before >= most
         outside[:, 0] = False
         scores = scores.masked_fill(outside, -torch.inf)
     if any(s.min_p for s in options):

@@ -11,7 +11,8 @@ A policy holds the requests that wait. The engine tells it who arrives and leave
             ...                                          # admit it
 
 A request that is still with the policy when the loop comes back to it was refused; whether the policy then goes on with
-others or ends is its own business. A request that was preempted arrives again.
+others or ends is its own business. A request that was preempted comes back in front of
+those who wait (`again`).
 """
 
 from __future__ import annotations
@@ -68,6 +69,11 @@ class Policy(ABC):
         """Put a request into the queue."""
         self.waiting[request.id] = request
 
+    def again(self, request: Request, now: float) -> None:
+        """Put a request that was preempted in front of those of its queue."""
+        self.arrive(request, now)
+        to_front(self.waiting, request.id)
+
     def leave(self, id: str) -> None:
         """Take a request out of the queue, since it was admitted or cancelled; unknown ones are ignored."""
         self.waiting.pop(id, None)
@@ -95,6 +101,13 @@ class Policy(ABC):
         """Yield the request that waits longest, again and again as they leave."""
         while self.waiting:
             yield self.waiting[next(iter(self.waiting))]
+
+
+def to_front(queue: dict[str, Request], id: str) -> None:
+    """Make a request the first of a queue."""
+    others = [other for other in queue if other != id]
+    for other in others:
+        queue[other] = queue.pop(other)
 
 
 P = TypeVar("P", bound=type[Policy])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lorry.core.options import option
 from lorry.serving.request import Request
-from lorry.serving.scheduling.policy import Policy, View, register_policy
+from lorry.serving.scheduling.policy import Policy, View, register_policy, to_front
 
 
 @register_policy("cluster")
@@ -29,6 +29,11 @@ class Cluster(Policy):
         """Put a request into the queue, and beside those with its adapters."""
         super().arrive(request, now)
         self._alike.setdefault(frozenset(request.composition), {})[request.id] = request
+
+    def again(self, request: Request, now: float) -> None:
+        """Put a request that was preempted in front."""
+        super().again(request, now)
+        to_front(self._alike[frozenset(request.composition)], request.id)
 
     def leave(self, id: str) -> None:
         """Take a request out of both."""

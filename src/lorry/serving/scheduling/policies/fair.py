@@ -9,7 +9,7 @@ from typing import Any
 from lorry.core.errors import OptionError
 from lorry.core.options import option
 from lorry.serving.request import Request
-from lorry.serving.scheduling.policy import Policy, View, register_policy
+from lorry.serving.scheduling.policy import Policy, View, register_policy, to_front
 
 
 @register_policy("fair")
@@ -46,6 +46,11 @@ class Fair(Policy):
             least = min((self.counters[other] for other in self._queues), default=0.0)
             self.counters[owner] = max(self.counters.get(owner, 0.0), least)
         self._queues.setdefault(owner, {})[request.id] = request
+
+    def again(self, request: Request, now: float) -> None:
+        """Put a request that was preempted in front of its owner's queue."""
+        super().again(request, now)
+        to_front(self._queues[self.owner(request)], request.id)
 
     def leave(self, id: str) -> None:
         """Take a request out of its owner's queue."""

@@ -126,3 +126,21 @@ def test_a_server_that_is_killed_goes_on_where_it_was(tmp_path, client):
     finally:
         process.kill()
         process.stderr.close()
+
+
+def test_models_that_leave_memory_come_back_as_they_were(tmp_path, client):
+    batches = [examples("swap", 3 + n) for n in range(4)]
+    expected = losses(client.create_lora_training_client("pocket", rank=4, seed=5).result(), batches)
+    with training(tmp_path, max_models=1) as server:
+        own = service(server.url)
+        made = [own.create_lora_training_client("pocket", rank=4, seed=5).result() for _ in range(2)]
+        found = [[], []]
+        for batch in batches:  # each turn of one makes the other leave
+            for model, seen in zip(made, found, strict=True):
+                seen += losses(model, [batch])
+    for seen in found:
+        assert seen == pytest.approx(expected, rel=1e-4)
+    with training(tmp_path) as server:  # a server that ended in good order has nothing to do again
+        assert server.trainer.passes.count == 0
+        stored = server.trainer.store.models()
+        assert [known.durable for known in stored] == [8, 8]

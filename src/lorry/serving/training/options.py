@@ -29,6 +29,9 @@ class TrainingOptions:
     )
     max_samplers: int = option(64, "Saved weights that stay loaded for sampling, at most.", at_least=1)
     kept_snapshots: int = option(16, "Unnamed weights for sampling that are kept of each model.", at_least=1)
+    write_every: int = option(
+        8, "Steps after which weights are written; those since then are done again after a crash.", at_least=1
+    )
     gather: float = option(0.005, "Seconds to wait for requests of other clients before a pass.", at_least=0)
 
     def __post_init__(self) -> None:

@@ -92,6 +92,8 @@ class Tenant:
     ----------
     spoiled
         Why the gradient that is being collected must not be used; None if it may.
+    unwritten
+        The numbers of the requests that changed the weights since these were written last.
     """
 
     def __init__(self, model: nn.Module, id: str, choice: LoraChoice) -> None:
@@ -108,6 +110,7 @@ class Tenant:
         fused = all(p.device.type in ("cpu", "cuda") for p in self.adapter.parameters())
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=fused)
         self.spoiled: str | None = None
+        self.unwritten: list[int] = []
 
     @property
     def collecting(self) -> bool:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 from torch import nn
 
+from lorry.core.errors import LorryError
 from lorry.serving.training.errors import Missing
 from lorry.serving.training.names import folder_name
 from lorry.serving.training.store import Store
 from lorry.serving.training.tenant import LoraChoice, Tenant
 
-T = TypeVar("T")
-#: Runs a function while nothing else uses the model.
-Alone = Callable[[Callable[[], T]], T]
+_log = logging.getLogger(__name__)
 
 
 class Tenants:
@@ -61,9 +59,31 @@ class Tenants:
         for id in list(self._here):
             if len(self._here) <= self.most:
                 break
-            if not self._here[id].collecting:
+            if not self._here[id].collecting and self.write_open(self._here[id]):
                 gone.append(self._here.pop(id))
         return gone
+
+    def all(self) -> list[Tenant]:
+        """Return the models in memory."""
+        return list(self._here.values())
+
+    def write_open(self, tenant: Tenant) -> bool:
+        """Write weights that changed since they were written last, and note it; returns whether that is done.
+
+        If the disk refuses, the model's requests stay written down in the place of its weights.
+        """
+        if not tenant.unwritten:
+            return True
+        seq = tenant.unwritten[-1]
+        try:
+            state = self.write(tenant, seq)
+        except LorryError:
+            _log.exception("The weights of %s could not be written after request %s.", tenant.id, seq)
+            return False
+        self.store.settle(tenant.id, seq, state)
+        tenant.unwritten.clear()
+        self.prune(tenant.id, state)
+        return True
 
     def drop(self, id: str) -> Tenant | None:
         """Forget a model for good, with its state on disk; returns it, to be taken off, if it is in memory."""

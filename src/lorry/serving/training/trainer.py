@@ -199,6 +199,8 @@ class Trainer:
         self._thread.join()
         for _, done in self._unloading:
             done.cancel()
+        for tenant in self._tenants.all():
+            self._tenants.write_open(tenant)
         self._loop.close()
         self.store.close()
 
@@ -264,7 +266,7 @@ class Trainer:
                 done.set_result(None)
 
     def _single(self, queue: Queue, entry: Entry) -> None:
-        """Do one request that is no pass; its effect and its answer are written down together."""
+        """Do one request that is no pass; it stays written down until its effect is."""
         tenant: Tenant | None = None
         changed = False
         answer: bytes | None = entry.answer
@@ -277,24 +279,17 @@ class Trainer:
             raise
         except Exception as error:
             answer = self._failure(entry, error)
-        state = self._written(tenant, entry.seq) if tenant is not None and changed else None
         with self.store.change():
             self.store.answer(entry.model, entry.seq, answer, JSON)
-            if tenant is not None and not tenant.collecting and (state is not None or not changed):
-                self.store.settle(entry.model, entry.seq, state)
-        if state is not None:
-            self._tenants.prune(entry.model, state)
+            if tenant is not None and not (changed or tenant.unwritten or tenant.collecting):
+                self.store.settle(entry.model, entry.seq)
+        if tenant is not None and changed:
+            tenant.unwritten.append(entry.seq)
+            if len(tenant.unwritten) >= self.options.write_every or entry.kind != "optim_step":
+                self._tenants.write_open(tenant)
         self._tell(entry)
         with self._wake:
             queue.done(entry)
-
-    def _written(self, tenant: Tenant, seq: int) -> str | None:
-        """Write weights that changed; if the disk refuses, their requests stay written down in their place."""
-        try:
-            return self._tenants.write(tenant, seq)
-        except LorryError:
-            _log.exception("The weights of %s could not be written after request %s.", tenant.id, seq)
-            return None
 
     def _wave(self, waves: list[tuple[Queue, list[Entry]]]) -> None:
         """Do requests for passes together."""
@@ -324,7 +319,7 @@ class Trainer:
         last = entries[-1]
         try:
             tenant = self._on_engine(lambda: self._tenants.get(last.model))
-            if not tenant.collecting:
+            if not (tenant.collecting or tenant.unwritten):
                 self.store.settle(last.model, last.seq)
         except LorryError:
             _log.exception("The requests of %s could not be settled.", last.model)

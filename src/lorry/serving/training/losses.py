@@ -83,7 +83,7 @@ def _gspo(p: Tensor, given: Inputs, config: Mapping[str, float]) -> Tensor:
 def _clipped(ratio: Tensor, given: Inputs, config: Mapping[str, float]) -> Tensor:
     """Return the ratio within the thresholds, which may be those of each token."""
     low, high = (given.get(name, config[name]) for name in _THRESHOLDS)
-    low, high = (torch.as_tensor(each).to(ratio) for each in (low, high))
+    low, high = (torch.as_tensor(each, dtype=ratio.dtype, device=ratio.device) for each in (low, high))
     return torch.minimum(torch.maximum(ratio, low), high)
 
 

@@ -20,7 +20,7 @@ from lorry.serving.request import Request, Sampling  # noqa: E402
 OWN = {
     "base": "pocket", "adapter": None, "host": "127.0.0.1", "name": None, "adapter_dir": None, "keys": None,
     "api_key": None, "template": None, "dtype": "auto", "device": "cpu", "max_body": 1 << 20, "max_requests": 64,
-    "patience": 5.0, "ray": "local",
+    "patience": 5.0, "ray": "local", "max_sessions": 4,
 }  # fmt: skip
 
 

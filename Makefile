@@ -12,12 +12,13 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo docs test lint types tests wheel format clean
+.PHONY: help setup demo docs test lint types tests soak wheel format clean
 
 help:
 	@echo "make demo    set up $(VENV), run the main job, report in out/demo/"
 	@echo "make test    set up $(VENV), then lint, types, tests and the wheel"
 	@echo "make docs    set up $(VENV), build the documentation into out/site/"
+	@echo "make soak    set up $(VENV), 10,000 requests over 1,000 adapters against the server, minutes"
 	@echo "make lint | types | tests | wheel | format | clean"
 
 setup: $(READY)
@@ -51,6 +52,10 @@ types: setup
 
 tests: setup
 	$(BIN)/python -m pytest -n 2
+
+# Bounded in time: half an hour is several times what it takes on two quiet cores.
+soak: setup
+	PYTHONPATH=tests timeout 1800 $(BIN)/python -m serving.api.soak --requests 10000 --adapters 1000
 
 # Without isolation, so that it needs no network: the build backend is among the development tools.
 wheel: setup

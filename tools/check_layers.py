@@ -48,6 +48,7 @@ NEIGHBOURS: dict[str, frozenset[str]] = {
     "federated": frozenset({"training", "merging"}),
     "diffusion": frozenset({"training"}),
     "multimodal": frozenset({"training"}),
+    "serving": frozenset({"training"}),
     "cli": frozenset({"web"}),
 }
 

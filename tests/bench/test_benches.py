@@ -10,6 +10,9 @@ import torch
 import lorry
 from lorry.bench import (
     BENCHES,
+    _serve_load,
+    _serve_peers,
+    agents,
     decode,
     fleet,
     fuse,
@@ -20,6 +23,7 @@ from lorry.bench import (
     methods,
     rows,
     schedule,
+    serve,
     step,
     switch,
     switch_fused,
@@ -231,3 +235,57 @@ def test_kernels_without_a_gpu_says_so_and_measures_the_forms_for_the_cpu():
     if not torch.cuda.is_available():
         with pytest.raises(lorry.OptionError, match="device=cuda"):
             kernels.run(device="cuda")
+
+
+SERVE = {"layers": 1, "hidden": 64, "inner": 96, "ranks": (2, 8), "requests": 6, "inputs": (4, 9), "answers": (2, 5)}
+
+
+def test_serving_counts_and_one_memory_runs_no_fewer_at_once_than_halves():
+    texts = {"ranks": "2,8", "inputs": "4,9", "answers": "2,5", "adapters": "2,5", "requests": 8}
+    result = serve.run(rounds=1, **TINY, **texts, batch=4, peers=False, pool_bytes=8 << 20, held=2)
+    assert set(result["adapters"]) == {"bare base", "2 adapters", "5 adapters"} and "peers" not in result
+    assert result["adapters"]["2 adapters"] == {"ratio": 1.0, "least": 1.0, "most": 1.0}
+    for burst, ways in result["pools"].items():
+        assert ways["unified"]["at most"] >= ways["halves"]["at most"] > 0, burst
+    assert ways["unified"]["steps"] <= ways["halves"]["steps"]
+    assert result["pools"]["small ranks"]["unified"]["at most"] > result["pools"]["small ranks"]["halves"]["at most"]
+    assert "mixed ranks" in shown(serve, result)
+    with pytest.raises(lorry.OptionError, match="least and most tokens"):
+        serve.run(inputs="9,4")
+
+
+def test_peers_of_serving_do_the_same_work_as_the_engine():
+    shape = _serve_load.Shape(**SERVE, batch=4)
+    base = _serve_load.asked(shape, 0, 3)
+    expected = [list(each.tokens) for each in _serve_load.Served(shape, 0).answer(base)]
+    assert [len(tokens) for tokens in expected] == [each.answer for each in base]
+    assert _serve_peers.batched_generate(shape).answer(base) == expected
+    with _serve_peers.continuous_batching(shape) as peer:
+        assert peer.answer(base) == expected
+    named = _serve_load.asked(shape, 3, 3)
+    assert [each.prompt for each in named] == [each.prompt for each in base]
+    assert len({each.adapter for each in named}) > 1
+    torch.manual_seed(0)
+    rows = _serve_peers.peft_names(shape, 3).answer(named)
+    for way in (_serve_peers.peft_switch, _serve_peers.peft_merge):
+        torch.manual_seed(0)
+        assert way(shape, 3).answer(named) == rows
+
+
+def test_agents():
+    """Sizes of caches and tokens that are run are those of LRAgent's formulas."""
+    result = agents.run(rounds=1, roles=2, turns=4, prompt=8, observation=5, answer=2, rank=2, lengths="16,32", **TINY)
+    schemes = result["schemes"]
+    assert result["tokens"] == 36 and list(schemes) == ["non-shared", "full-shared", "base-shared", "base-lr-shared"]
+    # what the last role has read, and the other one a turn before; the last token is run by nobody
+    last, before = 35, 28
+    width = 2 * 64
+    assert schemes["full-shared"]["numbers"] == width * last
+    assert schemes["non-shared"]["numbers"] == width * (last + before)
+    assert schemes["base-shared"]["numbers"] == width * last + 2 * (last + before)
+    assert schemes["base-lr-shared"]["numbers"] == (width + 2) * last
+    assert [each["forwarded"] for each in schemes.values()] == [last + before, last, last + before, last]
+    text = shown(agents, result)
+    assert "base-lr-shared" in text and "expanding to reordered" in text
+    with pytest.raises(lorry.OptionError, match="turns"):
+        agents.run(turns=0)

@@ -1,6 +1,9 @@
 """Requests and adapters come and go while others run."""
 
+import threading
+
 import pytest
+import torch
 from serving.tiny_engines import VOCABULARY, adapt, alone, engine, prompt, request, tiny
 
 import lorry
@@ -117,3 +120,88 @@ def test_a_stop_token_ends_an_answer():
     found = engine(model).generate([request("0", prompt(5), stop_tokens=(answer[3],))])[0]
     assert found.tokens == answer[: answer.index(answer[3]) + 1]
     assert (found.finish, found.stop) == ("stop", answer[3])
+
+
+def test_a_weight_that_is_too_large_ends_its_own_request_alone():
+    model = tiny(dtype=torch.float32)
+    adapt(model, "a", dtype=torch.float32)
+    machine = engine(model)
+    asked = [request("0", prompt(5), {"a": 1e38}), request("1", prompt(6), "a")]
+    expected = alone(model, asked[1])
+    found = machine.generate(asked)
+    assert found[0].finish == "error" and "not numbers" in found[0].error
+    assert found[1].tokens == expected
+    again = machine.generate([request("0", prompt(5), {"a": 1e38})])[0]
+    assert again.usage.cached == 0  # what may be broken is not kept
+
+
+def test_an_adapter_pinned_meanwhile_makes_requests_wait_not_fail(tmp_path):
+    path = saved(tmp_path / "a", 1)
+    model = tiny()
+    machine = engine(model, pages=40, prefix_cache=False)
+    asked = [request(str(n), prompt(20), most=40) for n in range(2)]  # 15 pages each at their ends
+    expected = [alone(model, each) for each in asked]
+    for each in asked:
+        machine.submit(each)
+    stepped(machine, tokens := {})
+    machine.load("a", path, pinned=True)  # 19 pages
+    found = finished(machine, tokens)
+    assert [found["0"], found["1"]] == expected and machine.stats().preemptions > 0
+    machine._pool.check()
+    assert machine.adapters()[0].place == "pool"
+
+
+def test_what_fits_no_more_because_of_a_pinned_adapter_is_told_so(tmp_path):
+    path = saved(tmp_path / "a", 1)
+    machine = engine(tiny(), pages=30)
+    machine.submit(request("0", prompt(20), most=40))
+    machine.load("a", path, pinned=True)
+    (output,) = machine.step()
+    assert output.finish == "error" and "pinned" in output.error and machine.idle
+
+
+def test_threads_submit_load_and_cancel_while_the_engine_steps(tmp_path):
+    paths = [saved(tmp_path / str(seed), seed) for seed in (1, 2)]
+    model = tiny()
+    machine = engine(model, pages=80)
+    machine.load("a", paths[0])
+    expected = {}
+    for number, path in enumerate(paths):
+        plain = tiny()
+        lorry.load(plain, path, name="a")
+        expected[number] = [alone(plain, request("x", prompt(n), "a")) for n in range(1, 7)]
+    problems, stop = [], threading.Event()
+
+    def client(which):
+        try:
+            for n in range(6):
+                machine.submit(request(f"{which}-{n}", prompt(n + 1), "a"))
+                if n == 3:
+                    machine.cancel(f"{which}-{n}")
+        except Exception as error:
+            problems.append(error)
+
+    def loader():
+        try:
+            for turn in range(6):
+                machine.load("a", paths[turn % 2])
+                machine.adapters(), machine.stats()
+        except Exception as error:
+            problems.append(error)
+        finally:
+            stop.set()
+
+    threads = [threading.Thread(target=client, args=(n,)) for n in range(3)] + [threading.Thread(target=loader)]
+    for thread in threads:
+        thread.start()
+    tokens = {}
+    while not (stop.is_set() and machine.idle and not any(t.is_alive() for t in threads)):
+        stepped(machine, tokens)
+    for thread in threads:
+        thread.join()
+    assert not problems
+    for id, found in tokens.items():
+        which, n = map(int, id.split("-"))
+        assert n == 3 or found in (expected[0][n], expected[1][n])
+    machine._pool.check()
+    assert len(machine.adapters()) == 1 and len(lorry.adapters(model)) == 1

@@ -129,8 +129,10 @@ def test_adapters_in_pages_are_bit_for_bit_what_they_were(kind):
         for resident in pool.held:
             for _, home in resident.adapter.homes():
                 assert torch.equal(home.ready()["A"], before[resident.adapter.name][id(home)])
+    pool.tokens.memory[[page for page, taken in enumerate(pool.tokens._taken) if not taken]] = 0xFF  # no numbers
     free = pool.capacity(pool.in_use) - len(blocks)
-    blocks += pool.take(free)
+    blocks += (fresh := pool.take(free))
+    assert not pool.tokens.memory[[block.page for block in fresh]].any()
     with pytest.raises(AdapterError, match="free"):
         pool.take(1)
 

@@ -22,6 +22,8 @@ def test_one_request_by_hand():
     assert r.seconds == 3.0 + 5.0 + 5 * 1.125
     assert (r.served, r.hits, r.in_time, r.output_tokens) == (1, 0, 1, 6)
     assert r.satisfaction == pytest.approx(1 - (5 / 6) ** 2)
+    # as the only round begins: the prompt and a first token, and the adapter
+    assert (r.row()["token pages"], r.row()["adapter pages"], r.row()["adapters held"]) == (5, 8, 1)
 
 
 def test_who_does_not_fit_waits_for_an_end_and_an_adapter_that_stays_is_a_hit():

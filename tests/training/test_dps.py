@@ -16,7 +16,7 @@ from lorry.training.dynamics.dps import DPS, Controller
 from lorry.training.huggingface import with_adapters
 
 TARGETS = ["q_proj", "down_proj"]
-DENSE = CurriculumLoRA(rank=2, stage=0, dense=True)
+DENSE = CurriculumLoRA(rank=2, updates=0, dense=True)
 
 
 def tasks(count=24, number=3, seed=1):
@@ -42,7 +42,7 @@ def switches(fleet):
 
 
 def stage_of(run):
-    return next(e.method.stage for e in run.adapter.entries.values())
+    return next(e.method.updates for e in run.adapter.entries.values())
 
 
 @pytest.mark.parametrize("method", [None, DENSE], ids=["from LoRA", "from a dense stage 0"])
@@ -106,7 +106,7 @@ def test_each_stage_trains_what_the_table_says_and_nothing_else_moves(method, tm
 
 def test_scales_are_bounded_and_one_at_the_start():
     model = tiny_llama()
-    adapter = lorry.attach(model, {"method": "curriculum-lora", "stage": 3}, targets=TARGETS)
+    adapter = lorry.attach(model, {"method": "curriculum-lora", "updates": 3}, targets=TARGETS)
     entry = next(iter(adapter.entries.values()))
     values = dict(entry.home.tensors())
     for stage in range(4):
@@ -129,7 +129,7 @@ def test_two_stages_with_the_base_frozen_are_plain_lora(tmp_path):
 
 def test_the_dense_weight_is_the_staged_forward():
     model = tiny_llama().double().eval()
-    method = {"method": "curriculum-lora", "stage": 3, "rank": 2, "alpha": 3.0, "dense": True, "bias": True}
+    method = {"method": "curriculum-lora", "updates": 3, "rank": 2, "alpha": 3.0, "dense": True, "bias": True}
     adapter = lorry.attach(model, method, targets=TARGETS, name="a", dtype=torch.float64)
     with torch.no_grad():
         for parameter in adapter.parameters():
@@ -249,7 +249,7 @@ def test_a_grown_adapter_saves_loads_and_fuses(tmp_path):
     train(model, None, job([DPS(stages=3, max_stage=3)]), tmp_path)
     again = tiny_llama()
     adapter = lorry.load(again, tmp_path / "job" / "adapter", name="job")
-    assert {e.method.stage for e in adapter.entries.values()} == {2}
+    assert {e.method.updates for e in adapter.entries.values()} == {2}
     ids = torch.arange(1, 9)[None]
     with torch.no_grad():
         for one in (model, again):
@@ -280,7 +280,7 @@ def test_bad_input_is_refused_with_what_to_do(tmp_path):
         status = train(tiny_llama(), None, one, tmp_path / str(number))["job"]["status"]
         assert status.startswith("failed") and says in status, status
     with pytest.raises(OptionError, match="set dense: true, or begin at stage 1"):
-        CurriculumLoRA(stage=0)
+        CurriculumLoRA(updates=0)
     from transformers import Trainer, TrainingArguments
 
     model = tiny_llama()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 import lorry
@@ -37,6 +39,13 @@ class Crowd:
         for number in range(len(self._peer.peft_config), count):
             self._peer.add_adapter(f"a{number}", config)
         return self._peer
+
+
+def off_zero(parameters: Iterable[nn.Parameter], seed: int) -> None:
+    """Give an adapter small random values, so that nothing in it is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
 
 
 def counts(most: int) -> list[int]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lorry
+from lorry.bench._crowd import off_zero
 from lorry.bench._measure import interleaved, llama, machine, ratio_table, ratios, threads
 from lorry.bench._registry import register
 
@@ -33,7 +34,7 @@ def run(
     model = llama(layers, hidden, inner).to(device, kind).eval()
     for number in range(batch):
         adapter = lorry.attach(model, {"method": "lora", "rank": rank}, name=f"a{number}", seed=number, activate=False)
-        _off_zero(adapter.parameters(), number)
+        off_zero(adapter.parameters(), number)
         adapter.train(False)
     other = _peft(llama(layers, hidden, inner).to(device, kind).eval(), batch, rank) if peer else None
     torch.manual_seed(0)
@@ -50,12 +51,6 @@ def run(
                     cases[f"peft {count} adapters"] = _peft_case(other, names, phase, prompt, steps)
             result[phase] = ratios(interleaved(cases, rounds, device, warm_up=1), "base")
     return result
-
-
-def _off_zero(parameters: list[nn.Parameter], seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in parameters:
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
 
 
 def _decode(call: Callable[..., Any], prompt: Tensor, steps: int) -> None:

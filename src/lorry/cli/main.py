@@ -31,6 +31,7 @@ from lorry.cli import (
     plan,
     push,
     serve,
+    simulate,
     study,
     train,
 )
@@ -172,6 +173,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
+app.command("simulate")(simulate.simulate)
 app.command("fuse")(fuse.fuse)
 app.command("merge")(merge.merge)
 app.command("convert")(convert.convert)

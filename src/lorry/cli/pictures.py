@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorry.serving.replay import Replayed
 
 #: Rows of the spectrum panel that still carry their names.
 NAMED_ROWS = 60
@@ -201,4 +204,77 @@ def before_after(rows: Sequence[tuple[str, float, float]], path: Path, title: st
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     axis.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    return _save(figure, path)
+
+
+def replayed(found: Replayed, path: Path) -> Path:
+    """Draw how long requests of a replay took, and how many ran and waited meanwhile."""
+    from lorry.serving.replay import quantile
+
+    figure, axes = _canvas(9.6, 3.6, 2)
+    left, right = axes
+    for name, seconds in (("first token", found.to_first), ("last token", found.to_end)):
+        if seconds:
+            shares = [(place + 1) / len(found.timings) for place in range(len(seconds))]
+            left.plot(seconds, shares, label=f"{name} (median {quantile(seconds, 0.5):.2g} s)", drawstyle="steps-post")
+    left.axvline(found.workload.deadline, color="#888888", linewidth=0.8, linestyle=":")
+    left.set_xscale("log")
+    left.set_ylim(0, 1.02)
+    left.set_xlabel("seconds from arrival, log scale")
+    left.set_ylabel("share of all requests")
+    left.legend(frameon=False, fontsize=8, loc="upper left")
+    if found.course:
+        times, running, waiting = zip(*found.course, strict=True)
+        right.plot(times, running, label="running")
+        right.plot(times, waiting, label="waiting")
+        right.legend(frameon=False, fontsize=8)
+    right.set_xlabel("seconds from the start")
+    right.set_ylabel("requests")
+    right.set_ylim(bottom=0)
+    for axis in axes:
+        axis.grid(alpha=0.25, linewidth=0.5)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+    work = found.workload
+    over = f"{work.adapters} adapters" if any(t.ready is not None for t in found.timings) else "the base"
+    figure.suptitle(
+        f"{len(found.timings)} requests over {over}, {work.rate:g} in a second, cv {work.cv:g}", fontsize=11
+    )
+    return _save(figure, path)
+
+
+def lines(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], path: Path, below: str, title: str
+) -> Path:
+    """Draw panels of lines over one quantity on a log scale.
+
+    Parameters
+    ----------
+    panels
+        What a panel shows -> name of a line, empty where there is but one -> points.
+    path
+        The PNG file to write.
+    below
+        What the horizontal axes show.
+    title
+        What the picture shows.
+    """
+    figure, axes = _canvas(4.2 * len(panels), 3.6, len(panels))
+    for axis, (what, series) in zip(axes, panels.items(), strict=True):
+        for name, points in series.items():
+            across, up = zip(*points, strict=True)
+            axis.plot(across, up, label=name or None, linewidth=1.4, marker="o", markersize=3.5)
+        places = sorted({across for points in series.values() for across, _ in points})
+        axis.set_xscale("log")
+        axis.set_xticks(places, [f"{place:g}" for place in places])
+        axis.minorticks_off()
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel(below)
+        axis.set_title(what, fontsize=10)
+        axis.grid(alpha=0.25, linewidth=0.5)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+        if any(series):
+            axis.legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=11)
     return _save(figure, path)

@@ -7,8 +7,13 @@ made of ``V_lr`` for each cached token. Source: LRAgent, arXiv 2602.01053, secti
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+_Form = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
 
 #: Queries that are computed together where there are many, so that the logits of a long prompt stay bounded.
 QUERIES = 256
@@ -35,15 +40,15 @@ def expanding_attention(
         What is added to the logits, broadcast to ``(batch, heads, length, keys)``; None if query i of the last `length`
         positions sees all keys up to its own.
     """
-    batch, kv_heads, keys, width = v.shape
-    whole = v + (low @ up.T).view(batch, keys, kv_heads, width).transpose(1, 2)
-    return _probabilities(q, k, scaling, mask) @ _each_head(whole, q.shape[1])
+    return _probabilities(q, k, scaling, mask) @ _each_head(_whole(v, low, up), q.shape[1])
 
 
 def split_attention(
     q: Tensor, k: Tensor, v: Tensor, low: Tensor, up: Tensor, scaling: float, mask: Tensor | None = None
 ) -> Tensor:
-    """Return the same as `expanding_attention`, ``(batch, heads, length, value width)``, in the reordered form; causal
+    """Return the same as `expanding_attention`, ``(batch, heads, length, value width)``.
+
+    Few queries take the reordered form; for at least as many as a head is wide, values are made whole once. Causal
     attention on a GPU is one kernel.
     """
     if q.is_cuda and mask is None and not torch.is_grad_enabled():
@@ -51,18 +56,22 @@ def split_attention(
 
         return triton_split_attention(q, k, v, low, up, scaling)
     length, keys = q.shape[2], k.shape[2]
+    form: _Form = _reordered
+    if length >= k.shape[-1]:  # so many queries share the values that making them whole once is the lesser work
+        v = _whole(v, low, up)
+        form = _fused
     if length <= QUERIES:
-        return _reordered(q, k, v, low, up, scaling, mask)
+        return form(q, k, v, low, up, scaling, mask)
     found = []
     for start in range(0, length, QUERIES):
         stop = min(start + QUERIES, length)
         if mask is not None:
             part = mask if mask.shape[-2] == 1 else mask[..., start:stop, :]
-            found.append(_reordered(q[:, :, start:stop], k, v, low, up, scaling, part))
+            found.append(form(q[:, :, start:stop], k, v, low, up, scaling, part))
         else:  # what these queries see at most
             seen = keys - length + stop
             parts = (k[:, :, :seen], v[:, :, :seen], low[:, :seen])
-            found.append(_reordered(q[:, :, start:stop], *parts, up, scaling, None))
+            found.append(form(q[:, :, start:stop], *parts, up, scaling, None))
     return torch.cat(found, dim=2)
 
 
@@ -110,6 +119,17 @@ def tiled_split_attention(
     return output
 
 
+def _fused(q: Tensor, k: Tensor, v: Tensor, _: Tensor, __: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+    """Attend over values that are whole by torch's own kernel."""
+    heads, length, keys = q.shape[1], q.shape[2], k.shape[2]
+    if mask is None and length < keys:
+        mask = torch.ones(length, keys, dtype=torch.bool, device=q.device).tril(keys - length)
+    causal = mask is None
+    return F.scaled_dot_product_attention(
+        q, _each_head(k, heads), _each_head(v, heads), attn_mask=mask, is_causal=causal, scale=scaling
+    )
+
+
 def _reordered(q: Tensor, k: Tensor, v: Tensor, low: Tensor, up: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
     batch, heads, length, _ = q.shape
     kv_heads, width = v.shape[1], v.shape[-1]
@@ -122,6 +142,11 @@ def _reordered(q: Tensor, k: Tensor, v: Tensor, low: Tensor, up: Tensor, scaling
     return (
         base.add_(update.view(batch, heads, length, width)) if not base.requires_grad else base + update.view_as(base)
     )
+
+
+def _whole(v: Tensor, low: Tensor, up: Tensor) -> Tensor:
+    batch, kv_heads, keys, width = v.shape
+    return v + (low @ up.T).view(batch, keys, kv_heads, width).transpose(1, 2)
 
 
 def _probabilities(q: Tensor, k: Tensor, scaling: float, mask: Tensor | None) -> Tensor:

@@ -33,7 +33,7 @@ class CurriculumLoRA(WeightDelta):
     rank: int = option(8, "Rank of each stage's update.", at_least=1)
     alpha: float | None = option(None, "Numerator of the scale alpha/rank; the rank itself if not given.", above=0)
     dropout: float = option(0.0, "Fraction of each update's input that is dropped in training.", at_least=0, below=1)
-    stage: int = option(1, "Low-rank updates in the stack; 0 has none yet, and needs `dense`.", at_least=0)
+    updates: int = option(1, "Low-rank updates in the stack; 0 has none yet, and needs `dense`.", at_least=0)
     dense: bool = option(False, "Keep a dense update D of the weight, which stage 0 trains.")
     bias: bool = option(False, "Keep an update of the bias beside D.")
     spread: float = option(0.2, "How far a scale may get from 1.", above=0, at_most=1)
@@ -41,7 +41,7 @@ class CurriculumLoRA(WeightDelta):
 
     def check(self) -> None:
         """Refuse a stack of nothing, and a bias without a dense update."""
-        if not self.stage and not self.dense:
+        if not self.updates and not self.dense:
             raise OptionError("CurriculumLoRA: stage 0 trains a dense update; set dense: true, or begin at stage 1.")
         if self.bias and not self.dense:
             raise OptionError("CurriculumLoRA: the bias is trained with the dense update; set dense: true, too.")
@@ -66,7 +66,7 @@ class CurriculumLoRA(WeightDelta):
             found["D"] = TensorSpec((*site.lead, site.out_features, site.in_features))
         if self.bias:
             found["bias"] = TensorSpec((site.out_features,))
-        for stage in range(1, self.stage + 1):
+        for stage in range(1, self.updates + 1):
             found |= self.of_stage(site, stage)
         return found
 
@@ -101,7 +101,7 @@ class CurriculumLoRA(WeightDelta):
             total = total + kind.channels_last(site, kind.dense(site, x, (own * tensors["D"]).to(dtype)))
         if self.bias:
             total = total + tensors["bias"].to(dtype)
-        for stage in range(1, self.stage + 1):
+        for stage in range(1, self.updates + 1):
             total = total + kind.channels_last(site, self._update(call, tensors, stage))
         return kind.channels_back(site, total)
 
@@ -122,7 +122,7 @@ class CurriculumLoRA(WeightDelta):
         total = (own - 1) * site.matrix().to(exact)
         if self.dense:
             total = total + own * tensors["D"].to(exact)
-        for stage in range(1, self.stage + 1):
+        for stage in range(1, self.updates + 1):
             a, b = tensors[f"A{stage}"].to(exact), tensors[f"B{stage}"].to(exact)
             total = total + (b * (self.scale * self.factor(tensors, stage).to(exact))) @ a
         return total

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lorry.serving.engine import Engine
+from lorry.serving.modes.mode import last_states
 from lorry.serving.request import Composition
 
 #: ``mean`` of all tokens' states, or the state of the ``last``.
@@ -61,19 +61,35 @@ def embed(
     AdapterError
         An adapter that is not served.
     """
+    with engine.applied(composition) as model:
+        tokens, mask = padded(prompts, next(model.parameters()).device)
+        states = last_states(model, tokens, mask)
+    return pooled(states.float(), mask, pooling=pooling, normalize=normalize)
+
+
+def padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return tokens and mask ``(prompts, tokens)`` of prompts of several lengths."""
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = torch.tensor(prompt)
     mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
-    with engine.applied(composition) as model:
-        device = next(model.parameters()).device
-        tokens, mask, lengths = tokens.to(device), mask.to(device), lengths.to(device)
-        fewer = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(model).forward).parameters else {}
-        found = model(tokens, attention_mask=mask, output_hidden_states=True, use_cache=False, **fewer)
-    states: Tensor = found.hidden_states[-1].float()
+    return tokens.to(device), mask.to(device)
+
+
+def pooled(states: Tensor, mask: Tensor, *, pooling: Pooling, normalize: bool) -> Tensor:
+    """Return one vector for each row, on the CPU.
+
+    Parameters
+    ----------
+    states, mask
+        ``(rows, tokens, width)`` and ``(rows, tokens)``, padded at the end.
+    pooling, normalize
+        As for `embed`.
+    """
+    lengths = mask.sum(1)
     if pooling == "last":
-        vectors = states[torch.arange(len(prompts), device=device), lengths - 1]
+        vectors = states[torch.arange(len(states), device=states.device), lengths - 1]
     else:
         vectors = (states * mask[..., None]).sum(1) / lengths[:, None]
     return (torch.nn.functional.normalize(vectors, dim=-1) if normalize else vectors).cpu()

@@ -14,6 +14,7 @@ from lorry.core.errors import OptionError
 from lorry.core.life.state import kept_state
 from lorry.core.receipt import Receipt
 from lorry.formats.file import AdapterFile
+from lorry.serving.hot import HotAdapter
 from lorry.serving.options import EngineOptions
 from lorry.serving.paging.batch import Batch, Part
 from lorry.serving.paging.hooks import PagedModel
@@ -27,6 +28,12 @@ from lorry.serving.sampling import Vocabulary, check_sampling, choose, report
 from lorry.serving.schedule import Scheduler, Share, passes
 from lorry.serving.sequence import Sequence
 from lorry.serving.served import Catalogue
+
+#: What is said where a pass gives logits that are no numbers.
+_NOT_NUMBERS = (
+    "The model's logits are not numbers in this request. Its adapters, or their weights in the composition, may be too "
+    "large for the type of the base; use smaller weights or another type."
+)
 
 
 class Engine:
@@ -71,6 +78,7 @@ class Engine:
         self._tokens = Vocabulary.of(model, tokenizer)
         self._decoded = self._steps = self._finished = 0
         self._pool.dropped = self._runner.dropped
+        self._hot = HotAdapter(self.options.fuse_hot)
 
     # -- requests
 
@@ -130,9 +138,9 @@ class Engine:
                 self.submit(request)
                 asked.append(request)
         except BaseException:
-            for request in asked:
-                self.cancel(request.id)
-            self.step()
+            with self._passes:
+                for request in asked:
+                    self._end(self._known[request.id], Output(request.id, finish="cancelled"))
             raise
         outputs: dict[str, list[Output]] = {request.id: [] for request in asked}
         left = set(outputs)
@@ -176,6 +184,8 @@ class Engine:
         CheckpointError, FingerprintError, AdapterError, SiteError
             As for `lorry.load`; what was served under the name goes on being served.
         """
+        with self._passes:
+            self._cool()
         return self._catalogue.load(name, source, pinned)
 
     def unload(self, name: str) -> None:
@@ -186,7 +196,9 @@ class Engine:
         AdapterError
             An unknown name.
         """
-        self._catalogue.unload(name)
+        with self._passes:
+            self._cool()
+            self._catalogue.unload(name)
 
     def adapters(self) -> list[Served]:
         """Return the adapters that requests may name, and versions that requests under way still use."""
@@ -194,6 +206,10 @@ class Engine:
 
     def stats(self) -> Stats:
         """Return what the engine holds and has done."""
+        with self._passes:
+            return self._stats()
+
+    def _stats(self) -> Stats:
         with self._lock:
             arrived = len(self._arrived)
         count = self._scheduler.counts
@@ -221,12 +237,29 @@ class Engine:
     def close(self) -> None:
         """Give the model's adapters their tensors back and end the side thread; requests under way are dropped."""
         with self._passes:
+            self._cool()
             with self._lock:
                 left = list(self._known.values())
             for sequence in left:
                 self._end(sequence, Output(sequence.request.id, finish="cancelled"))
             self._catalogue.close()
             self._shelf.close()
+
+    @contextmanager
+    def holding(self, composition: Composition) -> Iterator[tuple[nn.Module, dict[str, str]]]:
+        """Give the model and the names on it of adapters in their present versions, which stay until the end; the
+        model may be run, and its adapters read, inside of `applied` alone.
+
+        Raises
+        ------
+        AdapterError, OptionError
+            As for `submit`.
+        """
+        resolved = self._catalogue.acquire(composition)
+        try:
+            yield self._runner.model.model, {version.name: version.adapter.name for version, _ in resolved}
+        finally:
+            self._catalogue.give_back(resolved)
 
     @contextmanager
     def applied(self, composition: Composition) -> Iterator[nn.Module]:
@@ -241,6 +274,7 @@ class Engine:
         model = self._runner.model.model
         try:
             with self._passes, ExitStack() as scope:
+                self._cool()
                 state = kept_state(model)
                 if state is not None:
                     active = state.composed({version.adapter.name: weight for version, weight in resolved} or None)
@@ -248,6 +282,11 @@ class Engine:
                 yield model
         finally:
             self._catalogue.give_back(resolved)
+
+    def _cool(self) -> None:
+        """Take whatever adapter is in the base weights out of them."""
+        if self._hot.leave():
+            self._runner.forget()
 
     # -- a step
 
@@ -262,8 +301,14 @@ class Engine:
             outputs = [self._end(each, Output(each.request.id, finish="cancelled")) for each in gone]
             shares, ended = self._scheduler.shares()
             outputs += [self._end(sequence, output) for sequence, output in ended]
+            compositions, tokens = {s.sequence.resolved for s in shares}, sum(s.count for s in shares)
+            if shares and self._hot.settle(compositions, tokens):
+                self._runner.forget()
+            start = self._hot.clock()
             for group in passes(shares):
                 outputs += self._pass(group)
+            if shares:
+                self._hot.measured(compositions, tokens, self._hot.clock() - start)
             self._steps += bool(shares)
             return outputs
 
@@ -293,9 +338,21 @@ class Engine:
             if share.whole:
                 whole.append((share.sequence, row - 1))
             share.sequence.stored += share.count
+        return self._choose(logits, whole)
+
+    def _choose(self, logits: Tensor, whole: list[tuple[Sequence, int]]) -> list[Output]:
+        """Choose the next token of sequences from their rows of logits, and return what that adds to each."""
+        outputs = []
+        if whole:
+            broken = logits[[row for _, row in whole]].amax(-1).isnan().tolist()
+            for (sequence, _), wrong in zip(whole, broken, strict=True):
+                if wrong:
+                    self._pool.blocks.withdraw(sequence.blocks)
+                    outputs.append(self._end(sequence, _error(sequence, _NOT_NUMBERS)))
+            whole = [each for each, wrong in zip(whole, broken, strict=True) if not wrong]
         rows = logits if len(whole) == len(logits) else logits[[row for _, row in whole]]
         found = choose(rows, [sequence.chooser for sequence, _ in whole])
-        return [self._chosen(sequence, each) for (sequence, _), each in zip(whole, found, strict=True)]
+        return outputs + [self._chosen(sequence, each) for (sequence, _), each in zip(whole, found, strict=True)]
 
     def _failed(self, shares: list[Share], error: Exception) -> list[Output]:
         """Let the composition at which a pass fails go under alone."""
@@ -326,6 +383,8 @@ class Engine:
             if sequence in self._arrived:
                 self._arrived.remove(sequence)
         self._scheduler.leave(sequence)
+        if self._hot.version is not None and self._hot.version.retired:
+            self._cool()
         self._catalogue.give_back(sequence.resolved)
         self._finished += 1
         return Output(**{**vars(output), "usage": sequence.usage})

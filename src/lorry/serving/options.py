@@ -51,6 +51,11 @@ class EngineOptions:
         "What a request that made way goes on with: computed again, or what was kept in host memory.",
         choices=("recompute", "swap"),
     )
+    fuse_hot: bool = option(
+        False,
+        "Put an adapter into the base weights while all requests use it and that saves time; takes the memory of a "
+        "second copy of these weights, and rounds the sum to their type.",
+    )
     prefix_cache: bool = option(True, "Keep the pages of ended requests for others that begin alike.")
 
     def __post_init__(self) -> None:

@@ -46,11 +46,18 @@ class Runner:
         self._laned: list[tuple[Lane, int, int]] = []  # the lanes of the batch, with their first row and their rows
         self._last: tuple[object, Active | None, bool] | None = None
 
+    def forget(self) -> None:
+        """Let go of what was worked out for the last batch: the base weights were changed."""
+        self._last = None
+
     def dropped(self, resident: Resident) -> None:
         """Let go of what was made of an adapter's tensors, which leave their pages."""
-        name, last = resident.adapter.name, None if self._last is None else self._last[1]
-        for active in (*resident.adapter.state.drop_composed(name), *([] if last is None else [last])):
+        name = resident.adapter.name
+        for active in resident.adapter.state.drop_composed(name):
             active.forget()
+        if self._last is not None and self._last[1] is not None and name in self._last[1].members:
+            self._last[1].forget()
+            self._last = None
 
     def arranged(self, parts: Sequence[tuple[Resolved, int]]) -> list[int]:
         """Return the order in which parts of a batch are to come: what is multiplied together lies side by side.

@@ -138,9 +138,11 @@ class Scheduler:
             sequence = self.waiting[request.id]
             try:
                 if not self._admitted(sequence):
-                    continue
+                    if self.running:
+                        continue
+                    raise AdapterError("The pool has no room for it beside the adapters that were pinned since.")
             except LorryError as error:
-                failed.append((sequence, Output(request.id, finish="error", error=f"It cannot run: {error}")))
+                failed.append((sequence, Output(request.id, finish="error", error=f"It cannot run. {error}")))
                 self.policy.leave(request.id)
                 continue
             del self.waiting[request.id]
@@ -218,7 +220,8 @@ class Scheduler:
     def _cover(self, share: Share) -> bool:
         """Take the pages that a share needs, and let those be found that get full; whether that went.
 
-        Where more was promised than there is, requests that were admitted later make way, at the worst this one.
+        Where there is less than was promised, requests that were admitted later make way, at the worst this one: the
+        engine admits on trust, or an adapter was pinned meanwhile.
         """
         sequence, size = share.sequence, self.options.page_tokens
         stop = sequence.stored + share.count
@@ -228,8 +231,6 @@ class Scheduler:
                 sequence.blocks += self.pool.take(count)
                 break
             except AdapterError:
-                if not self.options.overcommit:
-                    raise
                 last = self.running[-1]
                 self._preempt(last)
                 if last is sequence:

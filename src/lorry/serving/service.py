@@ -83,6 +83,11 @@ class Service(Generic[E]):
         return len(self._readers)
 
     @property
+    def alive(self) -> bool:
+        """Whether the engine is driven."""
+        return self._thread.is_alive()
+
+    @property
     def draining(self) -> bool:
         """Whether nothing new is taken."""
         return self._draining

@@ -1,8 +1,9 @@
 """A server under everything at once: many adapters, loads, exchanges, clients that vanish, bad input and overload.
 
 ``PYTHONPATH=tests python -m serving.api.soak --requests 10000 --adapters 1000`` runs the long form; a short one is
-among the tests. Every answer is held against what transformers generates offline, and at the end nothing may be left:
-no page in use, no request, no thread, no growing memory.
+among the tests (``make soak`` is the long one). Every answer is held against what transformers generates offline; the
+answer of an adapter that is exchanged meanwhile against each version that it had while the answer was under way. At the
+end nothing may be left: no page in use, no request, no thread, no growing memory.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import itertools
 import json
 import random
 import resource
 import tempfile
 import threading
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,24 +30,44 @@ from serving.api.running import Running, running, serving_of
 import lorry
 from lorry import pocket
 
-PROMPTS = ("reverse:abcde>", "upper:lorry>", "vowels:banana>")
+#: Of one length, so that the offline answers are one batch without padding.
+PROMPTS = ("reverse:abcde>", "upper:lorries>", "vowels:banana>")
 TOKENS = 5
+#: Parts of a run after each of which memory is looked at.
+QUARTERS = 4
+#: Ends the name of a second file for an adapter that changes.
+OTHER = "-other"
 BAD: tuple[tuple[str, Any], ...] = (
     ("/v1/completions", b"{"),
     ("/v1/completions", {"prompt": "a", "model": "nobody"}),
     ("/v1/completions", {"prompt": "a" * 400}),
     ("/v1/completions", {"prompt": "a", "temperature": -1}),
+    ("/v1/completions", {"prompt": []}),
+    ("/v1/completions", {"prompt": [99999999]}),
+    ("/v1/completions", {"prompt": "a", "model": "base+nobody:0.5"}),
+    ("/v1/completions", {"prompt": "a", "model": "base+:"}),
+    ("/v1/completions", {"prompt": "a", "max_tokens": 10**9}),
+    ("/v1/completions", {"prompt": "a", "max_tokens": "many"}),
+    ("/v1/completions", {"prompt": "a", "top_p": 7}),
+    ("/v1/completions", {"prompt": "a", "n": 0}),
+    ("/v1/completions", {"prompt": "a", "logit_bias": {"99999999": 1}}),
+    ("/v1/completions", b"[" * 2000),
+    ("/v1/completions", b"\xff\xfe\x00"),
     ("/v1/chat/completions", {"messages": [{"role": "nobody"}]}),
+    ("/v1/chat/completions", {"messages": []}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "response_format": {"type": "nothing"}}),
+    ("/v1/nothing", {}),
+    ("/tokenize", {"prompt": 7}),
     ("/v1/load_lora_adapter", {"lora_name": "thief", "lora_path": "/etc"}),
     ("/v1/unload_lora_adapter", {"lora_name": "nobody"}),
 )
 
 
-def shelf(folder: Path, count: int) -> dict[str, Path]:
-    """Write so many adapters of several ranks, all of which change what the model says."""
+def shelf(folder: Path, names: list[str]) -> dict[str, Path]:
+    """Write adapters of several ranks, all of which change what the model says."""
     found, model = {}, pocket.load()[0]
-    for number in range(count):
-        name, rank = f"a{number}", 1 + number % 6
+    for number, name in enumerate(names):
+        rank = 1 + number % 6
         adapter = lorry.attach(model, {"method": "lora", "rank": rank, "alpha": 2 * rank}, name=name, seed=number)
         generator = torch.Generator().manual_seed(number)
         for parameter in adapter.parameters():
@@ -62,12 +85,11 @@ def references(folders: dict[str, Path], mixtures: list[dict[str, float]]) -> di
     for composition in [{}, *({name: 1.0} for name in folders), *mixtures]:
         adapters = [lorry.load(model, folders[name], name=name, activate=False) for name in composition]
         lorry.activate(model, composition or None) if adapters else None
-        for prompt in PROMPTS:
-            ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
-            with torch.no_grad():
-                out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False)
-            text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-            found[named(composition), prompt] = text
+        ids = torch.tensor(tokenizer(list(PROMPTS), add_special_tokens=False)["input_ids"])
+        with torch.no_grad():
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False)
+        for prompt, row in zip(PROMPTS, out, strict=True):
+            found[named(composition), prompt] = tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True)
         for adapter in adapters:
             adapter.detach()
     return found
@@ -79,6 +101,15 @@ def named(composition: dict[str, float]) -> str:
 
 
 @dataclass
+class Version:
+    """Whose file was loaded under a name, from when to when at most (seconds of a clock)."""
+
+    source: str
+    begin: float = 0.0
+    end: float = float("inf")
+
+
+@dataclass
 class Soak:
     """What clients do to one server, and what came of it.
 
@@ -87,7 +118,9 @@ class Soak:
     steady
         Names that stay loaded from the beginning to the end.
     changing
-        Names that come and go.
+        Names that come and go, and whose file is exchanged for another.
+    versions, changes
+        Of these: what was loaded, and a lock so that one client at a time changes it.
     """
 
     server: Running
@@ -98,6 +131,13 @@ class Soak:
     draw: random.Random
     seen: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
+    versions: dict[str, list[Version]] = field(init=False)
+    changes: dict[str, asyncio.Lock] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Begin with the versions that were loaded."""
+        self.versions = {name: [Version(name)] for name in self.changing}
+        self.changes = {}
 
     async def run(self, actions: int, clients: int) -> None:
         """Do so many things, by so many clients at once."""
@@ -115,7 +155,10 @@ class Soak:
                  self._come_and_go: 3, self._crowd: 3}  # fmt: skip
         action = self.draw.choices(list(kinds), list(kinds.values()))[0]
         self.seen[action.__name__] += 1
-        await action(client)
+        try:
+            await action(client)
+        except httpx.TransportError as error:
+            self.wrong.append(f"{action.__name__}: {type(error).__name__}: {error}")
 
     async def _post(self, client: httpx.AsyncClient, path: str, body: Any) -> httpx.Response:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -129,16 +172,35 @@ class Soak:
         if answer.status_code == 500:
             self.wrong.append(f"{what}: {answer.text[:300]}")
 
-    async def _compare(self, client: httpx.AsyncClient, model: str, may_be: tuple[int, ...]) -> None:
+    async def _compare(self, client: httpx.AsyncClient, model: str, may_be: tuple[int, ...], name: str = "") -> None:
+        """Ask for a completion, streamed or whole, and hold it against what may be the answer."""
         prompt = self.draw.choice(PROMPTS)
-        answer = await self._post(client, "/v1/completions", self._body(model, prompt))
-        self._note("answer", answer)
+        body, sent = self._body(model, prompt), time.monotonic()
+        if self.draw.random() < 0.3:
+            async with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
+                lines = [line async for line in answer.aiter_lines()]
+            said = (
+                "".join(
+                    choice["text"]
+                    for line in lines
+                    if line.startswith("data: {")
+                    for choice in json.loads(line[6:])["choices"]
+                )
+                if answer.status_code == 200
+                else "".join(lines)
+            )
+        else:
+            answer = await self._post(client, "/v1/completions", body)
+            said = answer.json()["choices"][0]["text"] if answer.status_code == 200 else answer.text
+        self.seen[f"answer {answer.status_code}"] += 1
         if answer.status_code == 200:
-            said = answer.json()["choices"][0]["text"]
-            if said != self.expected[model, prompt]:
-                self.wrong.append(f"{model} {prompt}: {said!r}, not {self.expected[model, prompt]!r}")
+            now = time.monotonic()
+            sources = [v.source for v in self.versions.get(name, ()) if v.begin <= now and v.end >= sent]
+            models = [named({source: 1.0}) for source in sources] if name else [model]
+            if said not in {self.expected[each, prompt] for each in models}:
+                self.wrong.append(f"{model} {prompt}: {said!r}, not {[self.expected[m, prompt] for m in models]}")
         elif answer.status_code not in may_be:
-            self.wrong.append(f"{model}: {answer.status_code} {answer.text[:300]}")
+            self.wrong.append(f"{model}: {answer.status_code} {said[:300]}")
 
     async def _ask(self, client: httpx.AsyncClient) -> None:
         """A power law over the adapters that stay, the base and mixtures."""
@@ -148,7 +210,8 @@ class Soak:
         await self._compare(client, models[place], (503,))
 
     async def _ask_changing(self, client: httpx.AsyncClient) -> None:
-        await self._compare(client, named({self.draw.choice(self.changing): 1.0}), (404, 503))
+        name = self.draw.choice(self.changing)
+        await self._compare(client, named({name: 1.0}), (404, 503), name)
 
     async def _vanish(self, client: httpx.AsyncClient) -> None:
         model = named({self.draw.choice(self.steady): 1.0})
@@ -174,11 +237,24 @@ class Soak:
             self.wrong.append(f"exchange {name}: {answer.text[:300]}")
 
     async def _come_and_go(self, client: httpx.AsyncClient) -> None:
+        """Unload a name and load it again, or load another file under it while it is in use."""
         name = self.draw.choice(self.changing)
-        out = await self._post(client, "/v1/unload_lora_adapter", {"lora_name": name})
-        self._note("unload", out)
-        back = {"lora_name": name, "lora_path": str(self.folders[name]), "load_inplace": True}
-        self._note("load", await self._post(client, "/v1/load_lora_adapter", back))
+        async with self.changes.setdefault(name, asyncio.Lock()):
+            before = self.versions[name][-1]
+            if self.draw.random() < 0.5:
+                out = await self._post(client, "/v1/unload_lora_adapter", {"lora_name": name})
+                self._note("unload", out)
+                before.end = time.monotonic()
+                if out.status_code != 200:
+                    self.wrong.append(f"unload {name}: {out.text[:300]}")
+            after = Version(name + OTHER if before.source == name else name, time.monotonic())
+            self.versions[name].append(after)
+            body = {"lora_name": name, "lora_path": str(self.folders[after.source]), "load_inplace": True}
+            back = await self._post(client, "/v1/load_lora_adapter", body)
+            self._note("load", back)
+            before.end = min(before.end, time.monotonic())
+            if back.status_code != 200:
+                self.wrong.append(f"load {name}: {back.text[:300]}")
 
     async def _crowd(self, client: httpx.AsyncClient) -> None:
         """More at once than the server takes."""
@@ -200,29 +276,34 @@ def soak(actions: int, adapters: int, clients: int, seed: int = 0, pages: int = 
     """Run everything and return what was counted; `wrong` says what is not as it must be."""
     draw = random.Random(seed)
     with tempfile.TemporaryDirectory() as text:
-        folders = shelf(Path(text), adapters)
-        names = list(folders)
         few = min(adapters // 4 + 1, 20)
-        mixtures = [{a: 0.7, b: 0.3} for a, b in zip(names, names[1 : 1 + few], strict=False)]
-        changing, steady = names[-few:], names[:-few]
-        mixtures = [each for each in mixtures if set(each) <= set(steady)]
+        names = [f"a{number}" for number in range(adapters)]
+        steady, changing = names[:-few], names[-few:]
+        folders = shelf(Path(text), [*names, *(name + OTHER for name in changing)])
+        mixtures = [{a: 0.7, b: 0.3} for a, b in zip(steady, steady[1 : 1 + few], strict=False)]
         expected = references(folders, mixtures)
         gc.collect()
         threads = set(threading.enumerate())
+        grown = []
         with serving_of((Path(text),), max_requests=96, pages=pages) as serving:
-            for name, path in folders.items():
-                serving.engine.load(name, path)
+            for name in names:
+                serving.engine.load(name, folders[name])
             with running(serving) as server:
                 work = Soak(server, folders, expected, steady, changing, draw)
-                asyncio.run(work.run(actions // 2, clients))
-                half = memory()
-                asyncio.run(work.run(actions - actions // 2, clients))
-                grown = memory() - half
+                for _ in range(QUARTERS):
+                    asyncio.run(work.run(actions // QUARTERS, clients))
+                    work.changes.clear()  # locks belong to a loop
+                    gc.collect()
+                    grown.append(memory())
+                serving.engine._pool.check()
                 stats = serving.engine.stats()
                 left = {"pages": stats.pages - stats.pages_free, "requests": serving.service.under_way,
-                        "running": stats.running, "waiting": stats.waiting}  # fmt: skip
+                        "running": stats.running, "waiting": stats.waiting,
+                        "retired": len(serving.engine.adapters()) - len(names),
+                        "used": sum(each.in_use for each in serving.engine.adapters())}  # fmt: skip
         gc.collect()
         more = sorted(thread.name for thread in set(threading.enumerate()) - threads if thread.is_alive())
+    grown = [after - before for before, after in itertools.pairwise(grown)]
     return {"seen": dict(work.seen), "wrong": work.wrong, "left": left, "threads": more, "grown": grown}
 
 

@@ -159,7 +159,13 @@ def test_a_call_that_is_wanted_comes(client, choice):
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [({"logit_bias": {"9999": 1}}, "9999"), ({"extra_body": {"guided_regex": "("}}, "regular expression")],
+    [
+        ({"logit_bias": {"9999": 1}}, "9999"),
+        ({"extra_body": {"guided_regex": "("}}, "regular expression"),
+        ({"extra_body": {"guided_regex": "\u00e9+"}}, "cannot spell"),
+        ({"extra_body": {"guided_grammar": "root ::= root root"}}, "cannot spell"),
+        ({"extra_body": {"guided_json": {"$ref": "#"}}}, "cannot spell"),
+    ],
 )
 def test_what_the_engine_refuses_is_the_clients_fault(client, options, says):
     import openai

@@ -117,6 +117,24 @@ def test_a_client_that_goes_away_frees_what_it_had(server):
     assert stats().finished == before + 2 and server.serving.service.under_way == 0
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_while_it_waits_does_not_run(stream):
+    with serving_of(pages=20) as serving, running(serving) as small:
+        host, port = small.url.removeprefix("http://").split(":")
+        lines = [http.client.HTTPConnection(host, int(port), timeout=60) for _ in range(2)]
+        body = {"prompt": "vowels:", "max_tokens": 240, "ignore_eos": True, "stream": stream}
+        for count, line in enumerate(lines, 1):  # the second finds no room beside the first
+            line.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+            while serving.service.under_way < count:
+                pass
+        lines[1].close()
+        while serving.service.under_way > 1:
+            pass
+        assert serving.engine.stats().tokens_decoded < 240
+        assert lines[0].getresponse().status == 200
+        lines[0].close()
+
+
 def test_metrics_count_what_happened(server, client):
     client.completions.create(model="pocket", prompt="reverse:abc>", max_tokens=4, temperature=0)
     text = httpx.get(f"{server.url}/metrics").text
@@ -126,3 +144,7 @@ def test_metrics_count_what_happened(server, client):
     assert float(lines["lorry_engine_pages"]) == server.serving.engine.stats().pages
     assert float(lines["lorry_time_to_first_token_seconds_count"]) >= 1
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+
+
+def test_clients_close_idle_connections_before_the_server_does(server):
+    assert server.server.config.timeout_keep_alive > httpx.Limits().keepalive_expiry > 0

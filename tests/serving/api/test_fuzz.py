@@ -52,7 +52,19 @@ LIKELY = {
     "tools": st.lists(st.just(TOOL), max_size=2),
     "tool_choice": st.sampled_from(["auto", "none", "required", {"type": "function", "function": {"name": "f"}}]),
     "guided_json": st.dictionaries(st.sampled_from(["type", "enum", "$ref", "properties"]), ANYTHING, max_size=2),
-    "guided_grammar": TEXTS,
+    "guided_grammar": TEXTS | st.sampled_from(['root ::= root "a"', 'root ::= ("a"*)*', 'root ::= "\u00e9"']),
+    "guided_regex": TEXTS | st.sampled_from(["(a{1,99}){1,99}", "(?=a)b", "\u00e9+", ""]),
+    "temperature": st.sampled_from([0, 1, 1000, 1e-300]),
+    "top_p": st.sampled_from([0, 1e-300, 0.5, 1]),
+    "frequency_penalty": st.sampled_from([-2, 2]),
+    "repetition_penalty": st.sampled_from([1e-300, 1000]),
+    "min_tokens": st.integers(0, 4),
+    "stop": TEXTS | st.lists(TEXTS, max_size=2),
+    "seed": st.sampled_from([0, -(2**63), 2**63 - 1]),
+    "logprobs": st.sampled_from([0, 2, 20, True]),
+    "prompt_logprobs": st.integers(0, 20),
+    "echo": st.booleans(),
+    "deadline": st.sampled_from([1e-9, 1e9, 1e300]),
     "logit_bias": st.dictionaries(st.integers(-2, 120).map(str), st.integers(-100, 100), max_size=2),
     "tokens": st.lists(st.integers(0, 120), max_size=5),
     "stream": st.booleans(),
@@ -60,7 +72,7 @@ LIKELY = {
 
 
 def body_of(model):
-    fields = {name: LIKELY.get(name, ANYTHING) | ANYTHING for name in model.model_fields}
+    fields = {name: st.one_of([LIKELY.get(name, ANYTHING)] * 3 + [ANYTHING]) for name in model.model_fields}
     needed = {name: LIKELY.get(name, TEXTS) for name, field in model.model_fields.items() if field.is_required()}
     needed |= {"max_tokens": LIKELY["max_tokens"]} if "max_tokens" in fields else {}
     some = st.lists(st.sampled_from(sorted(fields)), max_size=4, unique=True).flatmap(
@@ -98,7 +110,10 @@ def test_no_body_makes_the_server_fail(post, path):
     @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
     def answers(body):
         answer = post(path, body)
-        assert answer.status_code in (200, 400, 403, 404, 409, 501), (answer.status_code, answer.text)
+        assert answer.status_code in (200, 400, 403, 404, 409, 501) or "dropped" in answer.text, (
+            answer.status_code,
+            answer.text,
+        )
         assert "server_error" not in answer.text  # neither in a stream
         if answer.status_code != 200:
             assert answer.json()["error"]["message"]

@@ -9,9 +9,11 @@ import pytest
 from serving.api.running import running, serving_of
 
 from lorry.core.errors import OptionError
+from lorry.serving.http.bodies import ChatBody
 from lorry.serving.http.errors import ApiError
 from lorry.serving.http.keys import Bucket, KeyRule, Keys
 from lorry.serving.http.server import check_exposed
+from lorry.serving.http.wishes import length_of
 
 FILE = """
 keys:
@@ -127,6 +129,14 @@ def test_tokens_that_were_not_used_go_back():
     with pytest.raises(ApiError) as never:
         holder.take(1, 101)
     assert never.value.retry_after is None and "Ask for less" in never.value.message
+
+
+def test_an_answer_without_a_length_keeps_to_all_limits():
+    body = ChatBody.model_validate({"messages": [{"role": "user", "content": "x"}]})
+    lengths = {}
+    for limits in ({}, {"tokens_per_minute": 100}, {"max_tokens": 7}, {"tokens_per_minute": 5}):
+        lengths[str(limits)] = length_of(body, 10, 256, Keys([rule(**limits)]).holder("Bearer secret-of-x"), None)
+    assert list(lengths.values()) == [246, 90, 7, 1]
 
 
 def test_sequences_under_way_are_counted_until_they_end():

@@ -30,6 +30,9 @@ SOURCE = Path(__file__).resolve().parents[3] / "src"
         (["--policy", "fcsf"], "fcfs"),
         (["--policy", "{policy: fcfs"], "--policy"),
         (["--template", "absent.jinja"], "absent.jinja"),
+        (["--replicas", "2"], "give --ray local"),
+        (["--ray", "local", "--replicas", "2", "--most-replicas", "1"], "at least replicas"),
+        (["--ray", "local", "--host", "0.0.0.0"], "needs keys"),
     ],
 )
 def test_what_cannot_be_served_is_refused_before_anything_is_loaded(flags, says):

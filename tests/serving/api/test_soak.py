@@ -4,7 +4,7 @@ from serving.api.soak import soak
 
 
 def test_everything_at_once_leaves_nothing_behind():
-    found = soak(actions=240, adapters=12, clients=12, seed=1)
+    found = soak(actions=160, adapters=10, clients=12, seed=1)
     assert not found["wrong"], found["wrong"][:5]
     assert not any(found["left"].values()), found["left"]
     assert not found["threads"]

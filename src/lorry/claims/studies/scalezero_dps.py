@@ -28,7 +28,7 @@ STEPS, EVERY, GOAL = 600, 25, 0.03
 RATES = (3e-3, 1e-2, 3e-2)
 JOINT, DPS, DROPPED = "joint training", "DPS", "dropping alone"
 #: A curriculum whose stage 0 trains the whole weight: the model is trained from scratch.
-METHOD = {"method": "curriculum-lora", "stage": 0, "dense": True, "bias": True, "rank": 16, "alpha": 16.0}
+METHOD = {"method": "curriculum-lora", "updates": 0, "dense": True, "bias": True, "rank": 16, "alpha": 16.0}
 GROWTH: Mapping[str, Mapping[str, Any]] = {
     JOINT: {"stages": 1, "drop": False},
     DPS: {"stages": 5, "min_stage0": 100, "max_stage": 300},

@@ -177,7 +177,8 @@ def balance_loss(sums: Tensor) -> Tensor:
 def entropy(probabilities: Tensor, real: Tensor | None = None) -> Tensor:
     """Return the entropy of each token's distribution in nats, averaged over the tokens."""
     p = _flat(probabilities, real)
-    return torch.special.entr(p).sum(-1).mean() if len(p) else p.sum()
+    # a probability that came out as 0 has an infinite slope here, which would be nan behind its softmax
+    return torch.special.entr(p.clamp_min(torch.finfo(p.dtype).tiny)).sum(-1).mean() if len(p) else p.sum()
 
 
 def effective_experts(gates: Tensor, real: Tensor | None = None) -> Tensor:

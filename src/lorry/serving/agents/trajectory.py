@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from lorry.core.errors import AdapterError, OptionError
 from lorry.core.forward.weights import BySite
 from lorry.core.life.adapter import Adapter
-from lorry.core.life.api import activate, adapters
+from lorry.core.life.api import adapters
 from lorry.core.method.families import Bottleneck
+from lorry.serving.composed import composed
 
 from .passing import LayerPart, attention_modules, cache_for, split_values
 from .policy import CachePolicy, policy_from
@@ -158,10 +159,8 @@ class Trajectory:
         if not self.tokens:
             raise OptionError("There is no text to go on with yet; append tokens first.")
         total = len(self.tokens)
-        owner = "" if self.policy.shared else role
-        whole = self.store.whole(owner)
-        held = whole[0].keys.length
-        start = min(self._read[role] if self.policy.rereads else held, total - 1)
+        whole = self.store.whole("" if self.policy.shared else role)
+        held, start = whole[0].keys.length, total - self.missing(role)
         known = max(held - start, 0)
         with self.store.whole_or_nothing(), ExitStack() as stack:
             stack.enter_context(self._adapted(role))
@@ -177,6 +176,12 @@ class Trajectory:
         self.counts.forwarded[role] = self.counts.forwarded.get(role, 0) + total - start
         self.counts.projected += total - start - known if self.policy.split else total - start
         return found
+
+    def missing(self, role: str) -> int:
+        """Return how many tokens the role has to run for its next logits."""
+        owner, total = "" if self.policy.shared else role, len(self.tokens)
+        held = self.store.whole(owner)[0].keys.length
+        return total - min(self._read[role] if self.policy.rereads else held, total - 1)
 
     @property
     def numbers(self) -> int:
@@ -207,9 +212,9 @@ class Trajectory:
         """Return a context in which the role's adapter applies, but not to values whose part of it lies apart."""
         adapter = self._adapter(role)
         if adapter is None:
-            return activate(self.model, None)
+            return composed(self.model, {})
         weight = BySite({f"*.{VALUES}": 0.0}, default=1.0) if self.policy.split else 1.0
-        return activate(self.model, {adapter.name: weight})
+        return composed(self.model, {adapter.name: weight})
 
     def _of(self, role: str) -> dict[int, tuple[Tensor, Tensor] | None]:
         """Return each layer's A and scaled B of the role's values."""
@@ -235,7 +240,8 @@ class Trajectory:
                     "the scheme 'non-shared'."
                 )
             a, b = method.factors(entry.tensors(), entry.site)
-            found[number] = a.detach(), b.detach() * method.scale(entry.site)
+            # copies: an engine may move an adapter's tensors between two turns
+            found[number] = a.detach().clone(), b.detach() * method.scale(entry.site)
         return found
 
     def _parts(self, role: str) -> dict[int, LayerPart]:

@@ -226,16 +226,47 @@ class EmbeddingBody(Body):
     dimensions: int | None = Field(None, ge=1)
     pooling: Literal["mean", "last"] = "mean"
     normalize: bool = True
+    return_multivector: bool = Field(False, description="A vector for each token, where the model is a retriever.")
     add_special_tokens: bool = True
+
+
+class Document(Part):
+    """A text, as an object."""
+
+    text: str
 
 
 class RerankBody(Body):
     """Documents to order by how well they answer a query."""
 
-    query: str
-    documents: list[str]
-    top_n: int | None = None
+    query: Annotated[str, Field(min_length=1)]
+    documents: Annotated[list[str | Document], Field(min_length=1, max_length=MOST_INPUTS)]
+    top_n: int | None = Field(None, ge=1)
     return_documents: bool | None = None
+    max_tokens_per_doc: int | None = Field(None, ge=1)
+
+
+class SessionBody(Body):
+    """Roles with their adapters, and what they share of the cache of the text that they write."""
+
+    roles: Annotated[
+        dict[Annotated[str, Field(min_length=1, max_length=100)], Annotated[str, Field(max_length=2000)] | None],
+        Field(min_length=1, max_length=64),
+    ]
+    policy: str = Field("base-lr-shared", max_length=100)
+
+
+class AppendBody(Body):
+    """What a user or a tool adds to a session."""
+
+    input: str | Tokens
+    add_special_tokens: bool = False
+
+
+class TurnBody(Generating):
+    """Whose turn it is in a session, and how the role goes on."""
+
+    role: str = Field(max_length=100)
 
 
 class TokenizeBody(Body):

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from lorry.core.errors import LorryError, near_misses
+from lorry.serving.agents.sessions import SessionBusy, SessionGone
 from lorry.serving.http.bodies import Body
 from lorry.serving.service import Draining, Overloaded
 
@@ -89,6 +90,10 @@ def of_lorry(error: LorryError) -> ApiError:
         return ApiError(503, str(error), code="draining", retry_after=RETRY_AFTER)
     if isinstance(error, Overloaded):
         return ApiError(503, str(error), code="overloaded", retry_after=RETRY_AFTER)
+    if isinstance(error, SessionGone):
+        return ApiError(404, str(error), code="session_not_found")
+    if isinstance(error, SessionBusy):
+        return ApiError(409, str(error), code="session_busy", retry_after=RETRY_AFTER)
     return ApiError(400, str(error))
 
 

@@ -19,6 +19,7 @@ from lorry.serving.http.keys import Holder
 from lorry.serving.http.state import Serving
 from lorry.serving.request import Output, Request, Sampling, Usage
 from lorry.serving.results import Completed
+from lorry.serving.sampling.choose import DEAD_END
 
 T = TypeVar("T")
 
@@ -82,7 +83,7 @@ class Generation:
 
     async def outputs(self) -> AsyncGenerator[tuple[int, Output], None]:
         """Yield the outputs with the number of their sequence; raise `ApiError` if a sequence fails."""
-        composition = self.serving.composition(self.body.model, self.holder)
+        composition = self.serving.generating(self.body.model, self.holder)
         requests = self.requests(composition)
         places = {request.id: place for place, request in enumerate(requests)}
         reserved = sum(len(request.prompt) + request.sampling.max_tokens for request in requests)
@@ -93,7 +94,7 @@ class Generation:
                     watch.saw(output)
                     place = places[output.id]
                     self.usage[place] = output.usage
-                    _check(output)
+                    check_output(output)
                     yield place, output
         except AdapterError as error:
             raise self.serving.unknown(self.body.model, self.holder) from error
@@ -121,10 +122,13 @@ class Generation:
         }
 
 
-def _check(output: Output) -> None:
+def check_output(output: Output) -> None:
+    """Raise `ApiError` if a sequence was given up."""
     if output.finish == "dropped":
         message = output.error or "The request would have come too late for its deadline; try again."
         raise ApiError(503, message, code="dropped", retry_after=RETRY_AFTER)
+    if output.error == DEAD_END:
+        raise ApiError(400, DEAD_END, code="grammar")
     if output.finish in ("error", "cancelled"):
         raise ApiError(500, output.error or "The server gave this request up; try again.", code=output.finish)
 

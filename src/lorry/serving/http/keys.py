@@ -127,6 +127,11 @@ class Holder:
         """Of one answer, at most."""
         return None if self.rule is None else self.rule.max_tokens
 
+    @property
+    def tokens_per_minute(self) -> int | None:
+        """Of prompts and answers, at most."""
+        return None if self.rule is None else self.rule.tokens_per_minute
+
     def may_use(self, adapter: str) -> bool:
         """Whether an adapter, be it there or not, is among those of the key."""
         if self.rule is None or self.rule.adapters is None:

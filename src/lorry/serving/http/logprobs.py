@@ -79,8 +79,7 @@ def _ranked(prompts: Prompts, one: TokenLogprob) -> dict[str, Any]:
 
 
 def _entry(prompts: Prompts, token: int, value: float) -> dict[str, Any]:
-    text = prompts.token_text(token)
-    return {"token": text, "logprob": _finite(value), "bytes": list(text.encode("utf-8", "replace"))}
+    return {"token": prompts.token_text(token), "logprob": _finite(value), "bytes": prompts.token_bytes(token)}
 
 
 def _finite(value: float) -> float:

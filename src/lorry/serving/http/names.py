@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from lorry.core.errors import near_misses
 from lorry.serving.http.errors import ApiError
+from lorry.serving.training.names import SERVED
 
 #: What the base is called beside its own name, alone and at the head of a composition.
 BASE = "base"
@@ -39,7 +40,7 @@ def composition_of(model: str | None, base: str) -> dict[str, float]:
     found: dict[str, float] = {}
     for part in rest.split("+"):
         name, weighted, text = part.strip().partition(":")
-        if not _NAME.fullmatch(name):
+        if not _NAME.fullmatch(name) or name.startswith(SERVED):
             raise unknown(model, ())
         if name in found:
             raise ApiError(400, f"The composition '{model}' names '{name}' twice; give it one weight.", param="model")

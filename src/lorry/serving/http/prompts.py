@@ -5,11 +5,16 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from lorry.core.errors import OptionError
+
+#: How vocabularies write a space before a word, and a single byte.
+_SPACE, _BYTE = "\u2581", re.compile("<0x([0-9A-F]{2})>")
 
 
 class Prompts:
@@ -39,14 +44,27 @@ class Prompts:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=False))
 
     def token_text(self, token: int) -> str:
-        """Return the text of one token; a piece of a character is shown as the vocabulary writes it."""
+        """Return the text of one token, with its leading space; a piece of a character as the vocabulary writes it."""
         found = self._texts.get(token)
         if found is None:
-            found = self.decode([token])
+            found, piece = self.decode([token]), str(self.tokenizer.convert_ids_to_tokens(token))
             if "\ufffd" in found:
-                found = str(self.tokenizer.convert_ids_to_tokens(token))
+                found = piece
+            elif piece.startswith(_SPACE) and not found.startswith(" "):
+                found = f" {found}"  # decoders leave it out where a text begins
             self._texts[token] = found
         return found
+
+    def token_bytes(self, token: int) -> list[int] | None:
+        """Return the bytes of one token; None if they are not known."""
+        text = self.decode([token])
+        if "\ufffd" not in text:
+            return list(self.token_text(token).encode())
+        piece = self.token_text(token)
+        if found := _BYTE.fullmatch(piece):
+            return [int(found[1], 16)]
+        bytes_of = _bytes_of_characters()
+        return [bytes_of[each] for each in piece] if all(each in bytes_of for each in piece) else None
 
     def chat(
         self,
@@ -104,6 +122,14 @@ class Prompts:
             return self.encode(text, special)
         except Exception as error:  # a template is a program of its own, and may raise anything
             raise OptionError(f"The chat template refuses the conversation: {error}.") from error
+
+
+@cache
+def _bytes_of_characters() -> dict[str, int]:
+    """Return which byte each character of a byte-level vocabulary stands for."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def _own_template(tokenizer: Any) -> str | None:

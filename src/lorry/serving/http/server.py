@@ -13,6 +13,11 @@ from fastapi import FastAPI
 
 from lorry.core.errors import OptionError
 from lorry.serving.service import Service
+from lorry.serving.training.trainer import Trainer
+
+#: Seconds for which an idle connection stays open: longer than clients keep theirs (httpx 5 s), so that no request
+#: meets a connection that is just being closed.
+KEEP_ALIVE = 30
 
 
 class DrainingServer(uvicorn.Server):
@@ -28,6 +33,8 @@ class DrainingServer(uvicorn.Server):
         Seconds for what runs; what has not ended then is given up.
     ready
         Called with the server's address as soon as it listens.
+    trainer
+        What trains on the service's engine, and is closed before it; None for nothing.
     """
 
     def __init__(
@@ -39,13 +46,21 @@ class DrainingServer(uvicorn.Server):
         *,
         patience: float = 60.0,
         ready: Callable[[str], None] | None = None,
+        trainer: Trainer | None = None,
     ) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app, host, port, log_level="warning", access_log=False, timeout_graceful_shutdown=5, server_header=False
-            )
+        config = uvicorn.Config(
+            app,
+            host,
+            port,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE,
+            timeout_graceful_shutdown=5,
         )
+        super().__init__(config)
         self.host, self.service, self.patience, self.ready = host, service, patience, ready
+        self.trainer = trainer
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain: asyncio.Task[None] | None = None
         self._told = False

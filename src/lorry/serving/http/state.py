@@ -9,13 +9,16 @@ from typing import Annotated, Any, cast
 
 from fastapi import Depends, Request
 
+from lorry.serving.agents.sessions import Sessions
 from lorry.serving.engine import Engine
 from lorry.serving.http.errors import ApiError
 from lorry.serving.http.keys import Holder, Keys
 from lorry.serving.http.metrics import Metrics
 from lorry.serving.http.names import composition_of, unknown
 from lorry.serving.http.prompts import Prompts
+from lorry.serving.modes.mode import Mode
 from lorry.serving.service import Draining, Service
+from lorry.serving.training.names import SERVED
 
 
 @dataclass
@@ -30,6 +33,8 @@ class Serving:
         Tokens of prompt and answer together at most, and tokens that the base knows.
     folders
         Adapters are loaded from below these alone; with none, not at all.
+    modes
+        By their names, which are also those of their adapters: what embeds and ranks, and generates nothing.
     created
         When the app was made, in seconds since 1970.
     """
@@ -42,11 +47,13 @@ class Serving:
     context: int
     vocabulary: int
     folders: tuple[Path, ...] = ()
+    modes: dict[str, Mode] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
         """Make the figures."""
         self.metrics = Metrics(self.engine.stats)
+        self.sessions = Sessions(self.engine)
 
     @classmethod
     def over(
@@ -62,13 +69,23 @@ class Serving:
         holder.check_model(found)
         return found
 
+    def generating(self, model: str | None, holder: Holder) -> dict[str, float]:
+        """Return what a model's name stands for that takes part in the base's own mode; raise 400 for another mode."""
+        found = self.composition(model, holder)
+        mode = next((name for name in found if name in self.modes), None)
+        if mode is not None:
+            message = f"'{mode}' is a mode of retrieval: give it as the model of /v1/embeddings or /v1/rerank, alone."
+            raise ApiError(400, message, code="not_generative", param="model")
+        return found
+
     def unknown(self, model: str | None, holder: Holder) -> ApiError:
         """Return the answer to a model that is not served; it names those alone that the key may use."""
         return unknown(model or self.base, [self.base, *filter(holder.may_use, self.names())])
 
     def names(self) -> list[str]:
-        """Return the names of the adapters that are served."""
-        return list({adapter.name: None for adapter in self.engine.adapters()})
+        """Return the names of the adapters that are served, without those that clients train."""
+        names = {adapter.name: None for adapter in self.engine.adapters()}
+        return [name for name in names if not name.startswith(SERVED)]
 
 
 def serving_of(request: Request) -> Serving:
@@ -82,9 +99,12 @@ def holder_of(request: Request) -> Holder:
 
 
 def taken(request: Request) -> None:
-    """Raise 503 when nothing new is taken."""
-    if serving_of(request).service.draining:
+    """Raise 503 when nothing new is taken, or nothing could be answered."""
+    service = serving_of(request).service
+    if service.draining:
         raise Draining("The server is shutting down and takes no new requests; ask another one.")
+    if not service.alive:
+        raise ApiError(503, "The engine has stopped; its log says why. Start the server again.", code="stopped")
 
 
 #: Arguments of endpoints.

@@ -69,8 +69,9 @@ def length_of(body: Generating, prompt: int, context: int, holder: Holder, defau
             code="context_length_exceeded",
         )
     if wanted is None:
-        wanted = room if default is None else min(default, room)
-        return wanted if most is None else min(wanted, most)
+        rate = holder.tokens_per_minute
+        left = room if rate is None else max(1, rate - prompt)  # more could never be had
+        return min(limit for limit in (room, default, most, left) if limit is not None)
     if most is not None and wanted > most:
         raise ApiError(400, f"This key may ask for {most} tokens at most, found {wanted}.", param="max_tokens")
     return wanted

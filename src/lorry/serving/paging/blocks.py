@@ -11,6 +11,8 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 
+import torch
+
 from lorry.core.life.page_pool import PagePool
 
 _SERIAL = itertools.count()
@@ -85,7 +87,7 @@ class Blocks:
         return len(self._idle)
 
     def take(self, count: int) -> list[Block]:
-        """Return fresh pages; kept ones are given up for them.
+        """Return fresh pages, all zero; kept ones are given up for them.
 
         Raises
         ------
@@ -94,7 +96,11 @@ class Blocks:
         """
         while self._idle and self.pool.free < count:
             self.drop_oldest()
-        taken = [Block(page) for page in self.pool.take_loose(count)]
+        pages = self.pool.take_loose(count)
+        if pages:
+            # what lay there may be no numbers, and no mask hides these
+            self.pool.memory.index_fill_(0, torch.tensor(pages, device=self.pool.device), 0)
+        taken = [Block(page) for page in pages]
         self.all.update(taken)
         return taken
 

@@ -16,6 +16,12 @@ from lorry.serving.request import TokenLogprob
 from .chooser import Chooser
 from .draw import draw
 
+#: The error of a request whose grammar is to blame, and not the server.
+DEAD_END = (
+    "The grammar leads to a text that the tokens of this model cannot spell. Change the grammar, such as characters "
+    "that its tokenizer does not know."
+)
+
 
 @torch.no_grad()
 def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[TokenLogprob]:
@@ -143,10 +149,7 @@ def _constrain(scores: Tensor, rows: list[tuple[int, Chooser]]) -> None:
     allowed = ((mask[:, words // 32] >> (words % 32)) & 1).bool()
     allowed[:, rows[0][1].wordless] = False
     for place in (~allowed.any(-1)).nonzero()[:, 0].tolist():
-        rows[place][1].fail(
-            "The grammar leads to a text that the tokens of this model cannot spell. Change the grammar, such as "
-            "characters that its tokenizer does not know."
-        )
+        rows[place][1].fail(DEAD_END)
         allowed[place] = True  # the row is not used
     at = _long([row for row, _ in rows], scores)
     scores[at] = scores[at].masked_fill(~allowed.to(scores.device), -torch.inf)

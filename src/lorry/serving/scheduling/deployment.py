@@ -79,6 +79,9 @@ class Report:
         Times of admissions, ascending.
     busy
         Seconds that replicas computed, summed over them.
+    token_pages, adapter_pages, resident
+        Pages of keys and values, pages of adapters, and adapters in the pools, each times the seconds that replicas
+        computed with them.
     replicas
         How many there are.
     """
@@ -96,6 +99,16 @@ class Report:
     hits: int = 0
     admitted: list[float] = field(default_factory=list)
     busy: float = 0.0
+    token_pages: float = 0.0
+    adapter_pages: float = 0.0
+    resident: float = 0.0
+
+    def worked(self, seconds: float, token_pages: int, adapter_pages: int, resident: int) -> None:
+        """Note that a replica computed, and what its pool held meanwhile."""
+        self.busy += seconds
+        self.token_pages += seconds * token_pages
+        self.adapter_pages += seconds * adapter_pages
+        self.resident += seconds * resident
 
     @property
     def served(self) -> int:
@@ -128,4 +141,7 @@ class Report:
             "satisfaction": self.satisfaction / self.requests if self.requests else 0.0,
             "adapter hits": self.hits / self.served if self.served else 0.0,
             "busy": self.busy / (self.seconds * self.replicas) if self.seconds else 0.0,
+            "token pages": self.token_pages / self.busy if self.busy else 0.0,
+            "adapter pages": self.adapter_pages / self.busy if self.busy else 0.0,
+            "adapters held": self.resident / self.busy if self.busy else 0.0,
         }

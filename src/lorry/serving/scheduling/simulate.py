@@ -88,6 +88,7 @@ class _Replica:
         self.step = 0
         self.running: list[_Running] = []
         self.resident: OrderedDict[str, int] = OrderedDict()  # pages by adapter, the longest unused first
+        self.resident_pages = 0
         self.idle, self.changed = True, True
 
     def take(self, id: str, arrival: Arrival) -> bool:
@@ -118,9 +119,10 @@ class _Replica:
         if self.changed and len(self.policy):
             self.changed = False
             after = self._admitted(now)
+        held = self._token_pages(), self.resident_pages, len(self.resident)
         after = self._decoded(after)
         if after > now:
-            self.report.busy += after - now
+            self.report.worked(after - now, *held)
             self.report.seconds = max(self.report.seconds, after)
             return after
         self.idle = not len(self.policy)
@@ -165,6 +167,7 @@ class _Replica:
             self.report.hits += 1
             return 0
         self.resident[name] = self.known[name]
+        self.resident_pages += self.known[name]
         return self.known[name]
 
     def _evict(self) -> None:
@@ -173,14 +176,17 @@ class _Replica:
         used = {name for r in self.running for name in r.request.composition}
         room = self.apart
         if room is None:
-            steps = self.step + d.admit_every
-            room = self.pages - sum(-(-(r.base + min(steps, r.end)) // d.page) for r in self.running)
-        over = sum(self.resident.values()) - room
-        for name in [n for n in self.resident if n not in used] if over > 0 else ():
-            over -= self.resident.pop(name)
+            room = self.pages - self._token_pages(d.admit_every)
+        for name in [n for n in self.resident if n not in used] if self.resident_pages > room else ():
+            self.resident_pages -= self.resident.pop(name)
             self.router.forgot(self.number, int(name))
-            if over <= 0:
+            if self.resident_pages <= room:
                 break
+
+    def _token_pages(self, more: int = 0) -> int:
+        """Return the pages of keys and values of the batch, so many steps from now at most."""
+        step, page = self.step + more, self.deployment.page
+        return sum(-(-(r.base + min(step, r.end)) // page) for r in self.running)
 
     def _note_first_token(self, request: Request, now: float, after: float) -> None:
         report, waited = self.report, after - request.arrival

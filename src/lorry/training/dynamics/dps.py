@@ -140,7 +140,7 @@ class DPS(Dynamic):
         for path, method in converted.items():
             if method is not None and method != at.adapter.entries[path].method:
                 _convert(at, path, method)
-        stages = {entry.method.stage for _, entry in _places(at)}  # type: ignore[attr-defined]
+        stages = {entry.method.updates for _, entry in _places(at)}  # type: ignore[attr-defined]
         if len(stages) > 1 or max(stages) > 1:
             raise SiteError(f"DPS begins where all sites are at stage 0 or all at stage 1, found {sorted(stages)}.")
         controller = self._controller(at)
@@ -264,7 +264,7 @@ class DPS(Dynamic):
         for path, entry in list(_places(at)):
             old = entry.method
             assert isinstance(old, CurriculumLoRA)
-            method = dataclasses.replace(old, stage=stage)
+            method = dataclasses.replace(old, updates=stage)
             like = entry.home.tensors()["l0"]
             tensors = dict(entry.home.tensors())
             for name, spec in method.of_stage(entry.site, stage).items():
@@ -297,7 +297,7 @@ def _retire(at: Moment, names: list[str]) -> None:
 
 def _stage_of(at: Moment) -> int:
     """Return the stage that the adapter is at."""
-    return max(entry.method.stage for _, entry in _places(at))  # type: ignore[attr-defined]
+    return max(entry.method.updates for _, entry in _places(at))  # type: ignore[attr-defined]
 
 
 def _factor(at: Moment, name: str) -> float:

@@ -14,7 +14,7 @@ from lorry.core.errors import AdapterError
 from lorry.serving.http.bodies import LoadBody, UnloadBody
 from lorry.serving.http.errors import ApiError
 from lorry.serving.http.names import BASE
-from lorry.serving.http.state import GUARDED, WORKING, Caller, Shared
+from lorry.serving.http.state import GUARDED, WORKING, Caller, Serving, Shared
 
 router = APIRouter(tags=["adapters"])
 
@@ -26,6 +26,7 @@ async def load(body: LoadBody, serving: Shared, caller: Caller) -> dict[str, Any
     caller.check_manage(name)
     if name in (BASE, serving.base):
         raise ApiError(400, f"'{name}' names the base; give the adapter another name.", param="lora_name")
+    _check_mode(serving, name)
     path = await asyncio.to_thread(allowed, body.lora_path, serving.folders)
     if not body.load_inplace and name in serving.names():
         message = f"An adapter '{name}' is served already; send load_inplace: true to exchange it, or unload it first."
@@ -38,6 +39,7 @@ async def load(body: LoadBody, serving: Shared, caller: Caller) -> dict[str, Any
 async def unload(body: UnloadBody, serving: Shared, caller: Caller) -> dict[str, Any]:
     """Unload an adapter; requests that use it end as they began."""
     caller.check_manage(body.lora_name)
+    _check_mode(serving, body.lora_name)
     try:
         await asyncio.to_thread(serving.engine.unload, body.lora_name)
     except AdapterError as error:
@@ -64,6 +66,13 @@ async def listed(serving: Shared, caller: Caller) -> dict[str, Any]:
         if caller.may_use(each.name)
     ]
     return {"object": "list", "data": rows}
+
+
+def _check_mode(serving: Serving, name: str) -> None:
+    """Raise 409 for the adapter of a mode, which belongs to a head."""
+    if name in serving.modes:
+        message = f"'{name}' belongs to a mode of this server and stays as it is."
+        raise ApiError(409, message, code="mode_adapter", param="lora_name")
 
 
 def allowed(path: str, folders: Sequence[Path]) -> Path:

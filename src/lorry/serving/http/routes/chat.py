@@ -31,7 +31,7 @@ async def chat_completions(body: ChatBody, serving: Shared, caller: Caller, requ
     prompt = await asyncio.to_thread(_prompt, serving, body)
     answer = _Answer(body, _generation(body, serving, caller, prompt))
     if body.stream:
-        return await streamed(answer.pieces())
+        return await unless_gone(request, streamed(answer.pieces()))
     return JSONResponse(await unless_gone(request, answer.whole()))
 
 

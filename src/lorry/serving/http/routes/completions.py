@@ -35,7 +35,7 @@ async def completions(body: CompletionBody, serving: Shared, caller: Caller, req
     if body.stream:
         if generation.each != answer.wanted:
             raise OptionError("A stream cannot choose the best of several; give best_of without stream.")
-        return await streamed(answer.pieces())
+        return await unless_gone(request, streamed(answer.pieces()))
     return JSONResponse(await unless_gone(request, answer.whole()))
 
 

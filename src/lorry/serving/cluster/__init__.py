@@ -1,0 +1,1 @@
+"""Replicas of the server on Ray Serve, to which requests go where their adapters are."""

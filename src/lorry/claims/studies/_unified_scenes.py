@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorry import pocket
-from lorry.training.losses import ClassTally, class_tally
-from lorry.training.task import Batch, Examples, PlainReport, Task
-from lorry.training.task import Setting as Place
 
 from .. import digits
 from ..ledger import Setting
+from ..tensor_task import TensorClasses
 from . import merging_text
 
 
@@ -53,43 +51,6 @@ class Scene:
     ranks: tuple[int, ...]
     batch_sizes: tuple[int, ...]
     crossed: tuple[str, ...] = ("lora",)
-
-
-@dataclass(frozen=True)
-class TensorClasses(Task):
-    """Classes of tensors: an example is the positional arguments of the base for one row, and its label."""
-
-    name: ClassVar[str] = "tensor-classes"
-    best: ClassVar[tuple[str, Literal["min", "max"]]] = ("accuracy", "max")
-
-    def examples(self, setting: Place, records: Sequence[Any], labels: Any = None) -> Examples[Any]:
-        """Take rows as they are."""
-        return Examples(tuple((r["x"], r["label"]) for r in records), PlainReport(len(records), len(records)))
-
-    def collate(self, setting: Place, examples: Sequence[Any]) -> Batch:
-        """Pad rows to the longest, with a mask where they have a length."""
-        rows, labels = [x for x, _ in examples], torch.tensor([label for _, label in examples])
-        if rows[0].dim() == 1:
-            return Batch({"x": torch.stack(rows)}, labels)
-        mask = nn.utils.rnn.pad_sequence([torch.ones(len(x)) for x in rows], batch_first=True)
-        return Batch({"x": nn.utils.rnn.pad_sequence(rows, batch_first=True), "mask": mask}, labels)
-
-    def forward(self, setting: Place, batch: Batch) -> Tensor:
-        """Run the base."""
-        outputs: Tensor = setting.model(*batch.inputs.values())
-        return outputs
-
-    def losses(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of each row."""
-        return nn.functional.cross_entropy(outputs, targets, reduction="none"), torch.ones(len(outputs))
-
-    def tally(self, outputs: Tensor, targets: Tensor) -> ClassTally:
-        """Count right answers too."""
-        return class_tally(outputs, targets)
-
-    def cost(self, example: Any) -> int:
-        """Tokens of a row."""
-        return len(example[0]) if example[0].dim() == 2 else 1
 
 
 class UpperLayer(nn.Module):

@@ -62,26 +62,15 @@ def read(path: Path, overrides: list[str] | None = None) -> Federation:
     OptionError
         Not there, not YAML, an unknown key (with near misses), or a bad value.
     """
-    import yaml
-
     from lorry.cli.overrides import override
-    from lorry.cli.run_file import StrictLoader
+    from lorry.cli.yaml_text import yaml_mapping
     from lorry.core.options import from_options
     from lorry.federated import Federation
 
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)  # noqa: S506  a SafeLoader
-    except OSError as error:
-        raise OptionError(f"Cannot read {path}: {error.strerror or error}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise OptionError(f"{path} is not YAML: {error}.") from error
-    if not isinstance(values, Mapping):
-        raise OptionError(f"{path} must hold a mapping with base, out and job; found {type(values).__name__}.")
+    values = yaml_mapping(path, "base, out and job")
     try:
         known = {f.name for f in dataclasses.fields(Federation)}
-        # as in a run of `lorry train`, what is no option of the whole is one of the job
-        texts = [t if t.partition("=")[0].split(".")[0] in known else f"job.{t}" for t in overrides or ()]
-        return from_options(Federation, override(values, texts, known))
+        return from_options(Federation, override(values, overrides or (), known, job="job"))
     except OptionError as error:
         raise OptionError(f"{path}: {error}") from None
 

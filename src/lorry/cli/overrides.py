@@ -15,7 +15,9 @@ from lorry.core.errors import OptionError, near_misses
 _NAMED = ("method", "objective", "start")
 
 
-def override(values: Mapping[str, Any], texts: Sequence[str], top: Collection[str]) -> dict[str, Any]:
+def override(
+    values: Mapping[str, Any], texts: Sequence[str], top: Collection[str], *, job: str | None = None
+) -> dict[str, Any]:
     """Return a run's values with some replaced.
 
     ``base=DIR`` and ``defaults.method.rank=4`` name a place in the file; ``jobs.1.seed=3`` or ``jobs.NAME.seed=3`` one
@@ -29,6 +31,8 @@ def override(values: Mapping[str, Any], texts: Sequence[str], top: Collection[st
         Read as YAML behind the first ``=``, in this order.
     top
         The names of options of the run itself.
+    job
+        Where the file's only job stands; None where there is a list of ``jobs``.
 
     Raises
     ------
@@ -45,18 +49,19 @@ def override(values: Mapping[str, Any], texts: Sequence[str], top: Collection[st
         except yaml.YAMLError as error:
             raise OptionError(f"--set {way}: cannot read {raw!r} as a value.") from error
         first, _, rest = way.partition(".")
-        if first == "jobs" and rest:
-            job, keys = _job_of(changed, rest)
-            _put(job, keys, value, way)
+        if first == "jobs" and rest and job is None:
+            _put(*_job_of(changed, rest), value, way)
         elif first in top:
             _put(changed, way.split("."), value, way)
+        elif job is not None:
+            _put(changed, [job, *way.split(".")], value, way)
         else:
-            for job in _jobs(changed):
-                inside = job.get("method")
+            for each in _jobs(changed):
+                inside = each.get("method")
                 if isinstance(inside, dict) and way in inside and way != "method":  # rank=4 where the file nests it
                     _put(inside, [way], value, way)
                 else:
-                    _put(job, way.split("."), value, way)
+                    _put(each, way.split("."), value, way)
     return changed
 
 

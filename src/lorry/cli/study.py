@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -62,30 +61,14 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Study:
     OptionError
         Not there, not YAML, an unknown key (with near misses), or a bad value.
     """
-    import yaml
-
     from lorry.cli.overrides import override
-    from lorry.cli.run_file import StrictLoader
     from lorry.cli.sizes import byte_count
+    from lorry.cli.yaml_text import yaml_mapping
     from lorry.training.study import Study
 
+    values = yaml_mapping(path, "base, out, job and variants")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)  # noqa: S506  a SafeLoader
-    except OSError as error:
-        raise OptionError(f"Cannot read {path}: {error.strerror or error}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise OptionError(f"{path}{where} is not YAML: {getattr(error, 'problem', None) or error}.") from error
-    if not isinstance(values, Mapping):
-        raise OptionError(
-            f"{path} must hold a mapping with base, out, job and variants; found {type(values).__name__}."
-        )
-    try:
-        known = {f.name for f in dataclasses.fields(Study)}
-        # as in a run of `lorry train`, what is no option of the whole is one of the jobs
-        texts = [t if re.split(r"[.=]", t)[0] in known else f"job.{t}" for t in overrides]
-        changed = override(values, texts, known)
+        changed = override(values, overrides, {f.name for f in dataclasses.fields(Study)}, job="job")
         if isinstance(changed.get("rates"), list):  # --set reads 1e-3 as text, as YAML 1.1 does
             changed["rates"] = [number(rate) for rate in changed["rates"]]
         if isinstance(changed.get("max_memory"), str):

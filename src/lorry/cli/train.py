@@ -165,7 +165,8 @@ def _run_of(own: dict[str, Any], job: dict[str, Any]) -> RunFile:
     """
     import dataclasses
 
-    from lorry.cli.run_file import RunFile, plain_yaml, read_run_file
+    from lorry.cli.run_file import RunFile, read_run_file
+    from lorry.cli.yaml_text import plain_yaml
     from lorry.core.options import from_options
 
     top = {"base": own["base"], "out": own["out_folder"], "dtype": own["base_dtype"]}

@@ -271,6 +271,39 @@ def test_a_merge_uses_and_reports_the_inner_loop(pocket):
     assert plain.receipt.facts["vae"]["inner_losses"] == {}
 
 
+def test_a_kept_network_gives_what_training_it_anew_gives(pocket):
+    _, tasks, final = pocket
+    asked = [0]
+
+    def counted(task):
+        def loss(carrier):
+            asked[0] += 1
+            return task.loss(carrier)
+
+        return icm.Task(task.checkpoints, loss)
+
+    mine, kept = {name: counted(task) for name, task in tasks.items()}, {}
+
+    def made(strength, kept=None, **options):
+        asked[0] = 0
+        options = {"epochs": 2, "latent": 4, "hidden": 16, "alternatives": False, **options}
+        extras = {"tasks": mine} | ({} if kept is None else {"kept": kept})
+        weights = dict.fromkeys(final, strength)
+        return merge(final, method="icm-fusion", options=options, weights=weights, model=pocket[0], extras=extras)
+
+    first = made(0.5, kept)
+    trained = asked[0]
+    again = made(1.0, kept, few_shot_steps=1)
+    assert trained > 0 and asked[0] == 4  # losses of two tasks before and after the one step
+    anew = made(1.0, few_shot_steps=1)
+    assert asked[0] == trained + 4
+    for path, tensors in anew.tensors.items():
+        assert all(torch.equal(value, again.tensors[path][name]) for name, value in tensors.items())
+    assert first.receipt.facts["vae"] == again.receipt.facts["vae"] == anew.receipt.facts["vae"]
+    made(0.5, kept, epochs=1)
+    assert asked[0] > 0 and len(kept) == 2
+
+
 def test_one_task_is_its_reconstruction(pocket):
     model, tasks, final = pocket
     merged = merge(

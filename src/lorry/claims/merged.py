@@ -107,6 +107,8 @@ class Scene:
         Task -> loss of the model on a few support examples.
     checkpoints
         Task -> folders of its adapter from the end of its training, the last one being the adapter.
+    known, kept
+        What ICM-Fusion knows of the tasks, and its trained networks: tries that differ in what follows share them.
     """
 
     model: nn.Module
@@ -114,6 +116,8 @@ class Scene:
     scores: Scores
     losses: Mapping[str, Callable[[nn.Module], Tensor]]
     checkpoints: Mapping[str, Sequence[Path]]
+    known: dict[str, Task] = field(default_factory=dict)
+    kept: dict[Any, Any] = field(default_factory=dict)
 
     def needs(self, method: str, tasks: Sequence[str]) -> dict[str, Any]:
         """What a method wants to see besides the adapters."""
@@ -123,8 +127,9 @@ class Scene:
                 "objective": lambda m: float(sum(self.losses[t](m) for t in tasks) / len(tasks)),
             }
         if method == "icm-fusion":
-            known = {t: Task(self.checkpoints[t], self.losses[t]) for t in tasks}
-            return {"model": self.model, "extras": {"tasks": known}}
+            for task in tasks:
+                self.known.setdefault(task, Task(self.checkpoints[task], self.losses[task]))
+            return {"model": self.model, "extras": {"tasks": {t: self.known[t] for t in tasks}, "kept": self.kept}}
         return {}
 
     def judge(self, one: Try, tasks: Sequence[str], validation: bool) -> float:

@@ -232,7 +232,7 @@ def initialise(network: nn.Module, generator: Generator) -> None:
                 module.bias.zero_()
 
 
-@dataclass
+@dataclass(frozen=True)
 class Training:
     """Knobs of the meta-training; see `lorry.merging.methods.icm_fusion`.
 

@@ -18,7 +18,7 @@ from lorry.merging.inputs import Pool, SiteInput
 from lorry.merging.registry import Knob, merge_method
 
 if TYPE_CHECKING:
-    from lorry.merging.icm import Support, Training
+    from lorry.merging.icm import Collection, Support, Training
 
 
 @merge_method(
@@ -66,7 +66,9 @@ def icm_fusion(
     """Fuse tasks in the latent space of a conditional VAE that is trained on their checkpoints.
 
     ``extras={"tasks": {name: lorry.merging.icm.Task(...)}}`` gives the checkpoints of each input by its name. Weights
-    are shares of the codes and task vectors; their sum scales the result.
+    are shares of the codes and task vectors; their sum scales the result. With ``extras["kept"]``, a dictionary, the
+    trained VAE stays in it, and merges of the same tasks that differ only in what follows the training take it from
+    there.
     """
     from lorry.merging import icm
 
@@ -106,16 +108,38 @@ def _learned(
             "first_order=True."
         )
     tasks = {n: tasks[n] for n in pool.names}
-    latent, hidden = widths
-    data = icm.collect(tasks, pool.paths, {s.path: s.shape for s in sites}, model, gauge, latent)
-    support = icm.Support(data.layout, tasks, model)
+    kept = pool.extras.get("kept", {})
+    key = (
+        tuple(pool.names),
+        tuple(pool.paths),
+        tuple(id(t) for t in tasks.values()),
+        how,
+        widths,
+        gauge,
+        held_out,
+        seed,
+    )
+    if key not in kept:
+        data = icm.collect(tasks, pool.paths, {s.path: s.shape for s in sites}, model, gauge, widths[0])
+        support = icm.Support(data.layout, tasks, model)
+        kept[key] = (*_trained(data, support, how, widths, held_out, seed), support)
+    fusion, pool.facts["vae"], support = kept[key]
+    return fusion, support
+
+
+def _trained(
+    data: Collection, support: Support, how: Training, widths: tuple[int, int], held_out: int, seed: int
+) -> tuple[Fusion, dict[str, Any]]:
+    """Return a VAE that was trained on checkpoints, and what it reached."""
+    from lorry.merging import icm
+
     generator = Generator().manual_seed(mix_seed(seed, "icm-fusion"))
-    vae = icm.FusionVAE(sum(data.layout.sizes), next(iter(data.conditions.values())).numel(), latent, hidden)
+    vae = icm.FusionVAE(sum(data.layout.sizes), next(iter(data.conditions.values())).numel(), *widths)
     icm.initialise(vae, generator)
     losses = {n: support.task_loss(data, n) for n in support.known()}
     with support.carried() if losses and how.inner_steps else nullcontext():
-        pool.facts["vae"] = icm.train_vae(vae, data, losses, how, generator, held_out)
-    return Fusion(vae, data), support
+        reached = icm.train_vae(vae, data, losses, how, generator, held_out)
+    return Fusion(vae, data), reached
 
 
 def _uniform_weights(pool: Pool, sites: list[Any]) -> tuple[Tensor, float]:

@@ -238,3 +238,34 @@ def test_misuse_is_said(unet):
     with pytest.raises(lorry.AdapterError, match="has nothing in"):
         b_lora.split(halves["style"])
     assert not [n for n in lorry.adapters(unet) if n != "b-lora"]
+
+
+def test_the_command_line_cuts_and_unites(unet, tmp_path):
+    import json
+
+    from typer.testing import CliRunner
+
+    from lorry.cli.main import app
+
+    first = trained(unet, 1)
+    halves = b_lora.split(first)
+    first.save(tmp_path / "first")
+    first.detach()
+
+    def lorry_(*arguments):
+        return CliRunner().invoke(app, [str(a) for a in arguments])
+
+    cut = lorry_("split", tmp_path / "first", "--out", tmp_path / "halves", "--json")
+    assert cut.exit_code == 0 and set(json.loads(cut.stdout)) == {"content", "style"}
+    parts = [f"{tmp_path}/halves/content:0.5", f"{tmp_path}/halves/style"]
+    assert lorry_("unite", *parts, "--out", tmp_path / "mixed").exit_code == 0
+    lorry.load(unet, tmp_path / "mixed", name="mixed")
+    lorry.activate(unet, "mixed")
+    found = run(unet)
+    torch.testing.assert_close(found, with_file(unet, b_lora.compose(halves, {"content": 0.5})))
+    again = lorry_("unite", *parts, "--out", tmp_path / "mixed")
+    assert again.exit_code == 2 and "exists" in again.stderr
+    assert lorry_("split", tmp_path / "first", "--out", tmp_path / "x", "--part", "a").exit_code == 2
+    wrong = lorry_("split", tmp_path / "first", "--out", tmp_path / "x", "--part", "a=mid_block")
+    assert wrong.exit_code == 1 and "has nothing in 'mid_block'" in wrong.stderr
+    assert not (tmp_path / "x").exists()

@@ -28,6 +28,7 @@ from lorry.cli import (
     limits,
     merge,
     methods,
+    parts,
     plan,
     push,
     serve,
@@ -176,6 +177,8 @@ app.command("serve")(serve.serve)
 app.command("simulate")(simulate.simulate)
 app.command("fuse")(fuse.fuse)
 app.command("merge")(merge.merge)
+app.command("split")(parts.split)
+app.command("unite")(parts.unite)
 app.command("convert")(convert.convert)
 app.command("push")(push.push)
 app.command("pull")(push.pull)

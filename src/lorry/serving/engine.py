@@ -78,6 +78,7 @@ class Engine:
         self._tokens = Vocabulary.of(model, tokenizer)
         self._decoded = self._steps = self._finished = 0
         self._pool.dropped = self._runner.dropped
+        self._pool.blocks.clean = not self._runner.store.listed
         self._hot = HotAdapter(self.options.fuse_hot)
 
     # -- requests

@@ -51,6 +51,7 @@ class Runner:
     def dropped(self, resident: Resident) -> None:
         """Let go of what was made of an adapter's tensors, which leave their pages."""
         name = resident.adapter.name
+        self._arena.forget(resident)
         for active in resident.adapter.state.drop_composed(name):
             active.forget()
         if self._last is not None and self._last[1] is not None and name in self._last[1].members:

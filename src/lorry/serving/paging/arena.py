@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lorry.serving.paging.factors import Factors
+from lorry.serving.paging.resident import Resident
 
 
 class Arena:
@@ -37,6 +38,7 @@ class Arena:
         self._taken = bytearray()
         self._memory: dict[int, Tensor] = {}  # by width: (places, units, width)
         self._numbers: dict[int, dict[tuple[str, bool], int]] = {}  # by width: which of the places is whose
+        self._sites: dict[str, tuple[Tensor, Tensor]] = {}
 
     def hold(self, wanted: Iterable[Factors]) -> None:
         """Hold the factors of these adapters, whatever has to go for it."""
@@ -50,21 +52,23 @@ class Arena:
                 self._taken[first : first + factors.rank] = b"\1" * factors.rank
                 self._put(factors, first)
 
-    def forget(self, factors: Factors) -> None:
+    def forget(self, resident: Resident) -> None:
         """Hold an adapter no more, if it is held."""
-        first = self.held.pop(factors, None)
-        if first is not None:
+        for factors in [factors for factors in self.held if factors.resident is resident]:
+            first = self.held.pop(factors)
             self._taken[first : first + factors.rank] = bytes(factors.rank)
 
     def at(self, path: str) -> tuple[Tensor, Tensor]:
         """Return A ``(units, in)`` and Bᵀ ``(units, out)`` of a site, scaled, until more is held."""
-        a, b = (
-            self._memory[width][numbers[path, is_b]]
-            for is_b in (False, True)
-            for width, numbers in self._numbers.items()
-            if (path, is_b) in numbers
-        )
-        return a, b
+        if path not in self._sites:
+            a, b = (
+                self._memory[width][numbers[path, is_b]]
+                for is_b in (False, True)
+                for width, numbers in self._numbers.items()
+                if (path, is_b) in numbers
+            )
+            self._sites[path] = a, b
+        return self._sites[path]
 
     def _room(self, rank: int, wanted: Iterable[Factors]) -> int:
         """Return the first of so many units in a row that are free."""
@@ -72,7 +76,7 @@ class Arena:
         while (first := self._taken.find(bytes(rank))) < 0:
             oldest = next((factors for factors in self.held if factors not in kept), None)
             if oldest is not None:
-                self.forget(oldest)
+                self.forget(oldest.resident)
             else:
                 self._taken += bytes(max(rank, len(self._taken) // 2))
         return first
@@ -88,6 +92,7 @@ class Arena:
                 if memory is not None:
                     fresh[: memory.shape[0], : memory.shape[1]] = memory
                 memory = self._memory[alike.width] = fresh
+                self._sites.clear()
             if alike.scales is not None:
                 values = values.to(self.dtype) * alike.scales.to(self.device, self.dtype)
             whole = places == list(range(places[0], places[0] + len(places)))

@@ -72,11 +72,12 @@ def prepare(active: Active, stretches: Sequence[Stretch], tokens: int, arena: Ar
     excluded = {path for stretch in stretches for path in stretch.factors.odd}
     long, short = [s for s in stretches if s.long], _Short([s for s in stretches if not s.long], arena)
     arena.hold(stretch.factors for stretch in stretches if not stretch.factors.large)
-    for path in {path: None for stretch in stretches for path in stretch.factors.sites}:
-        if path not in excluded:
-            own = [stretch for stretch in long if path in stretch.factors.sites]
-            active.kept[STACKED, path] = SiteUpdate(path, tokens, own, short, arena)
-            active.ready[path] = False  # that way is for one adapter on all tokens
+    every = {path: None for stretch in stretches for path in stretch.factors.sites}
+    paths = [path for path in every if path not in excluded]
+    for path, units in zip(paths, short.units(paths), strict=True):
+        own = [stretch for stretch in long if path in stretch.factors.sites]
+        active.kept[STACKED, path] = SiteUpdate(path, tokens, own, short.rows, units, arena)
+        active.ready[path] = False  # that way is for one adapter on all tokens
 
 
 class _Short:
@@ -99,14 +100,17 @@ class _Short:
         tokens = runs(torch.tensor([s.start - start for s in stretches], dtype=torch.long), lengths)
         self._tokens, order = tokens.sort(stable=True)  # one may have several adapters
         self._numbers = torch.arange(len(stretches)).repeat_interleave(lengths)[order]
-        self._found: dict[tuple[int, ...], _Units | None] = {}
 
-    def units(self, path: str) -> _Units | None:
-        """Return the units of all tokens at a site; None if no adapter of theirs is there."""
-        ranks = tuple(stretch.factors.ranks.get(path, 0) for stretch in self.stretches)
-        if ranks not in self._found:
-            self._found[ranks] = self._made(ranks) if any(ranks) else None
-        return self._found[ranks]
+    def units(self, paths: Sequence[str]) -> list[_Units | None]:
+        """Return the units of all tokens at each site; None if no adapter of theirs is there."""
+        if not self.stretches:
+            return [None] * len(paths)
+        columns = [[stretch.factors.ranks.get(path, 0) for path in paths] for stretch in self.stretches]
+        found: dict[tuple[int, ...], _Units | None] = {}
+        for ranks in (each := list(zip(*columns, strict=True))):
+            if ranks not in found:
+                found[ranks] = self._made(ranks) if any(ranks) else None
+        return [found[ranks] for ranks in each]
 
     def _made(self, ranks: tuple[int, ...]) -> _Units:
         device, dtype = self.arena.device, self.arena.dtype
@@ -140,15 +144,17 @@ class SiteUpdate:
         Tokens of the batch.
     long
         The long stretches that have an adapter there.
-    short
-        The short ones.
+    rows, units
+        The tokens from the first to the last that are in short ones, and their units there; None for none.
     arena
         Holds what is not large.
     """
 
-    def __init__(self, path: str, tokens: int, long: list[Stretch], short: _Short, arena: Arena) -> None:
+    def __init__(
+        self, path: str, tokens: int, long: list[Stretch], rows: slice, units: _Units | None, arena: Arena
+    ) -> None:
         self._tokens = tokens
-        self._rows, self._units = short.rows, short.units(path)
+        self._rows, self._units = rows, units
         self._factors = None if self._units is None else arena.at(path)
         self._long = [(slice(s.start, s.stop), *_own(s, path, arena)) for s in long]
 

@@ -137,24 +137,26 @@ def test_adapters_in_pages_are_bit_for_bit_what_they_were(kind):
         pool.take(1)
 
 
+@pytest.mark.parametrize("value", [5, 8])  # of another width than keys they are copied, else read where they lie
 @pytest.mark.parametrize("how", [Attention(0.3), Attention(0.3, window=3), Attention(0.3, softcap=2.0), None])
-def test_attention_over_scattered_pages_is_plain_attention(how):
+def test_attention_over_scattered_pages_is_plain_attention(how, value):
     """Decoding rows and chunks, with and without what came before, against the definition in float64."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     how = how if how is not None else Attention(0.3, sinks=draw(6))
-    layer = LayerShape(heads=2, key=8, value=5)
+    layer = LayerShape(heads=2, key=8, value=value)
     shape = CacheShape({3: layer, 4: layer}, torch.float64, torch.device("cpu"))
     pool = PagePool(64, shape.page_bytes(4))
     pool.memory.fill_(0x3F)  # whatever lies on other pages must not matter
     store = Store(pool, shape, 4)
+    assert store.listed == (value == 8)
     spans = [(0, 1), (9, 10), (2, 7), (0, 6), (20, 21), (5, 13), (3, 4)]  # from, to
     numbers = torch.randperm(64, generator=generator).tolist()
     parts, expected, news = [], [], []
     for start, stop in spans:
         pages = [numbers.pop() for _ in range(-(-stop // 4))]
         part = Part([0] * (stop - start), start, pages)
-        k, v, q = draw(stop, 2, 8), draw(stop, 2, 5), draw(stop - start, 6, 8)
+        k, v, q = draw(stop, 2, 8), draw(stop, 2, value), draw(stop - start, 6, 8)
         if start:
             old = torch.arange(start)
             at = torch.tensor(pages)[old // 4]
@@ -165,5 +167,5 @@ def test_attention_over_scattered_pages_is_plain_attention(how):
     batch = Batch.of(parts, 4, torch.device("cpu"))
     q, k, v = (torch.cat(each).transpose(0, 1)[None] for each in zip(*news, strict=True))
     store.write(4, k, v, batch.pages, batch.offsets)
-    found = attend(q, k, v, store.keys[4], store.values[4], batch, how)
+    found = attend(q, k, v, store.keys[4], store.values[4], batch, how, listed=store.listed)
     torch.testing.assert_close(found[0], torch.cat(expected), atol=1e-6 if how.window is None else 1e-12, rtol=1e-12)

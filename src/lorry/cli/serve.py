@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import os
 import signal
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -126,7 +128,8 @@ def serve(**flags: Any) -> None:
             raise OptionError(f"--{flag.removeprefix('as_')} belongs to --bench; give that, too, or leave it out.")
     server = build(own, options)
     try:
-        server.run()
+        with _out_of_the_collector():
+            server.run()
     finally:
         if server.trainer is not None:
             server.trainer.close()
@@ -143,9 +146,21 @@ def _bench(own: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     engine, _ = _engine(own, options)
     try:
         _load(engine, references, own["name"] or _name(own["base"]))
-        bench_engine(engine, list(references), workload, own["max_requests"], own["plot"], own["as_json"])
+        with _out_of_the_collector():
+            bench_engine(engine, list(references), workload, own["max_requests"], own["plot"], own["as_json"])
     finally:
         engine.close()
+
+
+@contextmanager
+def _out_of_the_collector() -> Iterator[None]:
+    """Let the garbage collector pass over what was loaded: looking at it again and again would hold up requests."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _value(name: str, value: Any) -> Any:

@@ -78,6 +78,7 @@ class Engine:
         self._tokens = Vocabulary.of(model, tokenizer)
         self._decoded = self._steps = self._finished = 0
         self._pool.dropped = self._runner.dropped
+        self._pool.blocks.clean = not self._runner.store.listed
         self._hot = HotAdapter(self.options.fuse_hot)
 
     # -- requests
@@ -342,15 +343,17 @@ class Engine:
 
     def _choose(self, logits: Tensor, whole: list[tuple[Sequence, int]]) -> list[Output]:
         """Choose the next token of sequences from their rows of logits, and return what that adds to each."""
+        if not whole:
+            return []
         outputs = []
-        if whole:
-            broken = logits[[row for _, row in whole]].amax(-1).isnan().tolist()
-            for (sequence, _), wrong in zip(whole, broken, strict=True):
+        rows = logits if len(whole) == len(logits) else logits[[row for _, row in whole]]
+        broken = rows.amax(-1).isnan()
+        if broken.any():
+            for (sequence, _), wrong in zip(whole, broken.tolist(), strict=True):
                 if wrong:
                     self._pool.blocks.withdraw(sequence.blocks)
                     outputs.append(self._end(sequence, _error(sequence, _NOT_NUMBERS)))
-            whole = [each for each, wrong in zip(whole, broken, strict=True) if not wrong]
-        rows = logits if len(whole) == len(logits) else logits[[row for _, row in whole]]
+            rows, whole = rows[~broken], [each for each, wrong in zip(whole, broken.tolist(), strict=True) if not wrong]
         found = choose(rows, [sequence.chooser for sequence, _ in whole])
         return outputs + [self._chosen(sequence, each) for (sequence, _), each in zip(whole, found, strict=True)]
 

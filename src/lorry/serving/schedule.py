@@ -188,7 +188,13 @@ class Scheduler:
 
     def _fits(self, sequence: Sequence, found: list[Block]) -> bool:
         """Whether a request may run beside the others, where it shares the pages that were found for it."""
-        sequences = (*self.running, sequence)
+        sequences, size = (*self.running, sequence), self.options.page_tokens
+        if self.pool.apart is None:
+            # enough without a closer look: what all hold at their ends, as if these came at once and nothing was shared
+            used = self.pool.pinned.union(*(each.residents for each in sequences))
+            ends = sum(-(-(len(each.request.prompt) + each.request.sampling.max_tokens) // size) for each in sequences)
+            if ends + sum(self.pool.cost(resident) for resident in used) <= self.pool.tokens.pages:
+                return True
         blocks = [block for each in self.running for block in each.blocks] + found
         shared = {block.serial for block in blocks if block.users > 1}
         held, missing = [], 0

@@ -18,10 +18,10 @@ from lorry.core.receipt import Receipt
 from lorry.formats.file import AdapterFile
 from lorry.formats.load import load
 from lorry.formats.reader import open_adapter
+from lorry.serving.paging.factors import Factors
 from lorry.serving.paging.pool import Pool
 from lorry.serving.paging.resident import Resident
 from lorry.serving.paging.shelf import Shelf
-from lorry.serving.paging.updates import Factors
 from lorry.serving.results import Served
 
 #: Versions with their weights, in the order of their serial numbers: what pages of keys and values belong to.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -118,10 +119,6 @@ class Active:
         #: Whether some weight may change from call to call.
         self.varying = any(varies(p.weight) and not isinstance(p.weight, BySite) for p in self.portions)
         self.varying |= any(isinstance(p.weight, BySite) and _varies_somewhere(p.weight) for p in self.portions)
-        #: Whether no row has more than one adapter.
-        self.exclusive = not self.by_kind and (
-            len(self.portions) <= 1 if layout is None else _exclusive(self.portions, layout.rows)
-        )
         #: What paths of the forward pass keep by site path while this composition lasts.
         self.kept: dict[tuple[str, str], Any] = {}
         #: Layers made ready with their adapter, by path; False where that is not the way.
@@ -141,6 +138,13 @@ class Active:
         """Let go of what was made of the adapters' tensors."""
         self.kept.clear()
         self.ready.clear()
+
+    @cached_property
+    def exclusive(self) -> bool:
+        """Whether no row has more than one adapter."""
+        if self.by_kind or self.layout is None:
+            return not self.by_kind and len(self.portions) <= 1
+        return _exclusive(self.portions, self.layout.rows)
 
     @property
     def members(self) -> set[str]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from lorry.kernels.lists import RowLists, runs
 
 #: A group of decoding rows is split where its padding would cost more than this many times what is in it.
 _PADDING = 1.5
@@ -75,7 +78,7 @@ class DecodeGroup:
     Attributes
     ----------
     rows
-        Where they are among the tokens of the batch; a slice where they lie together.
+        Where they are among the rows of one token; a slice where they lie together.
     pages
         Pages of each row ``(rows · width,)``; short ones are filled up with any page.
     width
@@ -107,6 +110,74 @@ class DecodeGroup:
         return found
 
 
+class Decode:
+    """All rows of one token each.
+
+    Attributes
+    ----------
+    rows
+        Where they are among the tokens of the batch; a slice where they lie together.
+    """
+
+    def __init__(self, places: list[int], parts: list[Part], page_tokens: int, device: torch.device) -> None:
+        self.rows = _rows(places, device)
+        self._parts, self._page_tokens, self._device = parts, page_tokens, device
+        self._lists: dict[object, RowLists] = {}
+
+    @cached_property
+    def groups(self) -> list[DecodeGroup]:
+        """Groups of rows whose lengths are so similar that padding costs little."""
+        return _groups(list(enumerate(self._parts)), self._page_tokens, self._device)
+
+    def lists(self, heads: int, kv_heads: int, page_rows: int, window: int | None, dtype: torch.dtype) -> RowLists:
+        """Return which keys each query ``(rows · heads,)`` sees, where each key of a head is a row of a matrix.
+
+        Parameters
+        ----------
+        heads, kv_heads
+            Of queries, and of keys and values.
+        page_rows
+            How many rows there are from a page to the next; the first of them are the keys of a layer, token by token.
+        window
+            How many tokens a token sees, itself among them; None for all before it.
+        dtype
+            Of queries and keys.
+        """
+        key = (heads, kv_heads, page_rows, window, dtype)
+        found = self._lists.get(key)
+        if found is None:
+            found = self._lists[key] = self._listed(heads, kv_heads, page_rows, window, dtype)
+        return found
+
+    def _listed(self, heads: int, kv_heads: int, page_rows: int, window: int | None, dtype: torch.dtype) -> RowLists:
+        size, pages, starts = self._page_tokens, self._pages, self._starts
+        stops = torch.tensor([part.stop for part in self._parts])
+        low = torch.zeros_like(stops) if window is None else (stops - window).clamp_(min=0)
+        skipped = low // size
+        # a run for each page of each query
+        query_row = torch.arange(len(stops)).repeat_interleave(heads)
+        count = (-(-stops // size) - skipped)[query_row]
+        row = query_row.repeat_interleave(count)
+        place = runs((starts + skipped)[query_row], count)
+        before = (place - starts[row]) * size
+        first = (low[row] - before).clamp_(min=0)
+        last = (stops[row] - before).clamp_(max=size)
+        head = (torch.arange(heads) // (heads // kv_heads)).repeat(len(stops)).repeat_interleave(count)
+        listed = runs(pages[place] * page_rows + first * kv_heads + head, last - first, kv_heads)
+        return RowLists((stops - low)[query_row].to(self._device), listed.to(self._device), dtype)
+
+    @cached_property
+    def _pages(self) -> Tensor:
+        """The pages of all rows, one row after another."""
+        return torch.tensor([page for part in self._parts for page in part.pages])
+
+    @cached_property
+    def _starts(self) -> Tensor:
+        """Where those of each row begin."""
+        counts = torch.tensor([len(part.pages) for part in self._parts])
+        return counts.cumsum(0) - counts
+
+
 @dataclass
 class Batch:
     """One pass of the model over tokens of many sequences.
@@ -117,8 +188,8 @@ class Batch:
         ``(1, tokens)``.
     pages, offsets
         Where the keys and values of each token are put ``(tokens,)``.
-    groups, chunks
-        How the tokens attend.
+    decode, chunks
+        How the tokens attend: those that are alone, and several of one sequence.
     wanted
         Which tokens' logits are needed ``(wanted,)``.
     lengths
@@ -129,11 +200,10 @@ class Batch:
     positions: Tensor
     pages: Tensor
     offsets: Tensor
-    groups: list[DecodeGroup]
+    decode: Decode | None
     chunks: list[Chunk]
     wanted: Tensor
     lengths: tuple[int, ...]
-    layer: int | None = field(default=None)
 
     @classmethod
     def of(cls, parts: Sequence[Part], page_tokens: int, device: torch.device) -> Batch:
@@ -142,7 +212,8 @@ class Batch:
         positions: list[int] = []
         pages: list[int] = []
         wanted: list[int] = []
-        singles: list[tuple[int, Part]] = []
+        places: list[int] = []
+        singles: list[Part] = []
         chunks = []
         for part in parts:
             first = len(tokens)
@@ -152,7 +223,8 @@ class Batch:
             if part.wanted:
                 wanted += range(first if part.wanted == "all" else len(tokens) - 1, len(tokens))
             if len(part.tokens) == 1:
-                singles.append((first, part))
+                places.append(first)
+                singles.append(part)
             else:
                 chunks.append(Chunk(slice(first, len(tokens)), part, page_tokens, device))
         where = torch.tensor([tokens, positions, pages], device=device)
@@ -161,7 +233,7 @@ class Batch:
             where[1:2],
             where[2],
             where[1] % page_tokens,
-            _groups(singles, page_tokens, device),
+            Decode(places, singles, page_tokens, device) if singles else None,
             chunks,
             torch.tensor(wanted, dtype=torch.long, device=device),
             tuple(len(part.tokens) for part in parts),
@@ -169,9 +241,6 @@ class Batch:
 
 
 def _groups(singles: list[tuple[int, Part]], page_tokens: int, device: torch.device) -> list[DecodeGroup]:
-    """Return groups of rows whose lengths are so similar that padding costs little."""
-    if not singles:
-        return []
     ordered = sorted(singles, key=lambda found: -found[1].stop)
     groups: list[list[tuple[int, Part]]] = [[]]
     held = 0
@@ -185,11 +254,15 @@ def _groups(singles: list[tuple[int, Part]], page_tokens: int, device: torch.dev
     made = []
     for group in groups:
         group.sort(key=lambda found: found[0])
-        index = [row for row, _ in group]
-        together = index[-1] - index[0] + 1 == len(index)
-        rows = slice(index[0], index[-1] + 1) if together else torch.tensor(index, device=device)
+        rows = _rows([row for row, _ in group], device)
         made.append(DecodeGroup(rows, [part for _, part in group], page_tokens, device))
     return made
+
+
+def _rows(places: list[int], device: torch.device) -> slice | Tensor:
+    """Return rising places as a slice, if they lie together."""
+    together = places[-1] - places[0] + 1 == len(places)
+    return slice(places[0], places[-1] + 1) if together else torch.tensor(places, device=device)
 
 
 def _visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:

@@ -61,12 +61,15 @@ class Blocks:
     ----------
     all
         The pages that are taken.
+    clean
+        Whether fresh pages are all zero; needed where what lies behind a sequence's last token is read and masked.
     """
 
     def __init__(self, pool: PagePool, page_tokens: int, keep: bool = True) -> None:
         self.pool = pool
         self.page_tokens = page_tokens
         self.keep = keep
+        self.clean = True
         self.all: set[Block] = set()
         self._found: dict[tuple[Hashable, tuple[int, ...]], Block] = {}
         self._idle: OrderedDict[int, Block] = OrderedDict()  # by serial, those that were used long ago first
@@ -87,7 +90,7 @@ class Blocks:
         return len(self._idle)
 
     def take(self, count: int) -> list[Block]:
-        """Return fresh pages, all zero; kept ones are given up for them.
+        """Return fresh pages; kept ones are given up for them.
 
         Raises
         ------
@@ -97,7 +100,7 @@ class Blocks:
         while self._idle and self.pool.free < count:
             self.drop_oldest()
         pages = self.pool.take_loose(count)
-        if pages:
+        if pages and self.clean:
             # what lay there may be no numbers, and no mask hides these
             self.pool.memory.index_fill_(0, torch.tensor(pages, device=self.pool.device), 0)
         taken = [Block(page) for page in pages]

@@ -59,7 +59,7 @@ class PagedCache:
         if layer is None:
             raise OptionError("A layer attends to keys and values that it did not put into the cache; see Engine.")
         keys, values = self.store.keys[layer], self.store.values[layer]
-        return attend(q, k, v, keys, values, self.batch, how, self._scratch)
+        return attend(q, k, v, keys, values, self.batch, how, self._scratch, self.store.listed)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return 0: the tokens of a batch lie behind different numbers of others, and positions are given."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorry.serving.paging.batch import Batch, Chunk, DecodeGroup
+from lorry.serving.paging.batch import Batch, Chunk, Decode, DecodeGroup
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def attend(
     batch: Batch,
     how: Attention,
     scratch: Scratch | None = None,
+    listed: bool = False,
 ) -> Tensor:
     """Return the attention's output ``(1, tokens, heads, width)`` for all parts of a batch.
 
@@ -79,14 +80,16 @@ def attend(
         What is computed.
     scratch
         Memory to use.
+    listed
+        Whether single tokens read keys and values where they lie; see `Store`.
     """
     scratch = Scratch() if scratch is None else scratch
-    kv_heads, flat = k.shape[1], q[0].transpose(0, 1)
-    if len(batch.groups) == 1 and not batch.chunks:
-        return attend_decode(flat, keys, values, kv_heads, batch.groups[0], how, scratch)[None]
+    kv_heads, flat, decode = k.shape[1], q[0].transpose(0, 1), batch.decode
+    if decode is not None and not batch.chunks:
+        return attend_decode(flat, keys, values, kv_heads, decode, how, scratch, listed)[None]
     out = q.new_empty(q.shape[2], q.shape[1], v.shape[-1])
-    for group in batch.groups:
-        out[group.rows] = attend_decode(flat[group.rows], keys, values, kv_heads, group, how, scratch)
+    if decode is not None:
+        out[decode.rows] = attend_decode(flat[decode.rows], keys, values, kv_heads, decode, how, scratch, listed)
     for chunk in batch.chunks:
         own = (k[:, :, chunk.rows], v[:, :, chunk.rows])
         if chunk.start:
@@ -119,9 +122,48 @@ def attend_chunk(q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, how: Attention) 
 
 
 def attend_decode(
-    q: Tensor, keys: Tensor, values: Tensor, kv_heads: int, group: DecodeGroup, how: Attention, scratch: Scratch
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    kv_heads: int,
+    decode: Decode,
+    how: Attention,
+    scratch: Scratch,
+    listed: bool,
 ) -> Tensor:
     """Return the output ``(rows, heads, width)`` of rows of one token ``(rows, heads, width)`` over their pages."""
+    if listed:
+        return attend_listed(q, keys, values, kv_heads, decode, how)
+    groups = decode.groups
+    if len(groups) == 1:
+        return attend_group(q, keys, values, kv_heads, groups[0], how, scratch)
+    out = q.new_empty(*q.shape[:2], values.shape[-1] // kv_heads)
+    for group in groups:
+        out[group.rows] = attend_group(q[group.rows], keys, values, kv_heads, group, how, scratch)
+    return out
+
+
+def attend_listed(q: Tensor, keys: Tensor, values: Tensor, kv_heads: int, decode: Decode, how: Attention) -> Tensor:
+    """Return the output of rows of one token, each query by the list of the keys and values that it sees."""
+    rows, heads, width = q.shape
+    lists = decode.lists(heads, kv_heads, keys.stride(0) // width, how.window, q.dtype)
+    logits = lists.dots(q.reshape(-1, width), _as_rows(keys, width)).mul_(how.scaling)
+    if how.softcap is not None:
+        logits = how.softcap * torch.tanh(logits / how.softcap)
+    sinks = None if how.sinks is None else how.sinks.to(q.dtype).repeat(rows)
+    return lists.sums(lists.softmax(logits, sinks), _as_rows(values, width)).view(rows, heads, width)
+
+
+def _as_rows(stored: Tensor, width: int) -> Tensor:
+    """Return a layer's pages, and what else is on them from its first one on, as a matrix of heads' vectors."""
+    behind = (stored.shape[0] - 1) * stored.stride(0) + stored.shape[1] * stored.shape[2]
+    return stored.as_strided((behind // width, width), (width, 1))
+
+
+def attend_group(
+    q: Tensor, keys: Tensor, values: Tensor, kv_heads: int, group: DecodeGroup, how: Attention, scratch: Scratch
+) -> Tensor:
+    """Return the output of rows of one token and of similar lengths, whose pages are copied side by side."""
     rows = len(q)
     k, v = (
         scratch.gather(name, stored, group.pages).view(rows, -1, kv_heads, stored.shape[-1] // kv_heads)

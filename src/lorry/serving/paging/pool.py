@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 
 import torch
 
@@ -187,7 +188,9 @@ class UnifiedPool(Pool):
 
     def _make_room(self, pages: int) -> None:
         """Let go of whatever was used longest ago: an adapter, or a kept page."""
-        idle = sorted(self._idle(), key=lambda resident: -resident.used) if self.adapters.free < pages else []
+        if self.adapters.free >= pages:
+            return
+        idle = sorted(self._idle(), key=attrgetter("used"), reverse=True)
         while self.adapters.free < pages:
             oldest = self.blocks.oldest
             if idle and (oldest is None or idle[-1].used <= oldest):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lorry.core.life.page_pool import PagePool
+from lorry.kernels.lists import serves
 from lorry.serving.paging.shape import CacheShape
 
 
@@ -18,6 +19,9 @@ class Store:
         Tokens of a page.
     keys, values
         The model's number of a layer -> ``(pages, page_tokens, heads · width)``, views of the pool.
+    listed
+        Whether a page is a whole number of heads' keys and of values in every layer, and there are operations that
+        read them where they lie.
     """
 
     def __init__(self, pool: PagePool, shape: CacheShape, page_tokens: int) -> None:
@@ -26,6 +30,9 @@ class Store:
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         memory, start = pool.rows(shape.dtype), 0
+        self.listed = serves(shape.dtype, shape.device) and all(
+            layer.key == layer.value and memory.shape[1] % layer.key == 0 for layer in shape.layers.values()
+        )
         for number, layer in shape.layers.items():
             for views, width in ((self.keys, layer.keys), (self.values, layer.values)):
                 stop = start + page_tokens * width

@@ -19,6 +19,10 @@ REFERENCE = {
     "reference/lorry.md": ("lorry", "Attach, activate, save, load: the verbs and the words of the library."),
     "reference/training.md": ("lorry.training", "Jobs and fleets; what a task, a dynamic and a start are."),
     "reference/merging.md": ("lorry.merging", "Adapters merged with each other, compared, and recipes."),
+    "reference/serving.md": (
+        "lorry.serving",
+        "The engine: requests, how they are answered, and what it tells of itself.",
+    ),
     "reference/attention.md": ("lorry.attention", "What attention computes, seen apart and changed."),
     "reference/pocket.md": ("lorry.pocket", "The model that ships with the package, and its skills."),
 }

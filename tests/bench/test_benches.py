@@ -27,6 +27,7 @@ from lorry.bench import (
     step,
     switch,
     switch_fused,
+    tenants,
 )
 from lorry.bench._cases import options, targets
 from lorry.bench._count import flops, kept, peak, training_memory
@@ -289,3 +290,11 @@ def test_agents():
     assert "base-lr-shared" in text and "expanding to reordered" in text
     with pytest.raises(lorry.OptionError, match="turns"):
         agents.run(turns=0)
+
+
+def test_clients_that_train_together_share_passes():
+    pytest.importorskip("google.protobuf")
+    result = tenants.run(rounds=1, widths="64", layers=1, tenants=3, steps=2, tokens=6)
+    passes = result["widths"]["64"]["passes"]
+    assert passes["one after another"] == 6 and passes["together"] < 6
+    assert "3 clients" in shown(tenants, result)

@@ -109,7 +109,8 @@ def serve(**flags: Any) -> None:
     first SIGTERM or Ctrl-C lets what runs end and refuses what is new; the second ends at once.
 
     With --bench it serves nobody: requests come as --workload says (gamma arrivals, a power law over the adapters,
-    random prompts), and throughput, times and hit rates are printed.
+    random prompts), and throughput, times and hit rates are printed. With --bench the base may be the URL of a running
+    server, which is asked with --api-key; -a names adapters that it serves, without any all that it lists.
     """
     own = {name: flags.pop(name) for name in _OWN}
     options = {name: _value(name, value) for name, value in flags.items() if value is not None}
@@ -139,8 +140,14 @@ def serve(**flags: Any) -> None:
 
 def _bench(own: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     """Replay a workload on what would be served."""
-    from lorry.cli.serve_bench import bench_engine, workload_of
+    from lorry.cli.serve_bench import bench_engine, bench_server, workload_of
 
+    if own["base"].startswith(("http://", "https://")):
+        for flag in sorted(options):
+            raise OptionError(f"--{flag.replace('_', '-')} is the server's; leave it out where a URL is asked.")
+        given = key_values(own["workload"], "--workload")
+        bench_server(own["base"], own["api_key"], list(own["adapter"] or ()), given, own["plot"], own["as_json"])
+        return
     references = adapter_references(own["adapter"])
     workload = workload_of(key_values(own["workload"], "--workload"), len(references))
     engine, _ = _engine(own, options)

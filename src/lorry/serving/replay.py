@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from lorry.core.errors import LorryError, OptionError
 from lorry.serving.engine import Engine
@@ -60,15 +61,15 @@ class Replayed:
     seconds
         From the start to the last token.
     before, after
-        Of the engine.
+        Of the engine; None where it is asked over HTTP.
     """
 
     workload: Workload
     timings: list[Timing]
     course: list[tuple[float, int, int]]
     seconds: float
-    before: Stats
-    after: Stats
+    before: Stats | None = None
+    after: Stats | None = None
 
     @property
     def to_first(self) -> list[float]:
@@ -107,6 +108,8 @@ class Replayed:
         named = [each.ready for each in self.timings if each.ready is not None]
         if named:
             found["adapter in the pool on arrival"] = sum(named) / len(named)
+        if self.before is None or self.after is None:
+            return found
         tried = self.after.prefix_hits + self.after.prefix_misses - self.before.prefix_hits - self.before.prefix_misses
         if tried:
             found["prefix found in the cache"] = (self.after.prefix_hits - self.before.prefix_hits) / tried
@@ -119,7 +122,15 @@ def quantile(ascending: Sequence[float], share: float) -> float:
     return ascending[min(int(share * len(ascending)), len(ascending) - 1)]
 
 
-def fitted(workload: Workload, engine: Engine) -> Workload:
+class Bounded(Protocol):
+    """What says how long a text may be."""
+
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and answer together."""
+
+
+def fitted(workload: Workload, engine: Bounded) -> Workload:
     """Return a workload whose prompts and answers fit what an engine sees; lengths that are too great are halved.
 
     Raises

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from lorry.serving.request import Finish, Output, TokenLogprob, Usage
+from lorry.serving.request import Output
 
 
 @dataclass(frozen=True)
-class Completed:
-    """All outputs of one request together; the attributes are those of `Output`."""
-
-    id: str
-    tokens: tuple[int, ...] = ()
-    text: str = ""
-    logprobs: tuple[TokenLogprob, ...] = ()
-    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
-    finish: Finish | None = None
-    stop: str | int | None = None
-    usage: Usage = field(default_factory=lambda: Usage(0, 0, 0))
-    error: str | None = None
+class Completed(Output):
+    """All outputs of one request together."""
 
     @classmethod
     def of(cls, outputs: Iterable[Output]) -> Completed:

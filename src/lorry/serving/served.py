@@ -74,6 +74,23 @@ class Version:
         self.rank = max((rank for rank in ranks if isinstance(rank, int)), default=0)
 
 
+def check_positions(model: nn.Module) -> None:
+    """Raise `OptionError` if a token's rotary angles depend on the longest position of its batch.
+
+    transformers recomputes the frequencies of ``dynamic`` and ``longrope`` scaling from the positions of the whole
+    batch, so that a request would depend on its company, and its pages on that in which they were written.
+    """
+    for path, module in model.named_modules():
+        given = getattr(module, "rope_type", None)
+        for kind in given.values() if isinstance(given, Mapping) else [given]:
+            if isinstance(kind, str) and ("dynamic" in kind or kind == "longrope"):
+                raise OptionError(
+                    f"The engine serves models whose rotary angles depend on a token's own position alone; '{path}' "
+                    f"scales them as '{kind}', by the longest position of a batch. Load the model with another "
+                    "rope_type in its config's rope_parameters, such as 'default', 'linear', 'yarn' or 'llama3'."
+                )
+
+
 class Catalogue:
     """Names of adapters and the versions behind them.
 
@@ -95,6 +112,7 @@ class Catalogue:
         self.shelf = shelf
         self._passes = passes
         self._lock = threading.RLock()
+        check_positions(model)
         self._serial = itertools.count(1)
         self._numbers: dict[str, int] = {}
         self._current: dict[str, Version] = {}

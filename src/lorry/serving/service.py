@@ -71,7 +71,7 @@ class Service(Generic[E]):
     def __init__(self, engine: E, *, max_requests: int = 4096) -> None:
         self.engine, self.max_requests = engine, max_requests
         self._readers: dict[str, _Reader] = {}
-        self._jobs: deque[Callable[[], None]] = deque()
+        self._jobs: deque[Callable[[bool], None]] = deque()
         self._wake = threading.Condition()
         self._draining = self._closed = False
         self._thread = threading.Thread(target=self._drive, name="lorry-engine", daemon=True)
@@ -122,12 +122,24 @@ class Service(Generic[E]):
 
     async def call(self, function: Callable[[], T]) -> T:
         """Return what a function returns that runs on the engine's thread, between two steps."""
+        return await asyncio.wrap_future(self.ask(function))
+
+    def ask(self, function: Callable[[], T]) -> Future[T]:
+        """Let a function run on the engine's thread, between two steps; called from any thread.
+
+        Raises
+        ------
+        Draining
+            The service has ended; if it ends before the function's turn, the future has this error.
+        """
         answer: Future[T] = Future()
 
-        def job() -> None:
+        def job(ended: bool) -> None:
             if not answer.set_running_or_notify_cancel():
                 return
             try:
+                if ended:
+                    raise Draining("The service has ended.")
                 answer.set_result(function())
             except BaseException as error:
                 answer.set_exception(error)
@@ -137,7 +149,7 @@ class Service(Generic[E]):
                 raise Draining("The service has ended.")
             self._jobs.append(job)
             self._wake.notify()
-        return await asyncio.wrap_future(answer)
+        return answer
 
     def drain(self) -> None:
         """Take nothing new from now on; what runs goes on."""
@@ -159,6 +171,8 @@ class Service(Generic[E]):
             self._draining = self._closed = True
             self._wake.notify()
         self._thread.join()
+        while self._jobs:
+            self._jobs.popleft()(True)
         self._deliver(self._failed("The server has ended."))
 
     # -- the side of the callers
@@ -202,7 +216,7 @@ class Service(Generic[E]):
                     break
                 jobs, self._jobs = self._jobs, deque()
             for job in jobs:
-                job()
+                job(False)
             if not self.engine.idle:
                 self._deliver(self._step())
 

@@ -1,11 +1,13 @@
 """Bodies that are shaped like the schemas and filled with anything never make the server fail."""
 
 import asyncio
+from itertools import count
 
 import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from serving.api.anything import ANYTHING, TEXTS, body_of
 from serving.api.running import serving_of
 
 from lorry.serving.http import bodies
@@ -20,22 +22,10 @@ PATHS = {
     "/detokenize": bodies.DetokenizeBody,
     "/v1/load_lora_adapter": bodies.LoadBody,
     "/v1/unload_lora_adapter": bodies.UnloadBody,
+    "/v1/sessions": bodies.SessionBody,
+    "/v1/sessions/ID/append": bodies.AppendBody,
+    "/v1/sessions/ID/turn": bodies.TurnBody,
 }
-TEXTS = st.one_of(
-    st.text(max_size=12),
-    st.sampled_from(
-        ["", "math", "base+math:0.5", "base+:", "pocket", "../x", "\x00", "\ud800", "{", "[0-9]+", "(", "a" * 300]
-    ),
-)
-NUMBERS = st.one_of(
-    st.integers(-3, 40),
-    st.sampled_from([2**31, -(2**63), 2**64, 10**400, 1e308, 0.5, -0.0, float("nan"), float("inf")]),
-)
-ANYTHING = st.recursive(
-    st.none() | st.booleans() | NUMBERS | TEXTS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
-    max_leaves=6,
-)
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 #: Values that get past the first check, so that what comes after it is tried, too.
 LIKELY = {
@@ -68,17 +58,14 @@ LIKELY = {
     "logit_bias": st.dictionaries(st.integers(-2, 120).map(str), st.integers(-100, 100), max_size=2),
     "tokens": st.lists(st.integers(0, 120), max_size=5),
     "stream": st.booleans(),
+    "roles": st.dictionaries(
+        st.sampled_from(["planner", "critic"]) | TEXTS,
+        st.sampled_from([None, "pocket", "math", "base+math:0.5"]),
+        max_size=3,
+    ),
+    "role": st.sampled_from(["planner", "critic", "nobody"]),
+    "policy": st.sampled_from(["non-shared", "full-shared", "base-shared", "base-lowrank-shared", "base-lr-shared"]),
 }
-
-
-def body_of(model):
-    fields = {name: st.one_of([LIKELY.get(name, ANYTHING)] * 3 + [ANYTHING]) for name in model.model_fields}
-    needed = {name: LIKELY.get(name, TEXTS) for name, field in model.model_fields.items() if field.is_required()}
-    needed |= {"max_tokens": LIKELY["max_tokens"]} if "max_tokens" in fields else {}
-    some = st.lists(st.sampled_from(sorted(fields)), max_size=4, unique=True).flatmap(
-        lambda names: st.fixed_dictionaries({name: fields[name] for name in names})
-    )
-    return st.tuples(st.fixed_dictionaries(needed), some).map(lambda pair: {**pair[0], **pair[1]}) | ANYTHING
 
 
 @pytest.fixture(scope="module")
@@ -86,13 +73,21 @@ def post(shelf):
     """Post to an app without a network between; errors that nobody foresaw are raised here."""
     import json
 
-    loop = asyncio.new_event_loop()
+    loop, opened, calls = asyncio.new_event_loop(), [], count(1)
     with serving_of((shelf["math"].parent,)) as serving:
         serving.engine.load("math", shelf["math"])
         transport = httpx.ASGITransport(create_app(serving))
         client = httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1")
 
         def call(path, body):
+            if "/ID/" in path:  # one that is there, and new from time to time
+                if not opened or next(calls) % 8 == 0:
+                    if "math" not in serving.names():  # unloaded by another body
+                        serving.engine.load("math", shelf["math"])
+                    begun = call("/v1/sessions", {"roles": {"planner": "math", "critic": None}, "policy": "non-shared"})
+                    assert begun.status_code == 200, begun.text
+                    opened[:] = [begun.json()["id"]]
+                path = path.replace("ID", opened[0])
             content = json.dumps(body)
             return loop.run_until_complete(
                 client.post(path, content=content, headers={"Content-Type": "application/json"})
@@ -106,7 +101,7 @@ def post(shelf):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_no_body_makes_the_server_fail(post, path):
-    @given(body_of(PATHS[path]))
+    @given(body_of(PATHS[path], LIKELY))
     @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
     def answers(body):
         answer = post(path, body)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, TypeVar, cast
 
 from fastapi import Depends, Request
 
@@ -19,6 +20,8 @@ from lorry.serving.http.prompts import Prompts
 from lorry.serving.modes.mode import Mode
 from lorry.serving.service import Draining, Service
 from lorry.serving.training.names import SERVED
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -107,9 +110,19 @@ def taken(request: Request) -> None:
         raise ApiError(503, "The engine has stopped; its log says why. Start the server again.", code="stopped")
 
 
+def at_once(read: Callable[[Request], T]) -> Callable[[Request], Awaitable[T]]:
+    """Return a dependency that reads on the loop: a plain function would go to a thread and back for each request."""
+
+    async def dependency(request: Request) -> T:
+        return read(request)
+
+    return dependency
+
+
+_HOLDER = Depends(at_once(holder_of))
 #: Arguments of endpoints.
-Shared = Annotated[Serving, Depends(serving_of)]
-Caller = Annotated[Holder, Depends(holder_of)]
+Shared = Annotated[Serving, Depends(at_once(serving_of))]
+Caller = Annotated[Holder, _HOLDER]
 #: Dependencies of routers: the key first, so that nobody unknown learns anything.
-GUARDED: Any = [Depends(holder_of)]
-WORKING: Any = [Depends(holder_of), Depends(taken)]
+GUARDED: Any = [_HOLDER]
+WORKING: Any = [_HOLDER, Depends(at_once(taken))]

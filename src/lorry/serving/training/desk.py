@@ -19,10 +19,11 @@ from lorry.serving.training.errors import Missing, Refused
 from lorry.serving.training.folders import copy_folder
 from lorry.serving.training.names import Address, model_id
 from lorry.serving.training.operations import INFLIGHT
+from lorry.serving.training.queues import PASS
 from lorry.serving.training.sampling import Wish, sampled
 from lorry.serving.training.store import Entry, Model
 from lorry.serving.training.tenant import LoraChoice
-from lorry.serving.training.trainer import JSON, PASS, Trainer, plain
+from lorry.serving.training.trainer import JSON, Trainer, plain
 from lorry.serving.training.wire import MEDIA, PassRequest
 
 _log = logging.getLogger(__name__)

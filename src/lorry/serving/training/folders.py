@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,9 @@ def written(final: Path, write: Callable[[Path], None]) -> int:
         for path in sorted(draft.rglob("*")):
             if path.is_file():
                 size += path.stat().st_size
-                _sync(path)
+                sync(path)
         draft.chmod(0o755)
-        _sync(draft)
+        sync(draft)
         if final.exists():
             old = Path(tempfile.mkdtemp(dir=final.parent, prefix=".draft-"))
             os.replace(final, old / "old")
@@ -53,7 +54,7 @@ def written(final: Path, write: Callable[[Path], None]) -> int:
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(draft, final)
-        _sync(final.parent)
+        sync(final.parent)
         return size
     except OSError as error:
         raise CheckpointError(f"Cannot write {final.name}: {error.strerror}.") from error
@@ -64,7 +65,16 @@ def written(final: Path, write: Callable[[Path], None]) -> int:
 def clear_drafts(root: Path) -> None:
     """Remove what a process that was killed left half written."""
     for left in root.rglob(".draft-*"):
-        shutil.rmtree(left, ignore_errors=True)
+        remove(left)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, as far as the system lets."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def save_training(adapter: Adapter, optimizer: torch.optim.Optimizer, facts: Mapping[str, Any], final: Path) -> int:
@@ -105,9 +115,14 @@ def read_adapter(adapter: Adapter, folder: Path) -> None:
     CheckpointError
         The folder cannot be read, or does not fit.
     """
-    own = {name: tensor for name, tensor, _ in adapter.named_tensors()}
     with open_adapter(folder) as file:
         found = {f"{path}.{name}": tensor for path in file.sites for name, tensor in file.tensors(path).items()}
+    fill_adapter(adapter, found)
+
+
+def fill_adapter(adapter: Adapter, found: Mapping[str, Tensor]) -> None:
+    """Copy tensors into an adapter, by ``PATH.TENSOR``, all of them or none; raise `CheckpointError` if they differ."""
+    own = {name: tensor for name, tensor, _ in adapter.named_tensors()}
     wrong = sorted(own.keys() ^ found.keys()) or sorted(n for n in own if own[n].shape != found[n].shape)
     if wrong:
         raise CheckpointError(
@@ -127,7 +142,8 @@ def read_optimizer(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError("These weights were saved without the state of the optimizer.") from error
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Let a file or folder be on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

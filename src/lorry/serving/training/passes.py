@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import heapq
+import logging
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +18,11 @@ from lorry.serving.training.losses import Loss
 from lorry.serving.training.task import DatumTask
 from lorry.training.joint import Base, Share, forward, train_pass
 from lorry.training.task import Examples, PlainReport, Prepared
+
+_log = logging.getLogger(__name__)
+
+#: Padding of a pass, at most: as many tokens as it has anyway, or this.
+_PADDING = 256
 
 
 @dataclass(eq=False)
@@ -29,10 +37,14 @@ class Work:
         The examples, the loss and its numbers.
     forward_only
         Whether no gradient is wanted.
+    owner
+        Whose model it is.
     outputs
         Filled in: for each example the log-probabilities of its targets, and its loss.
     error
         Filled in: why it failed.
+    left
+        The examples that had no pass yet, the longest last.
     """
 
     adapter: str
@@ -40,8 +52,19 @@ class Work:
     kind: Loss
     config: dict[str, float]
     forward_only: bool = False
+    owner: str = ""
     outputs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     error: LorryError | None = None
+    left: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Order the examples."""
+        self.left = sorted(range(len(self.data)), key=lambda place: (len(self.data[place]), -place))
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing more to do for it."""
+        return self.error is not None or not self.left
 
     @property
     def logprobs(self) -> list[Tensor]:
@@ -54,23 +77,81 @@ class Work:
         return float(torch.stack([self.outputs[place][1].double() for place in range(len(self.data))]).sum())
 
 
-def together(works: Sequence[Work], most: int) -> Iterator[list[tuple[Work, list[int]]]]:
-    """Yield passes over all examples of requests: rows of like length beside each other, padded to at most `most`.
+class Turns:
+    """Who comes next: the owner with the fewest tokens so far, and of its models the one with the fewest.
 
-    Each pass is a list of requests with the places of their examples that take part. Forward passes go before those
-    that keep a graph.
+    One that comes, or comes again, begins where the one with the fewest of those that wait is, so that nobody saves
+    turns up.
     """
-    for only in (True, False):
-        rows = [(len(d), n, place) for n, w in enumerate(works) if w.forward_only == only
-                for place, d in enumerate(w.data)]  # fmt: skip
-        rows.sort(key=lambda row: (-row[0], row[1], row[2]))
-        while rows:
-            count = max(1, most // rows[0][0])
-            chosen, rows = rows[:count], rows[count:]
-            parts: dict[int, list[int]] = {}
-            for _, number, place in chosen:
-                parts.setdefault(number, []).append(place)
-            yield [(works[number], places) for number, places in sorted(parts.items())]
+
+    def __init__(self) -> None:
+        self._owners: dict[str, int] = {}
+        self._models: dict[str, int] = {}
+
+    def wait(self, works: Sequence[Work]) -> None:
+        """Say who waits."""
+        self._owners = _entered(self._owners, {work.owner for work in works})
+        self._models = _entered(self._models, {work.adapter for work in works})
+
+    def place(self, work: Work) -> tuple[int, int]:
+        """Return a request's place; the least comes first."""
+        return self._owners[work.owner], self._models[work.adapter]
+
+    def take(self, work: Work, tokens: int) -> None:
+        """Count tokens of a request."""
+        self._owners[work.owner] += tokens
+        self._models[work.adapter] += tokens
+
+
+def _entered(counts: Mapping[str, int], names: set[str]) -> dict[str, int]:
+    least = min((counts[name] for name in names if name in counts), default=0)
+    return {name: counts.get(name, least) for name in sorted(names)}
+
+
+def together(works: Sequence[Work], turns: Turns, most: int) -> list[tuple[Work, list[int]]]:
+    """Choose the examples of the next pass: in fair turns, with rows of like length beside each other.
+
+    Parameters
+    ----------
+    works
+        Requests that are not done, those of a model in their order.
+    turns
+        Who comes next; notes who came.
+    most
+        Tokens of the pass with its padding, at most; a longer row goes alone.
+
+    Returns
+    -------
+    list
+        Requests with the places of their examples that take part; all of them forward only, or none.
+    """
+    turns.wait(works)
+    ahead: dict[str, deque[Work]] = {}
+    for work in works:
+        ahead.setdefault(work.adapter, deque()).append(work)
+    waiting = [(*turns.place(queue[0]), number, queue) for number, queue in enumerate(ahead.values())]
+    heapq.heapify(waiting)
+    chosen: dict[Work, list[int]] = {}
+    count = longest = tokens = 0
+    while waiting:
+        *place, number, queue = heapq.heappop(waiting)
+        work = queue[0]
+        if turns.place(work) > tuple(place):  # its owner took others since
+            heapq.heappush(waiting, (*turns.place(work), number, queue))
+            continue
+        length = len(work.data[work.left[-1]])
+        padded = max(longest, length) * (count + 1)
+        room = padded <= most and padded - tokens - length <= max(tokens + length, _PADDING)
+        if chosen and not (room and work.forward_only == next(iter(chosen)).forward_only):
+            continue
+        count, longest, tokens = count + 1, max(longest, length), tokens + length
+        chosen.setdefault(work, []).append(work.left.pop())
+        turns.take(work, length)
+        if not work.left:
+            queue.popleft()
+        if queue:
+            heapq.heappush(waiting, (*turns.place(queue[0]), number, queue))
+    return list(chosen.items())
 
 
 class Passes:
@@ -82,28 +163,38 @@ class Passes:
         The model with the adapters of all clients.
     most
         Tokens of a pass with their padding, at most.
+
+    Attributes
+    ----------
+    count
+        How many there were.
     """
 
     def __init__(self, base: Base, most: int) -> None:
         self.base, self.most = base, most
         self.count = 0
+        self._turns = Turns()
 
-    def plan(self, works: Sequence[Work]) -> Iterable[Callable[[], None]]:
-        """Return the passes over requests, to be run one after another."""
-        return ((lambda parts=parts: self._run(parts)) for parts in together(works, self.most))  # type: ignore[misc]
+    def next(self, works: Sequence[Work]) -> list[Work]:
+        """Run the next pass over requests that are not done, and return those that took part."""
+        parts = together(works, self._turns, self.most)
+        self._run(parts)
+        return [work for work, _ in parts]
 
     def _run(self, parts: list[tuple[Work, list[int]]]) -> None:
         """Run one pass; a request that fails does not touch the others."""
-        live = [(work, places) for work, places in parts if work.error is None]
-        if not live:
-            return
         self.count += 1
-        shares = [_share(work, places) for work, places in live]
-        if live[0][0].forward_only:
-            self._look(shares)
-        else:
-            train_pass(self.base, shares, seed=0)
-        for (work, places), share in zip(live, shares, strict=True):
+        shares = [_share(work, places) for work, places in parts]
+        try:
+            if parts[0][0].forward_only:
+                self._look(shares)
+            else:
+                train_pass(self.base, shares, seed=0)
+        except Exception as error:
+            _log.exception("A joint pass failed.")
+            for share in shares:
+                share.error = f"the server failed ({type(error).__name__}); its log says more"
+        for (work, places), share in zip(parts, shares, strict=True):
             if share.error is not None:
                 work.error = Refused(f"The pass failed: {share.error}. Its gradient is not used.")
                 continue

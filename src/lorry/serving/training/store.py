@@ -28,6 +28,8 @@ CREATE INDEX checkpoints_of ON checkpoints (model);
 """
 #: Seconds for which an answer is kept after it was found.
 KEPT_ANSWERS = 3600.0
+#: Seconds between two looks for answers that are not kept any longer.
+_SWEEP = 60.0
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.RLock()
+        self._swept = 0.0
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=1)
@@ -196,11 +199,16 @@ class Store:
 
         `state` is the folder with their effect, None if there was none beyond that of the requests before.
         """
-        old = time.time() - KEPT_ANSWERS
+        now = time.time()
         with self.change():
+            # the rows since the last time alone, however many the model has
+            sql = "UPDATE requests SET payload = x'' WHERE model = ? AND seq <= ? AND payload != x'' AND seq > "
+            self._all(f"{sql} (SELECT durable FROM models WHERE id = ?)", id, seq, id)
             self._all("UPDATE models SET durable = ?, state = coalesce(?, state) WHERE id = ?", seq, state, id)
-            self._all("UPDATE requests SET payload = x'' WHERE model = ? AND seq <= ? AND payload != x''", id, seq)
-            self._all("DELETE FROM requests WHERE model = ? AND seq < ? AND finished < ?", id, seq, old)
+            if self._swept < now - _SWEEP:
+                sql = "DELETE FROM requests WHERE finished < ? AND seq < (SELECT durable FROM models WHERE id = model)"
+                self._all(sql, now - KEPT_ANSWERS)
+                self._swept = now
 
     def drop_model(self, id: str) -> None:
         """Note that a model was unloaded."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from lorry.core.life.api import attach
 from lorry.serving.training.errors import Refused
 from lorry.serving.training.folders import read_adapter, read_optimizer, save_training
 from lorry.serving.training.names import folder_name
+from lorry.serving.training.states import read_state
 from lorry.training.optim import clip_gradients, gradients, load_optimizer, rate_groups, set_rate
 
 
@@ -87,6 +90,8 @@ class Tenant:
         The model's id.
     choice
         What is trained.
+    owner
+        Whose it is.
 
     Attributes
     ----------
@@ -94,10 +99,12 @@ class Tenant:
         Why the gradient that is being collected must not be used; None if it may.
     unwritten
         The numbers of the requests that changed the weights since these were written last.
+    writing
+        The write that is under way.
     """
 
-    def __init__(self, model: nn.Module, id: str, choice: LoraChoice) -> None:
-        self.id, self.choice = id, choice
+    def __init__(self, model: nn.Module, id: str, choice: LoraChoice, owner: str = "") -> None:
+        self.id, self.choice, self.owner = id, choice, owner
         method = {"method": "lora", "rank": choice.rank, "alpha": choice.alpha}
         try:
             self.adapter = attach(
@@ -110,7 +117,8 @@ class Tenant:
         fused = all(p.device.type in ("cpu", "cuda") for p in self.adapter.parameters())
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=fused)
         self.spoiled: str | None = None
-        self.unwritten: list[int] = []
+        self.unwritten: deque[int] = deque()
+        self.writing: Future[bool] | None = None
 
     @property
     def collecting(self) -> bool:
@@ -146,10 +154,13 @@ class Tenant:
         """Write weights and optimizer; returns the size in bytes."""
         return save_training(self.adapter, self.optimizer, {"lora": self.choice.as_dict(), **facts}, folder)
 
-    def load(self, folder: Path, optimizer: bool) -> None:
-        """Take over saved weights; the optimizer begins anew unless its state is wanted too."""
-        state = read_optimizer(folder) if optimizer else {}
-        read_adapter(self.adapter, folder)
+    def load(self, path: Path, optimizer: bool) -> None:
+        """Take over a checkpoint, or a state in a file; the optimizer begins anew unless its state is wanted too."""
+        if path.is_dir():
+            state = read_optimizer(path) if optimizer else {}
+            read_adapter(self.adapter, path)
+        else:
+            state = read_state(self.adapter, path)
         self.optimizer.state.clear()
         load_optimizer(self.optimizer, self.adapter, state)
         self._forget()

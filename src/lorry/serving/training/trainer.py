@@ -9,7 +9,8 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from lorry.core.errors import LorryError
@@ -22,6 +23,7 @@ from lorry.serving.training.losses import check_datum, loss_named
 from lorry.serving.training.operations import Operations
 from lorry.serving.training.options import TrainingOptions
 from lorry.serving.training.passes import Passes, Work
+from lorry.serving.training.queues import PASS, Queue
 from lorry.serving.training.samplers import Samplers
 from lorry.serving.training.store import Entry, Store
 from lorry.serving.training.tenant import Tenant
@@ -32,44 +34,9 @@ from lorry.training.task import Setting
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-#: The kind of requests that go through the base.
-PASS = "pass"
 JSON = "application/json"
 #: Requests of one model that may wait.
 MOST_WAITING = 4096
-
-
-@dataclass
-class Queue:
-    """The requests of one model that are not done.
-
-    Attributes
-    ----------
-    next
-        The number of the request that comes next; a later one waits for it.
-    waiting
-        Those that came, by number.
-    """
-
-    next: int = 0
-    waiting: dict[int, Entry] = field(default_factory=dict)
-
-    def passes(self) -> list[Entry]:
-        """Return the requests for passes that come next, before anything else does."""
-        found: list[Entry] = []
-        while (entry := self.waiting.get(self.next + len(found))) is not None and entry.kind == PASS:
-            found.append(entry)
-        return found
-
-    @property
-    def head(self) -> Entry | None:
-        """What can be done now."""
-        return self.waiting.get(self.next)
-
-    def done(self, entry: Entry) -> None:
-        """Go on to the next."""
-        self.waiting.pop(entry.seq, None)
-        self.next = entry.seq + 1
 
 
 class Trainer:
@@ -117,9 +84,9 @@ class Trainer:
         self._busy: set[str] = set()
         self._company: deque[set[str]] = deque(maxlen=2)  # the models of the last two joint passes
         self._unloading: deque[tuple[str, Future[None]]] = deque()
-        self._watchers: dict[tuple[str, int], list[Future[None]]] = {}
+        self._watchers: dict[tuple[str, int], list[Future[Entry]]] = {}
+        self._stepped = False  # whether the last round did no pass
         self._take_up()
-        self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._work, name="lorry-trainer", daemon=True)
         self._thread.start()
 
@@ -160,26 +127,22 @@ class Trainer:
 
     async def answer(self, model: str, seq: int, seconds: float) -> Entry | None:
         """Return a request as soon as it is answered, or as it is after so many seconds; None if there is none."""
-        entry = await asyncio.to_thread(self.store.request, model, seq)
-        if entry is None or entry.answer is not None:
-            return entry
-        watcher: Future[None] = Future()
+        watcher: Future[Entry] = Future()
         with self._wake:
             self._watchers.setdefault((model, seq), []).append(watcher)
-        entry = await asyncio.to_thread(self.store.request, model, seq)
-        if entry is not None and entry.answer is None:
-            try:
-                await asyncio.wait_for(asyncio.wrap_future(watcher), seconds)
-            except TimeoutError:
-                pass
+        try:
             entry = await asyncio.to_thread(self.store.request, model, seq)
-        with self._wake:
-            left = self._watchers.get((model, seq), [])
-            if watcher in left:
-                left.remove(watcher)
-            if not left:
-                self._watchers.pop((model, seq), None)
-        return entry
+            if entry is not None and entry.answer is None:
+                with suppress(TimeoutError):
+                    entry = await asyncio.wait_for(asyncio.wrap_future(watcher), seconds)
+            return entry
+        finally:
+            with self._wake:
+                left = self._watchers.get((model, seq), [])
+                if watcher in left:
+                    left.remove(watcher)
+                if not left:
+                    self._watchers.pop((model, seq), None)
 
     async def unload(self, model: str) -> None:
         """Forget a model; its checkpoints stay."""
@@ -199,9 +162,7 @@ class Trainer:
         self._thread.join()
         for _, done in self._unloading:
             done.cancel()
-        for tenant in self._tenants.all():
-            self._tenants.write_open(tenant)
-        self._loop.close()
+        self._tenants.close()
         self.store.close()
 
     # -- the side of the models
@@ -231,7 +192,7 @@ class Trainer:
         return found
 
     def _round(self) -> None:
-        """Do what is no pass, then the passes of all models that wait for one."""
+        """Do what is no pass, then the next pass of all models that wait for one."""
         while self._unloading:
             self._unload(*self._unloading.popleft())
         with self._wake:
@@ -239,24 +200,42 @@ class Trainer:
         for queue, entry in singles:
             assert entry is not None
             self._single(queue, entry)
-        if singles:
+        # models that just took a step come with passes about now; but steps without end do not keep passes waiting
+        self._stepped = bool(singles) and not self._stepped
+        if self._stepped:
             return
         with self._wake:
-            # clients that had passes just now come again about now
-            wanted = set().union(*self._company) & self._queues.keys()
-            self._wake.wait_for(
-                lambda: self._closed or wanted <= {model for model, _ in self._ready()}, self.options.gather
-            )
-            waves = [(queue, queue.passes()) for _, queue in self._ready()]
-        waves = [(queue, entries) for queue, entries in waves if entries]
-        self._company.append({entries[0].model for _, entries in waves})
-        self._wave(waves)
-        for tenant in self._tenants.shrink():
+            ready = dict(self._ready())
+            if not any(queue.under_way for queue in ready.values()):
+                # clients that had passes just now come again about now
+                wanted = set().union(*self._company) & self._queues.keys()
+                self._wake.wait_for(
+                    lambda: self._closed or wanted <= {model for model, _ in self._ready()}, self.options.gather
+                )
+                ready = dict(self._ready())
+            fresh = [(queue, entry) for queue in ready.values() for entry in queue.fresh_passes()]
+        begun = self._on_engine(lambda: [self._begun(entry) for _, entry in fresh]) if fresh else []
+        for (queue, entry), found in zip(fresh, begun, strict=True):
+            if isinstance(found, Work):
+                queue.works[entry.seq] = found
+            else:
+                self._end(queue, entry, found)
+        works = {work: (queue, entry) for queue in ready.values() for entry, work in queue.under_way}
+        if works:
+            live = [work for work in works if not work.done]
+            took = self._on_engine(lambda: self.passes.next(live)) if live else []
+            self._company.append({works[work][1].model for work in took})
+            for work, (queue, entry) in works.items():
+                if work.done:
+                    self._end(queue, entry, work)
+        used = {entry.model for queue in ready.values() for entry, _ in queue.under_way}
+        for tenant in self._tenants.shrink(used):
             self._on_engine(tenant.leave)
 
     def _unload(self, model: str, done: Future[None]) -> None:
         with self._wake:
             self._queues.pop(model, None)
+            self._busy.discard(model)
         try:
             tenant = self._tenants.drop(model)
             if tenant is not None:
@@ -271,7 +250,7 @@ class Trainer:
         changed = False
         answer: bytes | None = entry.answer
         try:
-            tenant = self._on_engine(lambda: self._tenants.get(entry.model))
+            tenant = self._tenant(entry.model)
             if answer is None or not self._operations.saves(entry.kind):
                 found = self._operations.run(entry.kind, tenant, entry.seq, json.loads(entry.payload))
                 answer, changed = json.dumps(found).encode(), self._operations.changes(entry.kind)
@@ -285,47 +264,46 @@ class Trainer:
                 self.store.settle(entry.model, entry.seq)
         if tenant is not None and changed:
             tenant.unwritten.append(entry.seq)
-            if len(tenant.unwritten) >= self.options.write_every or entry.kind != "optim_step":
+            if entry.kind != "optim_step":
+                self._tenants.written(tenant)
+            elif len(tenant.unwritten) >= self.options.write_every:
                 self._tenants.write_open(tenant)
-        self._tell(entry)
+        self._tell(replace(entry, answer=answer, media=JSON))
         with self._wake:
-            queue.done(entry)
+            queue.answered(entry)
 
-    def _wave(self, waves: list[tuple[Queue, list[Entry]]]) -> None:
-        """Do requests for passes together."""
-        works: list[tuple[Entry, Work]] = []
-        for _, entries in waves:
-            for entry in entries:
-                try:
-                    works.append((entry, self._on_engine(lambda entry=entry: self._prepared(entry))))  # type: ignore[misc]
-                except Draining:
-                    raise
-                except Exception as error:
-                    self._spoil(entry, error)
-                    self._failed(entry, error)
-        for run in self.passes.plan([work for _, work in works]):
-            self._on_engine(run)
-        for entry, work in works:
-            if work.error is not None:
-                self._spoil(entry, work.error)
-                self._failed(entry, work.error)
-                continue
-            outputs = [{"logprobs": found} for found in work.logprobs]
-            self._answered(entry, pass_response(outputs, {"loss:sum": work.loss}), MEDIA)
-        for queue, entries in waves:
-            self._close_wave(queue, entries)
-
-    def _close_wave(self, queue: Queue, entries: list[Entry]) -> None:
-        last = entries[-1]
+    def _begun(self, entry: Entry) -> Work | Exception:
+        """Return what a request for a pass asks for, or why it cannot be; called while nothing else uses the base."""
         try:
-            tenant = self._on_engine(lambda: self._tenants.get(last.model))
-            if not (tenant.collecting or tenant.unwritten):
-                self.store.settle(last.model, last.seq)
-        except LorryError:
-            _log.exception("The requests of %s could not be settled.", last.model)
+            return self._prepared(entry)
+        except Exception as error:
+            return error
+
+    def _end(self, queue: Queue, entry: Entry, found: Work | Exception) -> None:
+        """Answer a request for a pass that needs no more of them, or has none."""
+        error = found.error if isinstance(found, Work) else found
+        if error is None:
+            assert isinstance(found, Work)
+            outputs = [{"logprobs": each} for each in found.logprobs]
+            answer, media = pass_response(outputs, {"loss:sum": found.loss}), MEDIA
+        else:
+            self._spoil(entry, error)
+            answer, media = self._failure(entry, error), JSON
+        tenant = self._tenants.here(entry.model)
+        first = all(other.seq >= entry.seq for other, _ in queue.under_way)
+        with self.store.change():
+            self.store.answer(entry.model, entry.seq, answer, media)
+            if tenant is not None and first and not (tenant.collecting or tenant.unwritten):
+                self.store.settle(entry.model, entry.seq)
+        self._tell(replace(entry, answer=answer, media=media))
         with self._wake:
-            for entry in entries:
-                queue.done(entry)
+            queue.answered(entry)
+
+    def _tenant(self, model: str) -> Tenant:
+        """Return a model, made on the engine's thread if it is not in memory."""
+        if self._tenants.here(model) is None:
+            return self._on_engine(lambda: self._tenants.get(model))
+        return self._tenants.get(model)
 
     def _prepared(self, entry: Entry) -> Work:
         """Return what a request for a pass asks for, checked."""
@@ -337,26 +315,22 @@ class Trainer:
         engine = self.service.engine
         for place, datum in enumerate(data):
             check_datum(datum, loss, asked.loss, place, engine.vocabulary, self.positions)
-        return Work(tenant.adapter.name, data, loss, config, asked.forward_only)
+        return Work(tenant.adapter.name, data, loss, config, asked.forward_only, tenant.owner)
 
     def _spoil(self, entry: Entry, error: Exception) -> None:
         """Let the step that a failed pass belongs to fail too."""
         try:
             if not PassRequest(entry.payload).forward_only:
-                self._on_engine(lambda: self._tenants.get(entry.model)).spoiled = str(error)
+                self._tenant(entry.model).spoiled = str(error)
         except LorryError:
             return
 
-    def _answered(self, entry: Entry, answer: bytes, media: str) -> None:
-        self.store.answer(entry.model, entry.seq, answer, media)
-        self._tell(entry)
-
     def _tell(self, entry: Entry) -> None:
-        """Wake those who wait for an answer."""
+        """Hand an answer to those who wait for it."""
         with self._wake:
             for watcher in self._watchers.pop((entry.model, entry.seq), []):
                 if watcher.set_running_or_notify_cancel():
-                    watcher.set_result(None)
+                    watcher.set_result(entry)
 
     def _failure(self, entry: Entry, error: Exception) -> bytes:
         """Return the answer to a request that cannot be done: through its client, or through the server."""
@@ -367,12 +341,9 @@ class Trainer:
             said, category = f"The server failed at this request ({type(error).__name__}); its log says more.", "server"
         return json.dumps({"error": said, "category": category}).encode()
 
-    def _failed(self, entry: Entry, error: Exception) -> None:
-        self._answered(entry, self._failure(entry, error), JSON)
-
     def _on_engine(self, function: Callable[[], T]) -> T:
         """Return what a function returns that runs while nothing else uses the model."""
-        return self._loop.run_until_complete(self.service.call(self._alone(function)))
+        return self.service.ask(self._alone(function)).result()
 
     def _alone(self, function: Callable[[], T]) -> Callable[[], T]:
         def run() -> T:

@@ -206,15 +206,16 @@ def pass_response(outputs: Sequence[Mapping[str, Tensor]], metrics: Mapping[str,
             values = [each[name].detach().to("cpu", torch.float32) for each in outputs[start:stop]]
             sizes = torch.tensor([0, *(4 * v.numel() for v in values)])
             field = record.fields[name]
-            field.data, field.dtype = b"".join(map(_bytes, values)), _FLOAT32
-            field.offsets = _bytes(sizes.cumsum(0))
+            field.data, field.dtype = b"".join(map(raw, values)), _FLOAT32
+            field.offsets = raw(sizes.cumsum(0))
             field.trailing_shape.extend(width)
         start = stop
     found.metrics.update(metrics)
     return bytes(found.SerializeToString())
 
 
-def _bytes(tensor: Tensor) -> bytes:
+def raw(tensor: Tensor) -> bytes:
+    """Return the bytes of a tensor's values."""
     return tensor.contiguous().numpy().tobytes()
 
 
@@ -233,14 +234,14 @@ def sample_response(answers: Sequence[Completed], *, prompt: bool, top_prompt: i
     found = messages()["SampleResponse"](prompt_cache_hit_tokens=answers[0].usage.cached)
     for answer in answers:
         sequence = found.sequences.add(stop_reason=_STOP if answer.finish == "stop" else _LENGTH)
-        sequence.tokens = _bytes(torch.tensor(answer.tokens, dtype=torch.int32))
-        sequence.logprobs = _bytes(torch.tensor([each.logprob for each in answer.logprobs], dtype=torch.float32))
+        sequence.tokens = raw(torch.tensor(answer.tokens, dtype=torch.int32))
+        sequence.logprobs = raw(torch.tensor([each.logprob for each in answer.logprobs], dtype=torch.float32))
         if top:
             _alternatives(sequence.topk_sampled_logprobs, [each.top for each in answer.logprobs], top)
     known = answers[0].prompt_logprobs or ()
     if prompt:
         values = [float("nan") if each is None else each.logprob for each in known]
-        found.prompt_logprobs = _bytes(torch.tensor(values, dtype=torch.float32))
+        found.prompt_logprobs = raw(torch.tensor(values, dtype=torch.float32))
     if top_prompt:
         _alternatives(found.topk_prompt_logprobs, [() if each is None else each.top for each in known], top_prompt)
     return bytes(found.SerializeToString())
@@ -249,5 +250,5 @@ def sample_response(answers: Sequence[Completed], *, prompt: bool, top_prompt: i
 def _alternatives(message: Any, rows: Sequence[Sequence[tuple[int, float]]], k: int) -> None:
     filled = [[*row[:k], *[_NOTHING] * (k - len(row))] for row in rows]
     message.k, message.length = k, len(filled)
-    message.token_ids = _bytes(torch.tensor([[t for t, _ in row] for row in filled], dtype=torch.int32))
-    message.logprobs = _bytes(torch.tensor([[p for _, p in row] for row in filled], dtype=torch.float32))
+    message.token_ids = raw(torch.tensor([[t for t, _ in row] for row in filled], dtype=torch.int32))
+    message.logprobs = raw(torch.tensor([[p for _, p in row] for row in filled], dtype=torch.float32))

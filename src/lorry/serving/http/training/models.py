@@ -72,7 +72,7 @@ async def forward_backward(request: Request, desk: Taking, owner: Owner) -> dict
 
 
 @router.post("/optim_step")
-def optim_step(body: OfModel, desk: Taking, owner: Owner) -> dict[str, Any]:
+async def optim_step(body: OfModel, desk: Taking, owner: Owner) -> dict[str, Any]:
     """Change the weights by the gradient that was collected."""
     return promise(desk.ask(owner.name, "optim_step", body.model_id, body.seq_id, body.asked()))
 

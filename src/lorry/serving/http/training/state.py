@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 
 from lorry.serving.http.errors import ApiError
 from lorry.serving.http.keys import Holder
-from lorry.serving.http.state import serving_of
+from lorry.serving.http.state import at_once, serving_of
 from lorry.serving.service import Overloaded
 from lorry.serving.training.desk import Desk
 from lorry.serving.training.errors import Missing
@@ -28,10 +28,11 @@ def owner_of(request: Request) -> Holder:
     return keys.holder(headers.get("authorization") if secret is None else f"Bearer {secret}")
 
 
+_OWNER = Depends(at_once(owner_of))
 #: Arguments of endpoints.
-Taking = Annotated[Desk, Depends(desk_of)]
-Owner = Annotated[Holder, Depends(owner_of)]
-GUARDED: Any = [Depends(owner_of)]
+Taking = Annotated[Desk, Depends(at_once(desk_of))]
+Owner = Annotated[Holder, _OWNER]
+GUARDED: Any = [_OWNER]
 
 
 def promise(entry: Entry) -> dict[str, Any]:

@@ -20,6 +20,8 @@ The parts, from below:
 ``task``, ``noise``, ``data``
     Training as a task of the fleet: a frozen network, prompts and latents worked out once, targets and weightings of
     the loss, folders of pictures.
+``probe``
+    What each block of a network does, by another prompt in it alone.
 
 Blocks and kinds of attention (``up_blocks.0.attentions.1``, ``attention:cross in mid_block``) are targets like others
 (`lorry.core.sites.targets.select`); pipelines are taken by the public verbs (`lorry.roots`).
@@ -36,6 +38,7 @@ from lorry.diffusion.errors import DiffusionError
 from lorry.diffusion.families import Family, family_of
 from lorry.diffusion.making import sample
 from lorry.diffusion.pictures import Picture, Pictures, read_recipe
+from lorry.diffusion.probe import Probe, probe
 from lorry.diffusion.prompting import following, prompted, text_blocks, token_positions
 from lorry.diffusion.sampling import Step, denoise
 from lorry.diffusion.weights import within
@@ -48,11 +51,13 @@ __all__ = [
     "Family",
     "Picture",
     "Pictures",
+    "Probe",
     "Step",
     "denoise",
     "family_of",
     "following",
     "joined",
+    "probe",
     "prompted",
     "read_recipe",
     "sample",

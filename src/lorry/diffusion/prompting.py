@@ -23,7 +23,7 @@ def text_blocks(network: nn.Module) -> dict[str, nn.Module]:
     """Return the blocks of a network that are given the text, by path: transformers of a U-Net, blocks of a
     transformer.
     """
-    found = {}
+    found: dict[str, nn.Module] = {}
     for path, module in network.named_modules():
         name = type(module).__name__
         if path and (name.startswith("Transformer2DModel") or path.rpartition(".")[0].endswith("transformer_blocks")):
@@ -33,7 +33,7 @@ def text_blocks(network: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def prompted(network: nn.Module, texts: Mapping[str, Tensor]) -> Iterator[None]:
+def prompted(network: nn.Module, texts: Mapping[str, Tensor], *, guided: bool = False) -> Iterator[None]:
     """Give blocks another text than the rest of a network while the context lasts.
 
     For networks whose blocks each read the text as it was encoded, as those of a U-Net do. Blocks of a transformer with
@@ -45,6 +45,8 @@ def prompted(network: nn.Module, texts: Mapping[str, Tensor]) -> Iterator[None]:
         A U-Net.
     texts
         Path of a block, as a target (`text_blocks`) -> hidden states ``(rows, tokens, width)``; one row goes for all.
+    guided
+        Whether the network sees the batch twice, first without the prompt; those rows keep their text.
 
     Raises
     ------
@@ -69,21 +71,22 @@ def prompted(network: nn.Module, texts: Mapping[str, Tensor]) -> Iterator[None]:
         )
     with ExitStack() as stack:
         for path, text in chosen.items():
-            handle = blocks[path].register_forward_pre_hook(_swap(text), with_kwargs=True)
+            handle = blocks[path].register_forward_pre_hook(_swap(text, guided), with_kwargs=True)
             stack.callback(handle.remove)
         yield
 
 
-def _swap(text: Tensor) -> Any:
+def _swap(text: Tensor, guided: bool) -> Any:
     def swap(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        given = options.get(_TEXT) if _TEXT in options else args[1]
+        given: Tensor = options[_TEXT] if _TEXT in options else args[1]
+        kept = given[: len(given) // 2] if guided else given[:0]
+        rows = len(given) - len(kept)
         other = text.to(given.device, given.dtype)
-        if len(other) != len(given):
-            if len(given) % len(other):
-                raise DiffusionError(
-                    f"A block sees {len(given)} rows, but its prompt has {len(other)}; give one row, or one for each."
-                )
-            other = other.repeat(len(given) // len(other), 1, 1)
+        if rows % len(other):
+            raise DiffusionError(
+                f"A block sees {rows} rows, but its prompt has {len(other)}; give one row, or one for each."
+            )
+        other = torch.cat([kept, other.repeat(rows // len(other), 1, 1)])
         if _TEXT in options:
             return args, {**options, _TEXT: other}
         return (args[0], other, *args[2:]), options

@@ -136,7 +136,7 @@ class Roots(Mapping[str, nn.Module]):
         """
         chosen = dict(targets) if isinstance(targets, Mapping) else dict.fromkeys(self, targets)
         also = dict(train_also or {})
-        self._check({*chosen, *also})
+        self._check_roots({*chosen, *also})
         done: dict[str, Adapter] = {}
         try:
             for root in [r for r in self if r in chosen]:
@@ -161,19 +161,19 @@ class Roots(Mapping[str, nn.Module]):
         AdapterError
             An adapter that is on no root; nothing is changed then.
         """
-        each = {root: self._on(root, composition) for root in self}
-        self._check_names([composition])
+        each = {root: self.on(root, composition) for root in self}
+        self.check([composition])
         for root, model in self.items():
             api.activate(model, each[root])
 
     @contextmanager
     def rows(self, compositions: Sequence[str | Composition | None], **layout: Any) -> Iterator[None]:
         """Give each row of a batch its own composition on every root while the context lasts; see `lorry.rows`."""
-        self._check_names(compositions)
+        self.check(compositions)
         with ExitStack() as stack:
             for root, model in self.items():
                 if api.adapters(model):
-                    here = [self._on(root, c) for c in compositions]
+                    here = [self.on(root, c) for c in compositions]
                     stack.enter_context(api.rows(model, here, **layout))
             yield
 
@@ -186,16 +186,17 @@ class Roots(Mapping[str, nn.Module]):
                     stack.enter_context(api.context(model, **facts))
             yield
 
-    def _on(self, root: str, composition: Any) -> Any:
-        """Return what of a composition there is on a root."""
+    def on(self, root: str, composition: Any) -> Any:
+        """Return what of a composition there is on a root; None if there is nothing."""
         loaded = api.adapters(self[root])
         if composition is None or isinstance(composition, str):
             return composition if composition in loaded else None
         if all(isinstance(key, int) for key in composition):
-            return {kind: self._on(root, inner) for kind, inner in composition.items()}
+            return {kind: self.on(root, inner) for kind, inner in composition.items()}
         return {name: weight for name, weight in composition.items() if name in loaded} or None
 
-    def _check_names(self, compositions: Sequence[str | Composition | None]) -> None:
+    def check(self, compositions: Sequence[str | Composition | None]) -> None:
+        """Raise `AdapterError` if compositions name an adapter that is on no root."""
         loaded = {name for model in self.values() for name in api.adapters(model)}
         for name in (name for composition in compositions for name in _names(composition)):
             if name not in loaded:
@@ -204,7 +205,7 @@ class Roots(Mapping[str, nn.Module]):
                     f"Loaded: {some(sorted(loaded)) or 'none'}."
                 )
 
-    def _check(self, names: set[str]) -> None:
+    def _check_roots(self, names: set[str]) -> None:
         wrong = sorted(names - set(self))
         if wrong:
             raise SiteError(f"There is no root '{wrong[0]}'.{near_misses(wrong[0], self)} There are: {some(self)}.")

@@ -17,9 +17,9 @@ def network(pipeline):
 
 
 @contextmanager
-def adapted(name, *names, size=0.3, targets=TARGETS, change=None):
-    """A tiny pipeline with random LoRAs on its network, detached at the end."""
-    pipeline = change(tiny.pipeline(name)) if change else tiny.pipeline(name)
+def adapted(name, *names, size=0.3, targets=TARGETS):
+    """A tiny pipeline (or its name) with random LoRAs on its network, detached at the end."""
+    pipeline = tiny.pipeline(name) if isinstance(name, str) else name
     target = [t for t in targets if any(_fits(p, t) for p, _ in network(pipeline).named_modules())]
     adapters = [
         lorry.attach(network(pipeline), {"method": "lora", "rank": 2}, targets=target, name=n, seed=7) for n in names
@@ -71,7 +71,17 @@ def pixels(pipeline, prompts="a red square", compositions=None, **more):
     return sample(pipeline, prompts, compositions=compositions, **more)
 
 
-def latents_of(pipeline, prompts=("a red square",), compositions=None, *, steps=4, guidance=3.0, sampler=None, **more):
+def latents_of(
+    pipeline,
+    prompts=("a red square",),
+    compositions=None,
+    *,
+    steps=4,
+    guidance=3.0,
+    sampler=None,
+    size=tiny.SIZE,
+    **more,
+):
     """Latents and reports of a run, without the decoder's rounding to bytes."""
     from lorry.diffusion import denoise
     from lorry.diffusion.making import Order, encoded
@@ -81,7 +91,7 @@ def latents_of(pipeline, prompts=("a red square",), compositions=None, *, steps=
     orders = [Order(prompt, None, composition) for prompt, composition in zip(prompts, compositions, strict=True)]
     with torch.no_grad():
         conditions, negative = encoded(pipeline, orders, [None] * len(orders), guided=guidance > 1)
-    rows, side = len(orders), (tiny.SIZE, tiny.SIZE)
+    rows, side = len(orders), (size, size)
     conditions, negative = (c and family.sized(c, [side] * rows, [(0, 0)] * rows, side) for c in (conditions, negative))
     shape = family.latents_shape(pipeline, *side)
     noise = torch.cat([torch.randn(1, *shape, generator=torch.Generator().manual_seed(s)) for s in range(rows)])

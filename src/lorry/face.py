@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import lorry.diffusion  # noqa: F401  what it registers is known from here on
 import lorry.methods  # noqa: F401  the methods' files are known from here on
 from lorry.core.errors import (
     AdapterError,
@@ -15,7 +16,7 @@ from lorry.core.errors import (
 )
 from lorry.core.forward.weights import BySite, ByStep, ByTimestep
 from lorry.core.life.adapter import Adapter
-from lorry.core.life.api import activate, adapters, attach, auxiliary_loss, context, methods, rows, tap
+from lorry.core.life.api import auxiliary_loss, methods, tap
 from lorry.core.life.page_pool import PagePool
 from lorry.core.life.placement import placement
 from lorry.core.life.plan import Plan, plan
@@ -23,9 +24,8 @@ from lorry.core.method.registry import method_from
 from lorry.core.method.registry import methods as registered
 from lorry.core.receipt import Receipt
 from lorry.formats.file import AdapterFile
-from lorry.formats.load import load
 from lorry.formats.reader import open_adapter as open
-from lorry.roots import Bundle, Roots
+from lorry.roots import Bundle, Roots, activate, adapters, attach, context, load, rows
 
 if TYPE_CHECKING:
     from lorry.methods.dora import DoRA

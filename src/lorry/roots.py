@@ -1,27 +1,35 @@
 """Several models addressed as one: the U-Net and text encoders of a pipeline, a vision tower and a language model.
 
-An adapter over several roots is a bundle: one name, one file, an adapter on each root.
+An adapter over several roots is a bundle: one name, one file, an adapter on each root. The public verbs (`attach`,
+`load`, `activate`, `rows`, `context`, `adapters`) take a pipeline, or models by name, where they take a model.
 """
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
 
-from torch import nn
+from torch import Tensor, nn
 
-from lorry.core.errors import AdapterError, SiteError, near_misses, some
+from lorry.core.errors import AdapterError, CheckpointError, SiteError, near_misses, some
 from lorry.core.forward.compose import Composition
 from lorry.core.life import api
 from lorry.core.life.adapter import Adapter
 from lorry.core.method.base import Method
 from lorry.core.receipt import Receipt
 from lorry.core.sites.targets import Targets
-from lorry.formats.bundle import load_bundle, save_bundle
+from lorry.formats.bundle import bundled, load_bundle
+from lorry.formats.file import AdapterFile
+from lorry.formats.load import load as load_one
+from lorry.formats.reader import open_adapter
+from lorry.formats.snapshot import is_sharded
 
+#: What diffusers calls the network of a pipeline that predicts.
+_NETWORKS = ("unet", "transformer", "prior")
 #: For each root its own, or one for all.
 PerRoot = Mapping[str, Targets] | Targets
 
@@ -56,9 +64,9 @@ class Bundle:
             part.train(mode)
         return self
 
-    def fuse(self) -> dict[str, Receipt]:
+    def fuse(self, **options: Any) -> dict[str, Receipt]:
         """Add its updates to the weights of every root; of none if one refuses."""
-        return _all_or_none(self.parts, lambda part: part.fuse(), lambda part: part.unfuse())
+        return _all_or_none(self.parts, lambda part: part.fuse(**options), lambda part: part.unfuse())
 
     def unfuse(self) -> None:
         """Give every root its own weights back."""
@@ -70,9 +78,64 @@ class Bundle:
         for part in self.parts.values():
             part.detach()
 
-    def save(self, path: str | os.PathLike[str], **options: Any) -> Receipt:
-        """Write it as one folder; see `lorry.formats.bundle.save_bundle`."""
-        return save_bundle(self.parts, path, name=self.name, **options)
+    def file(self, metadata: Mapping[str, Any] | None = None) -> AdapterFile:
+        """Return it as data, whose tensors are those of the models."""
+        found = bundled(self.parts, self.name, metadata)
+        if len(found.components) == 1:  # a folder of one root is that of its model, which says where it belongs
+            root, part = next(iter(found.components.items()))
+            part.metadata = {**part.metadata, **(metadata or {}), "root": root}
+        return found
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        format: str = "lorry",
+        metadata: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Receipt:
+        """Write it: as one folder, or as a single file of diffusion tools.
+
+        Parameters
+        ----------
+        path
+            The folder, or the ``.safetensors`` file.
+        format
+            ``lorry`` (a folder), ``diffusers`` or ``kohya`` (a file).
+        metadata
+            Of the whole, in a folder.
+        options
+            Of the writer, e.g. ``overwrite``.
+
+        Raises
+        ------
+        CheckpointError
+            A tensor is empty or not finite, the format cannot say it, or the disk refuses; what was there before is
+            left.
+        AdapterError
+            Tensors are sharded.
+        """
+        if any(is_sharded(part) for part in self.parts.values()):
+            raise AdapterError(
+                "An adapter over several models needs whole tensors: save each part, load it in one process, and save "
+                "the whole there."
+            )
+        return self.file(metadata).save(path, format=format, **options)
+
+
+class _Activations(ExitStack):
+    """What applies on several roots; entered, it holds until the block ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: list[api.Activation] = []
+
+    def __enter__(self) -> _Activations:
+        """Let what was active before be active again once the block ends."""
+        super().__enter__()
+        for activation in self.waiting:
+            self.enter_context(activation)
+        return self
 
 
 class Roots(Mapping[str, nn.Module]):
@@ -91,11 +154,17 @@ class Roots(Mapping[str, nn.Module]):
 
     def __init__(self, models: Mapping[str, nn.Module] | Any) -> None:
         found = getattr(models, "components", models)
+        self._whole = found is models
         if not isinstance(found, Mapping):
             raise SiteError(f"Expected models by name, or a pipeline with components, found {type(models).__name__}.")
         self._models = {str(name): model for name, model in found.items() if isinstance(model, nn.Module)}
         if not self._models:
             raise SiteError(f"There is no torch.nn.Module among {some(map(str, found))}.")
+
+    @property
+    def network(self) -> str | None:
+        """Name of the model that predicts, in a pipeline of diffusers; None elsewhere."""
+        return next((name for name in _NETWORKS if name in self), None)
 
     def __getitem__(self, name: str) -> nn.Module:
         """Return the model of this name."""
@@ -113,7 +182,7 @@ class Roots(Mapping[str, nn.Module]):
         self,
         method: Method | Mapping[str, Any] | str | None = None,
         *,
-        targets: PerRoot,
+        targets: PerRoot = "all-linear",
         name: str = "default",
         train_also: Mapping[str, Sequence[str]] | None = None,
         **options: Any,
@@ -125,7 +194,8 @@ class Roots(Mapping[str, nn.Module]):
         method, name, options
             As in `lorry.attach`.
         targets
-            Root -> which of its sites; or one for all roots.
+            Root -> which of its sites; or those of the network that predicts, for a pipeline, and of all roots for
+            models by name.
         train_also
             Root -> modules that are trained whole beside the adapter and saved with it.
 
@@ -134,7 +204,8 @@ class Roots(Mapping[str, nn.Module]):
         SiteError, AdapterError, OptionError
             A root that is not there, or as in `lorry.attach`; no root is changed then.
         """
-        chosen = dict(targets) if isinstance(targets, Mapping) else dict.fromkeys(self, targets)
+        every = [self.network] if self.network and not self._whole else list(self)
+        chosen = dict(targets) if isinstance(targets, Mapping) else dict.fromkeys(every, targets)
         also = dict(train_also or {})
         self._check_roots({*chosen, *also})
         done: dict[str, Adapter] = {}
@@ -148,13 +219,50 @@ class Roots(Mapping[str, nn.Module]):
             raise
         return Bundle(name, done)
 
-    def load(self, path: str | os.PathLike[str], **options: Any) -> Bundle:
-        """Load a bundle onto all roots that it has an adapter for, or onto none; see `lorry.formats.bundle`."""
-        parts = load_bundle(self, path, **options)
+    def load(self, path: str | os.PathLike[str] | AdapterFile, **options: Any) -> Bundle:
+        """Load an adapter onto all roots that it has tensors for, or onto none; see `lorry.formats.bundle`.
+
+        One that was saved for one model alone goes onto the root that it names, or onto the network of a pipeline.
+        """
+        file = open_adapter(path)
+        try:
+            if file.components:
+                parts = load_bundle(self, file, **options)
+            else:
+                root = str(file.metadata.get("root") or self.network or "")
+                if root not in self:
+                    raise CheckpointError(
+                        f"'{file.where}' holds an adapter of one model and does not say of which of the roots "
+                        f"{some(self)}; load it onto that model with lorry.load."
+                    )
+                parts = {root: load_one(self[root], file, **options)}
+        finally:
+            if file is not path:
+                file.close()
         return Bundle(next(iter(parts.values())).name, parts)
 
-    def activate(self, composition: str | Composition | None) -> None:
-        """Let adapters apply on every root where they are; see `lorry.activate`.
+    def adapters(self) -> dict[str, Bundle]:
+        """Return all adapters by name, each with its parts."""
+        found: dict[str, dict[str, Adapter]] = {}
+        for root, model in self.items():
+            for name, part in api.adapters(model).items():
+                found.setdefault(name, {})[root] = part
+        return {name: Bundle(name, parts) for name, parts in found.items()}
+
+    def fuse(self, name: str, **options: Any) -> dict[str, Receipt]:
+        """Add the updates of an adapter to the weights of every root where it is; of none if one refuses."""
+        return self._named(name).fuse(**options)
+
+    def detach(self, name: str) -> None:
+        """Take an adapter off every root."""
+        self._named(name).detach()
+
+    def _named(self, name: str) -> Bundle:
+        self.check([name])
+        return self.adapters()[name]
+
+    def activate(self, composition: str | Composition | None) -> ExitStack:
+        """Let adapters apply on every root where they are, from now on or while a ``with`` block lasts.
 
         Raises
         ------
@@ -163,18 +271,40 @@ class Roots(Mapping[str, nn.Module]):
         """
         each = {root: self.on(root, composition) for root in self}
         self.check([composition])
+        block = _Activations()
         for root, model in self.items():
-            api.activate(model, each[root])
+            block.waiting.append(api.activate(model, each[root]))
+        return block
 
     @contextmanager
-    def rows(self, compositions: Sequence[str | Composition | None], **layout: Any) -> Iterator[None]:
-        """Give each row of a batch its own composition on every root while the context lasts; see `lorry.rows`."""
+    def rows(
+        self, compositions: Sequence[str | Composition | None], *, pictures: int = 1, **layout: Any
+    ) -> Iterator[None]:
+        """Give each row of a batch its own composition on every root while the context lasts; see `lorry.rows`.
+
+        Around the call of a pipeline, rows are its prompts: text encoders see each of them once, and the network sees
+        `pictures` of each, and all of these once more where the call is guided.
+
+        Parameters
+        ----------
+        compositions
+            One for each prompt; for a call with several pictures of each prompt also one for each picture, where no
+            text encoder has an adapter.
+        pictures
+            Pictures of each prompt (``num_images_per_prompt``).
+        layout
+            As for `lorry.rows`, on every root; for models by name.
+        """
         self.check(compositions)
+        by_name = self._whole or bool(layout)
         with ExitStack() as stack:
             for root, model in self.items():
                 if api.adapters(model):
-                    here = [self.on(root, c) for c in compositions]
-                    stack.enter_context(api.rows(model, here, **layout))
+                    each = [self.on(root, c) for c in compositions]
+                    as_called = root == self.network and not by_name
+                    stack.enter_context(
+                        _rows_as_called(model, each, pictures) if as_called else api.rows(model, each, **layout)
+                    )
             yield
 
     @contextmanager
@@ -228,3 +358,84 @@ def _all_or_none(parts: Mapping[str, Adapter], do: Any, undo: Any) -> dict[str, 
             undo(parts[root])
         raise
     return done
+
+
+@contextmanager
+def _rows_as_called(
+    network: nn.Module, compositions: Sequence[str | Composition | None], pictures: int
+) -> Iterator[None]:
+    """Give each prompt of a pipeline's call its composition in its network, guided or not: every call of the network
+    says by its batch how often all pictures follow themselves.
+    """
+    entries = len(compositions) * pictures
+    with api.rows(network, compositions, repeat=pictures):
+        pass  # what cannot be applied is refused now
+    open_calls: list[ExitStack] = []
+
+    def before(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        seen = next(v for v in (*args, *options.values()) if isinstance(v, Tensor) and v.ndim > 2)
+        call = ExitStack()
+        call.enter_context(api.rows(network, compositions, repeat=pictures, tile=max(1, len(seen) // entries)))
+        open_calls.append(call)
+
+    def after(*_: Any) -> None:
+        if open_calls:
+            open_calls.pop().close()
+
+    # outside of the hooks that a model with adapters has
+    handles = (
+        network.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
+        network.register_forward_hook(after, always_call=True),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        while open_calls:
+            after()
+
+
+class Pipeline(Protocol):
+    """What holds several models, as a pipeline of diffusers does."""
+
+    @property
+    def components(self) -> Mapping[str, Any]:
+        """Models and other parts by name."""
+        ...
+
+
+P = ParamSpec("P")
+One = TypeVar("One", covariant=True)
+Several = TypeVar("Several", covariant=True)
+
+
+class Verb(Protocol[P, One, Several]):
+    """A public verb, which takes a model, a pipeline, or models by name."""
+
+    @overload
+    def __call__(self, model: nn.Module, *args: P.args, **options: P.kwargs) -> One: ...
+    @overload
+    def __call__(self, model: Pipeline | Mapping[str, nn.Module], *args: Any, **options: Any) -> Several: ...
+
+
+def _verb(
+    one: Callable[Concatenate[nn.Module, P], One], several: Callable[Concatenate[Roots, ...], Several]
+) -> Verb[P, One, Several]:
+    """Return a verb that does `one` for a model, and `several` for a pipeline or models by name."""
+
+    @functools.wraps(one)
+    def verb(model: Any, *args: Any, **options: Any) -> Any:
+        if isinstance(model, nn.Module) or not (isinstance(model, Mapping) or hasattr(model, "components")):
+            return one(model, *args, **options)
+        return several(model if isinstance(model, Roots) else Roots(model), *args, **options)
+
+    return verb
+
+
+attach = _verb(api.attach, Roots.attach)
+load = _verb(load_one, Roots.load)
+activate = _verb(api.activate, Roots.activate)
+rows = _verb(api.rows, Roots.rows)
+context = _verb(api.context, Roots.context)
+adapters = _verb(api.adapters, Roots.adapters)

@@ -21,6 +21,8 @@ def own_call(pipeline, name, prompts, seeds, **more):
         more |= {"true_cfg_scale": 3.0, "negative_prompt": ["dog"] * len(prompts)}
     if name not in ("flux", "qwen"):
         more |= {"guidance_scale": 3.0}
+    if name in ("flux", "sd3"):
+        more |= {"max_sequence_length": 16}  # all that its tokenizer takes
     found = pipeline(
         prompts,
         num_inference_steps=3,

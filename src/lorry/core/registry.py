@@ -16,11 +16,17 @@ from lorry.core.errors import LorryError, OptionError, near_misses
 T = TypeVar("T")
 C = TypeVar("C")
 _FIRST: list[str] = []
+_FOR: dict[str, list[str]] = {}
 
 
 def import_first(module: str) -> None:
     """Import `module` before the first look-up in any registry, since what it imports registers things or sources."""
     _FIRST.append(module)
+
+
+def import_for(what: str, module: str) -> None:
+    """Import `module` before the first look-up in the registry of this sort, since it registers something there."""
+    _FOR.setdefault(what, []).append(module)
 
 
 class Registry(Mapping[str, T], Generic[T]):
@@ -76,6 +82,8 @@ class Registry(Mapping[str, T], Generic[T]):
         """Import what has not been imported yet."""
         while _FIRST:
             importlib.import_module(_FIRST.pop())
+        while _FOR.get(self.what):
+            importlib.import_module(_FOR[self.what].pop())
         while self._sources:
             package, path = self._sources.pop()
             for module in pkgutil.iter_modules(path):

@@ -31,6 +31,7 @@ the scheduler's scale from 0 to the number of its training steps, also for netwo
 
 from __future__ import annotations
 
+from lorry.core.registry import import_for
 from lorry.diffusion.conditions import Conditions, joined
 from lorry.diffusion.errors import DiffusionError
 from lorry.diffusion.families import Family, family_of
@@ -38,6 +39,8 @@ from lorry.diffusion.making import sample
 from lorry.diffusion.pictures import Picture, Pictures, read_recipe
 from lorry.diffusion.sampling import Step, denoise
 from lorry.diffusion.weights import within
+
+import_for("objective", f"{__name__}.task")
 
 __all__ = [
     "Conditions",

@@ -315,7 +315,11 @@ def _bind_single(file: AdapterFile, state: ModelState, bound: Bound) -> None:
 def _single_site(part: StoredSite, resolver: Resolver) -> Site | None:
     joint = "_" if resolver._flat is not None else "."
     inner = resolver.find(f"{part.component}{joint}{part.path}") if part.component else None
-    return inner or resolver.find(part.path)
+    found = inner or resolver.find(part.path)
+    # what CLIP's text models put around their layers until transformers 5
+    around = f"text_model{joint}"
+    other = part.path.removeprefix(around) if part.path.startswith(around) else f"{around}{part.path}"
+    return found or resolver.find(other)
 
 
 def _fits(file: AdapterFile, part: StoredSite, site: Site) -> bool:

@@ -78,7 +78,7 @@ def save_kohya(
     tensors: dict[str, Tensor] = {}
     for root, part in _parts(file, component):
         for place, _, alpha, a, b in _factors(part):
-            name = f"lora_{_KOHYA_ROOTS.get(root, root)}_{place.replace('.', '_')}"
+            name = f"lora_{_KOHYA_ROOTS.get(root, root)}_{_named(root, place).replace('.', '_')}"
             if f"{name}.alpha" in tensors:
                 raise CheckpointError(f"'{place}' and another site are both called '{name}' in kohya's naming.")
             tensors |= {
@@ -121,6 +121,11 @@ def _factors(file: AdapterFile) -> Iterator[tuple[str, int, float, Tensor, Tenso
         rank = a.shape[-2]
         alpha = method.scale(site) * rank
         yield path, rank, alpha, foreign("A", a, facts.kind, facts.kernel), foreign("B", b, facts.kind, facts.kernel)
+
+
+def _named(root: str, path: str) -> str:
+    """Return a path as kohya calls it: CLIP's text models had a name around their layers until transformers 5."""
+    return f"text_model.{path}" if root.startswith("text_encoder") and path.startswith("encoder.layers.") else path
 
 
 def _escaped(path: str) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -44,6 +45,8 @@ class BatchPlan:
     """Number of epochs; None goes on for ever."""
     lengths: tuple[int, ...] | None = None
     """Tokens of each row; needed for bucketing alone."""
+    groups: tuple[int, ...] | None = None
+    """Group of each row, where rows of different groups cannot lie in one batch."""
 
     def __post_init__(self) -> None:
         if self.examples < 1:
@@ -66,8 +69,9 @@ class BatchPlan:
     @property
     def batches_per_epoch(self) -> int:
         """Batches of one epoch."""
-        count = self.examples / self.batch_size
-        return math.floor(count) if self.drop_last else math.ceil(count)
+        counts = [self.examples] if self.groups is None else list(Counter(self.groups).values())
+        rounded = math.floor if self.drop_last else math.ceil
+        return sum(rounded(count / self.batch_size) for count in counts)
 
     def epoch(self, epoch: int) -> tuple[tuple[int, ...], ...]:
         """The batches of an epoch, each a tuple of row numbers; every row at most once, and all without
@@ -78,6 +82,8 @@ class BatchPlan:
         if self.shuffle:
             order = torch.randperm(self.examples, generator=generator).tolist()
         size = self.batch_size
+        if self.groups is not None:
+            return self._grouped(order, generator)
         if self.drop_last:
             order = order[: len(order) - len(order) % size]
         if self.bucket_window and self.lengths is not None:
@@ -93,6 +99,19 @@ class BatchPlan:
             batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
         return tuple(batches)
 
+    def _grouped(self, order: Sequence[int], generator: torch.Generator) -> tuple[tuple[int, ...], ...]:
+        """The batches of an order, none with rows of two groups."""
+        assert self.groups is not None
+        apart: dict[int, list[int]] = {}
+        for row in order:
+            apart.setdefault(self.groups[row], []).append(row)
+        size = self.batch_size
+        batches = [tuple(rows[i : i + size]) for rows in apart.values() for i in range(0, len(rows), size)]
+        batches = [b for b in batches if len(b) == size or not self.drop_last]
+        if self.shuffle:
+            batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        return tuple(batches)
+
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for a saved position to mean the same batch, as plain JSON."""
         values = asdict(self)
@@ -102,6 +121,13 @@ class BatchPlan:
             text = ",".join(map(str, values["lengths"]))
             values["lengths"] = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
         return values
+
+
+def groups_of(kinds: Sequence[Hashable]) -> tuple[int, ...] | None:
+    """Return the group of each row by what it is, numbered in the order in which they come; None if all are alike."""
+    numbers: dict[Hashable, int] = {}
+    found = tuple(numbers.setdefault(kind, len(numbers)) for kind in kinds)
+    return found if len(numbers) > 1 else None
 
 
 def _mix(seed: int, epoch: int) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .data_errors import DataError, suggest
+from .picture_folder import is_picture_folder, read_pictures
 from .readers import Bounds, Record, cut, is_dataset_folder, read_dataset, read_file
 
 __all__ = [
@@ -42,7 +43,7 @@ EXTENSIONS: dict[str, str] = {
 }
 """File extension to format name."""
 
-FORMATS: tuple[str, ...] = ("jsonl", "json", "csv", "tsv", "parquet", "text", "dataset")
+FORMATS: tuple[str, ...] = ("jsonl", "json", "csv", "tsv", "parquet", "text", "dataset", "pictures")
 
 _PICKLES = {".pkl", ".pickle", ".pt", ".pth", ".bin", ".joblib", ".npy", ".npz"}
 _SPLIT_NAMES = {
@@ -274,12 +275,18 @@ def _read_path(
     if path.is_dir():
         if format in (None, "dataset") and is_dataset_folder(path):
             return read_dataset(path, name, bounds, limit)
+        if format in (None, "pictures") and is_picture_folder(path):
+            return cut(read_pictures(path), bounds, limit)
+        if format == "pictures":
+            raise DataError(f"{path} holds no pictures and no metadata.jsonl that names any.")
         if format == "dataset":
             raise DataError(f"{path} is not a folder written by datasets.save_to_disk: it has no dataset_info.json.")
         paths = _folder_files(path, format, name)
     else:
         if format == "dataset":
             raise DataError(f"{path} is a file; format 'dataset' is a folder written by datasets.save_to_disk.")
+        if format == "pictures":
+            raise DataError(f"{path} is a file; format 'pictures' is a folder of pictures.")
         paths = [path]
     # A single file may still hold named splits: a JSON object of lists. Everything else has none.
     inner = name if not path.is_dir() else None

@@ -78,12 +78,13 @@ def _batches(run: Run, setting: Setting) -> list[Share]:
     assert run.prepared is not None and run.prepared.evaluation is not None
     made, held = run.prepared, run.prepared.evaluation
     tags = held.task_ids if run.acting.by_task and held.task_ids is not None else (0,) * len(held)
-    order = sorted(range(len(held)), key=lambda i: (tags[i], made.task.cost(held[i])))
+    kin = {i: made.task.kin(held[i]) for i in range(len(held))}
+    order = sorted(range(len(held)), key=lambda i: (tags[i], made.task.cost(held[i]), repr(kin[i])))
     shares = []
     start = 0
     while start < len(order):
         most = order[start : start + run.job.eval_batch_size]
-        chosen = [i for i in most if tags[i] == tags[most[0]]]
+        chosen = [i for i in most if (tags[i], kin[i]) == (tags[most[0]], kin[most[0]])]
         generator = torch.Generator().manual_seed(mix_seed(run.job.seed, "evaluate", start))
         examples = made.task.draw(held.take(chosen), generator, setting, run.name)
         shares.append(Share(run.name, made, examples, held.ids(chosen)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -99,9 +99,9 @@ class Share:
         return self.prepared.task
 
     @property
-    def family(self) -> tuple[str, bool]:
+    def family(self) -> tuple[Hashable, ...]:
         """Shares of one family may go into one pass; those whose rows have tasks go with others that have."""
-        return self.task.family, self.task_ids is not None
+        return self.task.family, self.task_ids is not None, self.task.kin(self.examples[0])
 
     @property
     def cost(self) -> int:
@@ -159,7 +159,7 @@ def grouped(shares: Sequence[Share], max_pad_ratio: float | None, max_tokens: in
         Largest cost of a pass (tokens, for text), padding included; a single share may be larger.
     """
     groups: list[list[Share]] = []
-    last: dict[tuple[str, bool], list[Share]] = {}
+    last: dict[tuple[Hashable, ...], list[Share]] = {}
     for share in sorted(shares, key=lambda s: -s.cost):
         group = last.get(share.family)
         if group is not None and _fits([*group, share], max_pad_ratio, max_tokens):

@@ -18,7 +18,7 @@ from lorry.core.life.calibrate import finish_step
 from lorry.core.method.base import Method
 from lorry.core.method.start import mix_seed
 
-from .batches import BatchCursor, BatchPlan
+from .batches import BatchCursor, BatchPlan, groups_of
 from .groups import ParameterGroups
 from .hooks import Acting, Dynamic, Moment
 from .jobs import Job
@@ -111,6 +111,7 @@ class Run:
             bucket_window=job.bucketing,
             epochs=epochs,
             lengths=tuple(map(prepared.task.cost, prepared.train.examples)) if job.bucketing else None,
+            groups=groups_of(list(map(prepared.task.kin, prepared.train.examples))),
         )
         self.cursor = BatchCursor(plan)
         batches = (epochs or 1) * plan.batches_per_epoch

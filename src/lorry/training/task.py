@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
 
@@ -321,6 +321,10 @@ class Task(ABC):
     def cost(self, example: Any) -> int:
         """Return the size of a row of the example in `unit`; rows of a pass are padded to the largest."""
         return 1
+
+    def kin(self, example: Any) -> Hashable:
+        """Return what the examples of a batch must have in common, such as the size of pictures; None for nothing."""
+        return None
 
     def fingerprint(self, examples: Sequence[Any]) -> str:
         """Return a hash of examples: a run may go on only with the data that it began with."""

@@ -315,7 +315,7 @@ def rows(
 
 
 @contextmanager
-def context(model: nn.Module, **facts: Any) -> Iterator[Context]:
+def context(model: nn.Module, /, **facts: Any) -> Iterator[Context]:
     """Tell methods what they may need of a forward pass, and collect what layers leave behind.
 
     Parameters

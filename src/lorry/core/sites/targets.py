@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from lorry.core.errors import SiteError, near_misses, some
+from lorry.core.sites.attending import ATTENTIONS, attention_kind
 from lorry.core.sites.kinds import current_name, kind_named, kinds_in_order
 from lorry.core.sites.site import Kind, Site
 from lorry.core.sites.stacks import Stacks, find_stacks
@@ -35,7 +36,8 @@ class Selection:
 def preset_names() -> list[str]:
     """Return the presets: those that kinds declare, those by place in the model, and ``all``."""
     declared = dict.fromkeys(preset for kind in kinds_in_order() for preset in kind.presets)
-    return [_LINEAR, "attention", "mlp", *sorted(declared.keys() - {_LINEAR}), "all"]
+    kinds = (f"attention:{kind}" for kind in ATTENTIONS)
+    return [_LINEAR, "attention", *kinds, "mlp", *sorted(declared.keys() - {_LINEAR}), "all"]
 
 
 def select(
@@ -52,14 +54,15 @@ def select(
     Parameters
     ----------
     model, catalogue
-        The model, for its output head and for blocks, and all its sites by path.
+        The model, and all its sites by path.
     targets
-        A preset (`preset_names`), ``kind:NAME``, ``re:REGEX`` (searched as a full match of the path), a pattern with
-        ``*``, a path, a suffix of a path (``q_proj``, ``mlp.down_proj``), or a list of these.
+        A preset (`preset_names`), ``kind:NAME``, ``re:REGEX`` (a full match of the path), a pattern with ``*``, a path,
+        a suffix of a path (``mlp.down_proj``), a block (the path of a module: its linear layers), ``TARGET in BLOCK``
+        (``attention:cross in mid_block``), or a list of these.
     kinds
         The kinds that the method can sit on.
     exclude
-        Sites to leave out, in the same syntax.
+        Sites to leave out.
     layers
         Blocks to keep (None keeps all sites): indices in the model's main stack of blocks, or stack -> indices, as in
         ``{"down_blocks": [0, 1]}``, for a model that has several. Sites outside of these stacks are left out.
@@ -71,8 +74,7 @@ def select(
         indices and the model has no single main stack, or they name a stack that it lacks.
     """
     allowed = [kind_named(name) for name in kinds]
-    wanted = _listed(targets)
-    if not wanted:
+    if not (wanted := _listed(targets)):
         raise SiteError(
             "No targets were given. Try targets='all-linear', or a list of names such as ['q_proj', 'v_proj']."
         )
@@ -150,8 +152,13 @@ def _matching(
     allowed: Sequence[Kind],
     stacks: Stacks,
 ) -> dict[str, Site]:
+    what, within, block = pattern.partition(" in ")
+    if within:
+        inside = _inside(model, catalogue, block.strip(), head, linear=False)
+        found_there = _matching(model, catalogue, what.strip(), head, allowed, stacks)
+        return {p: s for p, s in found_there.items() if p in inside}
     if pattern in preset_names():
-        return {p: s for p, s in catalogue.items() if p != head and _in_preset(s, pattern)}
+        return {p: s for p, s in catalogue.items() if p != head and _in_preset(s, pattern, catalogue)}
     if pattern.startswith("kind:"):
         kind = kind_named(pattern[5:])
         return {p: s for p, s in catalogue.items() if s.kind is kind}
@@ -162,16 +169,29 @@ def _matching(
         for path, module in model.named_modules():
             if path and (layers_too or path not in catalogue) and matches(path, pattern):
                 found.update({s.path: replace(s, layer=stacks.layer(s.path)) for s in kind.sites(path, module)})
-    return found or {p: s for p, s in catalogue.items() if matches(p, pattern)}
+    found = found or {p: s for p, s in catalogue.items() if matches(p, pattern)}
+    return found or _inside(model, catalogue, pattern, head, linear=True)
 
 
-def _in_preset(site: Site, name: str) -> bool:
+def _inside(
+    model: nn.Module, catalogue: Mapping[str, Site], block: str, head: str | None, *, linear: bool
+) -> dict[str, Site]:
+    """Return the sites inside the modules that a pattern means; linear layers alone, or all."""
+    starts = tuple(f"{path}." for path, _ in model.named_modules() if path and matches(path, block))
+    inside = {p: s for p, s in catalogue.items() if starts and p.startswith(starts) and p != head}
+    return {p: s for p, s in inside.items() if not linear or _in_preset(s, _LINEAR, catalogue)}
+
+
+def _in_preset(site: Site, name: str, catalogue: Mapping[str, Site]) -> bool:
     linear = _LINEAR in site.kind.presets and not _HEADS.search(site.path)
     parent = site.path.rpartition(".")[0]
     if name == "all":
         return site.kind.in_all
     if name == "attention":
         return linear and bool(_ATTENTION.search(parent))
+    if name.startswith("attention:"):
+        module = parent.removesuffix(".to_out")
+        return linear and bool(_ATTENTION.search(parent)) and attention_kind(module, catalogue) == name[10:]
     if name == "mlp":
         return linear and not _ATTENTION.search(parent) and bool(_MLP.search(site.path))
     return linear if name == _LINEAR else name in site.kind.presets

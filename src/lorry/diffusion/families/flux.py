@@ -29,8 +29,12 @@ class Flux(AutoencoderFamily):
 
     def encode(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
         """Return the second text encoder's hidden states and the first one's pooled text."""
+        length = min(512, pipeline.tokenizer_2.model_max_length)
         text, pooled, _ = pipeline.encode_prompt(
-            prompt=list(prompts), prompt_2=None, device=device_of(pipeline.transformer)
+            prompt=list(prompts),
+            prompt_2=None,
+            device=device_of(pipeline.transformer),
+            max_sequence_length=length,
         )
         return Conditions({"text": text, "pooled": pooled})
 

@@ -23,7 +23,13 @@ class StableDiffusion3(AutoencoderFamily):
     def encode(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
         """Return the hidden states of all text encoders, and the pooled texts of the first two."""
         texts = list(prompts)
-        options = {"device": device_of(pipeline.transformer), "do_classifier_free_guidance": False}
+        third = pipeline.tokenizer_3
+        length = 256 if third is None else min(256, third.model_max_length)
+        options = {
+            "device": device_of(pipeline.transformer),
+            "do_classifier_free_guidance": False,
+            "max_sequence_length": length,
+        }
         text, _, pooled, _ = pipeline.encode_prompt(prompt=texts, prompt_2=None, prompt_3=None, **options)
         return Conditions({"text": text, "pooled": pooled})
 

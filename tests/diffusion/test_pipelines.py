@@ -28,39 +28,6 @@ def stirred(bundle, seed=1, size=0.4):
     return bundle
 
 
-@pytest.fixture
-def clean():
-    """Whatever a test attaches is taken off; weights, hooks and gradients are as before."""
-    used = []
-
-    def take(name):
-        pipeline = tiny.pipeline(name)
-        own_call(pipeline, name, PROMPT, [1])  # transformers hooks its own layers at the first call
-        used.append((pipeline, facts(pipeline)))
-        return pipeline
-
-    yield take
-    for pipeline, before in used:
-        for bundle in lorry.adapters(pipeline).values():
-            bundle.detach()
-        assert facts(pipeline) == before
-
-
-def facts(pipeline):
-    """What must be as before: weights, hooks, processors, requires_grad, training modes."""
-    found = {}
-    for name, model in lorry.Roots(pipeline).items():
-        found[name] = {
-            "weights": {k: hash(v.detach().numpy().tobytes()) for k, v in model.named_parameters()},
-            "grad": {k: v.requires_grad for k, v in model.named_parameters()},
-            "hooks": {k: (len(m._forward_hooks), len(m._forward_pre_hooks)) for k, m in model.named_modules()},
-            "types": {k: type(m) for k, m in model.named_modules()},
-            "processors": {k: type(m.processor) for k, m in model.named_modules() if hasattr(m, "processor")},
-            "training": [m.training for m in model.modules()],
-        }
-    return found
-
-
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("format", ["lorry", "diffusers", "kohya"])
 def test_one_adapter_one_file_both_ways(name, format, clean, tmp_path):

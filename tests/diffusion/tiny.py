@@ -251,3 +251,20 @@ def pipeline(name):
     made = MAKERS[name]()
     made.set_progress_bar_config(disable=True)
     return made
+
+
+def facts(pipeline):
+    """What must be as before: weights, hooks, processors, requires_grad, training modes."""
+    found = {}
+    for name, model in pipeline.components.items():
+        if not isinstance(model, torch.nn.Module):
+            continue
+        found[name] = {
+            "weights": {k: hash(v.detach().numpy().tobytes()) for k, v in model.named_parameters()},
+            "grad": {k: v.requires_grad for k, v in model.named_parameters()},
+            "hooks": {k: (len(m._forward_hooks), len(m._forward_pre_hooks)) for k, m in model.named_modules()},
+            "types": {k: type(m) for k, m in model.named_modules()},
+            "processors": {k: type(m.processor) for k, m in model.named_modules() if hasattr(m, "processor")},
+            "training": [m.training for m in model.modules()],
+        }
+    return found

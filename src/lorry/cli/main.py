@@ -30,6 +30,7 @@ from lorry.cli import (
     methods,
     plan,
     push,
+    sample,
     serve,
     simulate,
     study,
@@ -171,6 +172,7 @@ app.command("study")(study.study)
 app.command("federate")(federate.federate)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
+app.command("sample")(sample.sample)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.command("simulate")(simulate.simulate)

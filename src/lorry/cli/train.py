@@ -203,12 +203,10 @@ def execute(
     from lorry.cli.sizes import byte_count
     from lorry.training.fleet import Fleet
 
-    model, jobs = base_and_jobs(run)
-    from lorry.cli.new_heads import load_processor
-
+    model, processor, jobs = model_processor_and_jobs(run)
     fleet = Fleet(
         model,
-        load_processor(run.base, {job.make_objective().task for job in jobs}),
+        processor,
         jobs,
         run.out,
         checkpoint_every=run.checkpoint_every,
@@ -227,6 +225,22 @@ def execute(
         console=err(),
     )
     return fleet.train().report
+
+
+def model_processor_and_jobs(run: RunFile) -> tuple[Any, Any, list[Job]]:
+    """Load the base and what makes tensors of its data: the network of a pipeline and the pipeline, or a model and its
+    tokenizer or image processor.
+    """
+    from lorry.cli.diffusion_bases import is_pipeline, load_pipeline
+    from lorry.cli.new_heads import load_processor
+
+    if is_pipeline(run.base):
+        from lorry.diffusion import family_of
+
+        pipeline = load_pipeline(run.base, run.dtype)
+        return family_of(pipeline).network(pipeline), pipeline, run.job_list()
+    model, jobs = base_and_jobs(run)
+    return model, load_processor(run.base, {job.make_objective().task for job in jobs}), jobs
 
 
 def base_and_jobs(run: RunFile) -> tuple[Any, list[Job]]:

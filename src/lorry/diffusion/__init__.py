@@ -7,10 +7,8 @@ The parts, from below:
     the network is called, how guidance is combined. Everything else asks a `Family` and knows no class of diffusers.
 ``conditions``
     What a network is told of each picture (text embeddings, sizes), one row for each.
-``places``
-    Blocks and kinds of attention of a network as targets: ``up_blocks.0.attentions.1``, ``cross``, ``single``.
 ``prompting``
-    Another prompt for single blocks, and where a word stands among the tokens of a prompt.
+    Another prompt for single blocks, times told to a pipeline's own call, and where a word stands in a prompt.
 ``weights``
     Weights of a composition by the sampler's time: ``a@200-800``.
 ``sampling``
@@ -25,6 +23,9 @@ The parts, from below:
 ``probe``
     What each block of a network does, by another prompt in it alone.
 
+Blocks and kinds of attention (``up_blocks.0.attentions.1``, ``attention:cross in mid_block``) are targets like others
+(`lorry.core.sites.targets.select`); pipelines are taken by the public verbs (`lorry.roots`).
+
 Latents are ``(rows, channels, height, width)`` everywhere, also for networks that take packed ones, and times are on
 the scheduler's scale from 0 to the number of its training steps, also for networks that take them from 0 to 1.
 """
@@ -37,6 +38,8 @@ from lorry.diffusion.errors import DiffusionError
 from lorry.diffusion.families import Family, family_of
 from lorry.diffusion.making import sample
 from lorry.diffusion.pictures import Picture, Pictures, read_recipe
+from lorry.diffusion.probe import Probe, probe
+from lorry.diffusion.prompting import following, prompted, text_blocks, token_positions
 from lorry.diffusion.sampling import Step, denoise
 from lorry.diffusion.weights import within
 
@@ -48,11 +51,17 @@ __all__ = [
     "Family",
     "Picture",
     "Pictures",
+    "Probe",
     "Step",
     "denoise",
     "family_of",
+    "following",
     "joined",
+    "probe",
+    "prompted",
     "read_recipe",
     "sample",
+    "text_blocks",
+    "token_positions",
     "within",
 ]

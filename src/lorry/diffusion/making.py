@@ -115,8 +115,8 @@ def sample(
     """
     if steps < 1 or batch_size < 1:
         raise DiffusionError(f"Pictures need at least 1 step and a batch of 1, found {steps} and {batch_size}.")
-    how = _how(sampler, predict)
-    orders = _orders(pipeline, prompts, negative, compositions, seeds)
+    family_of(pipeline)  # says what is wrong with what is no pipeline
+    how, orders = _how(sampler, predict), _orders(pipeline, prompts, negative, compositions, seeds)
     settings = Settings(steps, guidance, distilled, height, width, batch_size)
     made: list[Picture] = []
     total, done = steps * -(-len(orders) // batch_size), 0

@@ -348,18 +348,17 @@ def checkpointed(network: nn.Module, on: bool) -> Iterator[None]:
     if not on or enable is None or not torch.is_grad_enabled():
         yield
         return
-    functions = [(m, vars(m).get("_gradient_checkpointing_func")) for m, _ in before]
+    name = "_gradient_checkpointing_func"
+    functions = [(m, {k: v for k, v in vars(m).items() if k == name}) for m, _ in before]
     try:
         enable()
         yield
     finally:
         for module, was in before:
             module.gradient_checkpointing = was
-        for module, function in functions:
-            if function is None:
-                vars(module).pop("_gradient_checkpointing_func", None)
-            else:
-                module._gradient_checkpointing_func = function
+        for module, own in functions:
+            vars(module).pop(name, None)
+            vars(module).update(own)
 
 
 def fleet(pipeline: Any, jobs: Sequence[Any], output: Any, **options: Any) -> Any:

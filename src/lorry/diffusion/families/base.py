@@ -39,6 +39,8 @@ class Family(ABC):
     flow: ClassVar[bool] = True
     guided_together: ClassVar[bool] = False
     distilled: ClassVar[bool] = False
+    #: Whether the network is called with times from 0 to 1.
+    times_to_one: ClassVar[bool] = False
     #: The guidance that pictures are made with if none is asked for.
     guidance: ClassVar[float] = 1.0
 

@@ -26,6 +26,7 @@ class Flux(AutoencoderFamily):
     pipelines: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
     patch: ClassVar[int] = 2
     distilled: ClassVar[bool] = True
+    times_to_one: ClassVar[bool] = True
 
     def encode(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
         """Return the second text encoder's hidden states and the first one's pooled text."""

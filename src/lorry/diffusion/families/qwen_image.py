@@ -27,6 +27,7 @@ class QwenImage(Family):
     pipelines: ClassVar[tuple[str, ...]] = ("QwenImagePipeline",)
     guidance: ClassVar[float] = 4.0
     distilled: ClassVar[bool] = True
+    times_to_one: ClassVar[bool] = True
 
     def encode(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
         """Return the language model's hidden states, and which tokens are real."""

@@ -1,0 +1,58 @@
+"""`lorry train` and `lorry sample` on a folder with a pipeline."""
+
+import json
+
+import pytest
+import yaml
+from diffusion import tiny
+from typer.testing import CliRunner
+
+from lorry.cli.main import app
+from lorry.diffusion import read_recipe
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "sd"
+    tiny.stable_diffusion().save_pretrained(folder)
+    return folder
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_from_a_folder_of_pictures_to_a_grid(base, tmp_path):
+    from PIL import Image
+
+    data = tmp_path / "data"
+    data.mkdir()
+    Image.new("RGB", (16, 16), (200, 20, 20)).save(data / "a.png")
+    objective = {"objective": "diffusion", "trigger": "sks square", "resolution": 16}
+    job = {"name": "red", "data": str(data), "objective": objective, "rank": 2, "targets": "attention", "steps": 2}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"base": str(base), "out": str(tmp_path / "out"), "jobs": [job]}))
+    run("train", path)
+    adapter = tmp_path / "out" / "red" / "adapter"
+    out = tmp_path / "pictures"
+    shown = run(
+        "sample", base, "-a", f"red={adapter}", "-p", "a sks square", "-p", "a dog", "--use", "none", "--use",
+        "red:0.7", "--seed", 3, "--grid", "adapters x prompts", "-o", out, "--steps", 2, "--height", 16, "--width", 16,
+        "--json",
+    )  # fmt: skip
+    report = json.loads(shown.stdout)
+    assert [p["adapters"] for p in report["pictures"]] == ["none", "red:0.7"] * 2
+    recipe = read_recipe(out / "001.png")
+    assert recipe["prompt"] == "a sks square" and recipe["adapters"] == "red:0.7" and recipe["seed"] == 3
+    assert read_recipe(out / "grid.png")["rows"] == ["a sks square", "a dog"]
+
+
+def test_misuse_is_said(base, tmp_path):
+    assert "give --prompt" in run("sample", base, code=2).stderr
+    assert "is no pipeline of diffusers" in run("sample", base / "unet", "-p", "a cat", code=2).stderr
+    said = run("sample", base, "-p", "a", "--grid", "adapters x steps", code=2).stderr
+    assert "adapters x prompts" in said
+    said = run("sample", base, "-p", "a", "--use", "nobody", "-o", tmp_path / "out", code=2).stderr
+    assert "'nobody'" in said and not (tmp_path / "out").exists()

@@ -115,7 +115,7 @@ class Product:
             apart = torch.where(output.isnan(), 0.0, wide @ values - output).abs().max()
         # rounding of the logits moves probabilities in proportion, so that the bound grows with their size
         logits = largest_logit(self.q, self.k, self.scaling)
-        return bool(apart <= 16 * _precision(self.q, self.output) * (1 + logits) * values.abs().max())
+        return bool(apart <= 64 * _precision(self.q, self.output) * (1 + logits) * values.abs().max())
 
 
 def softmax(product: Product) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from lorry.diffusion.errors import DiffusionError
 from lorry.diffusion.families import family_of
 from lorry.diffusion.families.base import device_of
 from lorry.diffusion.pictures import Picture, Pictures
+from lorry.diffusion.samplers.base import Sampler, sampler_from
 from lorry.diffusion.sampling import Applied, Hook, Step, denoise
 from lorry.diffusion.weights import composition_text, parse_composition
 from lorry.roots import Roots
@@ -42,6 +43,7 @@ class Order:
     seed: int = 0
 
 
+Predict = Callable[[Step], Tensor]
 #: Stands for what is active on the pipeline anyway.
 ACTIVE: Any = object()
 
@@ -81,7 +83,8 @@ def sample(
     height: int | None = None,
     width: int | None = None,
     batch_size: int = 4,
-    predict: Callable[[Step], Tensor] | None = None,
+    sampler: Sampler | str | Mapping[str, Any] | None = None,
+    predict: Predict | None = None,
     callback: Callable[[int, int], None] | None = None,
 ) -> Pictures:
     """Make pictures of prompts; each depends on its own prompt, composition and seed alone, to rounding.
@@ -99,6 +102,9 @@ def sample(
         In pixels; the pipeline's own size if not given.
     batch_size
         How many pictures go through the network at once.
+    sampler
+        How several adapters of a picture are composed (`lorry.diffusion.samplers`): a sampler, its name, or
+        ``{"sampler": name, **options}``; without one their updates add up.
     predict, callback
         What takes the place of the prediction (see `lorry.diffusion.sampling`); what is told the steps made and all.
 
@@ -110,7 +116,7 @@ def sample(
     if steps < 1 or batch_size < 1:
         raise DiffusionError(f"Pictures need at least 1 step and a batch of 1, found {steps} and {batch_size}.")
     family_of(pipeline)  # says what is wrong with what is no pipeline
-    orders = _orders(pipeline, prompts, negative, compositions, seeds)
+    how, orders = _how(sampler, predict), _orders(pipeline, prompts, negative, compositions, seeds)
     settings = Settings(steps, guidance, distilled, height, width, batch_size)
     made: list[Picture] = []
     total, done = steps * -(-len(orders) // batch_size), 0
@@ -122,8 +128,15 @@ def sample(
             callback(done, max(total, done))
 
     for start in range(0, len(orders), batch_size):
-        made += _batch(pipeline, orders[start : start + batch_size], settings, predict, after_step)
+        made += _batch(pipeline, orders[start : start + batch_size], settings, how, after_step)
     return Pictures(made)
+
+
+def _how(sampler: Sampler | str | Mapping[str, Any] | None, predict: Predict | None) -> Sampler | Predict | None:
+    """Return what makes the predictions; None for the network itself."""
+    if sampler is not None and predict is not None:
+        raise DiffusionError("A sampler and a function (predict) both say how predictions are made; give one of them.")
+    return predict if sampler is None else sampler_from(sampler)
 
 
 def _orders(pipeline: Any, prompts: Any, negative: Any, compositions: Any, seeds: Any) -> list[Order]:
@@ -155,7 +168,7 @@ def _orders(pipeline: Any, prompts: Any, negative: Any, compositions: Any, seeds
 
 @torch.no_grad()
 def _batch(
-    pipeline: Any, orders: Sequence[Order], settings: Settings, predict: Callable[[Step], Tensor] | None, hook: Hook
+    pipeline: Any, orders: Sequence[Order], settings: Settings, how: Sampler | Predict | None, hook: Hook
 ) -> list[Picture]:
     """Make the pictures of one batch."""
     family = family_of(pipeline)
@@ -172,19 +185,21 @@ def _batch(
     generators = [torch.Generator().manual_seed(order.seed) for order in orders]
     dtype = conditions["text"].dtype
     noise = torch.cat([torch.randn(1, *shape, generator=g, dtype=dtype) for g in generators])
-    latents = denoise(
-        pipeline,
-        noise.to(device_of(network)),
-        conditions,
-        negative=negative,
-        guidance=guidance,
-        distilled=settings.distilled,
-        steps=settings.steps,
-        compositions=None if compositions is None else [Roots(pipeline).on(family.root, c) for c in compositions],
-        generators=generators,
-        predict=predict,
-        after_step=hook,
-    )
+    with _begun(how, pipeline, orders) as (predict, reports):
+        latents = denoise(
+            pipeline,
+            noise.to(device_of(network)),
+            conditions,
+            negative=negative,
+            guidance=guidance,
+            distilled=settings.distilled,
+            steps=settings.steps,
+            compositions=None if compositions is None else [Roots(pipeline).on(family.root, c) for c in compositions],
+            generators=generators,
+            predict=predict,
+            after_step=hook,
+        )
+        told = reports()
     found = family.pixels(pipeline, latents)
     pixels = ((found / 2 + 0.5).clamp(0, 1).float() * 255).round().to(torch.uint8).cpu()
     facts = {
@@ -196,8 +211,21 @@ def _batch(
         "pipeline": type(pipeline).__name__,
         "scheduler": type(pipeline.scheduler).__name__,
         "base": str(getattr(pipeline, "name_or_path", "") or ""),
+        **({"sampler": how.described()} if isinstance(how, Sampler) else {}),
     }
-    return [Picture(p, {**_said(o), **facts}) for p, o in zip(pixels, orders, strict=True)]
+    return [Picture(p, {**_said(o), **facts}, t) for p, o, t in zip(pixels, orders, told, strict=True)]
+
+
+@contextmanager
+def _begun(
+    how: Sampler | Predict | None, pipeline: Any, orders: Sequence[Order]
+) -> Iterator[tuple[Predict | None, Callable[[], list[dict[str, Any]]]]]:
+    """Begin with a batch; give what predicts, and what tells of each picture at the end."""
+    if not isinstance(how, Sampler):
+        yield how, lambda: [{} for _ in orders]
+        return
+    with how.begin(pipeline, orders) as course:
+        yield course.predict, course.reports
 
 
 def _said(order: Order) -> dict[str, Any]:

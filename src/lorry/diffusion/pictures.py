@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,13 @@ class Picture:
         ``(3, height, width)``, bytes.
     recipe
         Plain data: prompt, adapters, seed, steps, guidance, size, pipeline.
+    facts
+        What a sampler has to say of it: counts of what was run, masks.
     """
 
     pixels: Tensor
     recipe: dict[str, Any]
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def image(self) -> Any:
         """Return it as a PIL image."""

@@ -31,6 +31,7 @@ from lorry.cli import (
     plan,
     push,
     serve,
+    sign,
     simulate,
     study,
     train,
@@ -179,6 +180,9 @@ app.command("merge")(merge.merge)
 app.command("convert")(convert.convert)
 app.command("push")(push.push)
 app.command("pull")(push.pull)
+app.command("codec")(sign.codec)
+app.command("sign")(sign.sign)
+app.command("verify")(sign.verify)
 app.command("inspect")(inspect_adapter.inspect)
 app.command("limits")(limits.limits)
 app.command("bench")(bench.bench)

@@ -30,6 +30,7 @@ from lorry.cli import (
     methods,
     plan,
     push,
+    search,
     serve,
     sign,
     simulate,
@@ -183,6 +184,7 @@ app.command("pull")(push.pull)
 app.command("codec")(sign.codec)
 app.command("sign")(sign.sign)
 app.command("verify")(sign.verify)
+app.command("search")(search.search)
 app.command("inspect")(inspect_adapter.inspect)
 app.command("limits")(limits.limits)
 app.command("bench")(bench.bench)

@@ -32,7 +32,9 @@ from lorry.cli import (
     plan,
     push,
     sample,
+    search,
     serve,
+    sign,
     simulate,
     study,
     train,
@@ -184,6 +186,10 @@ app.command("unite")(parts.unite)
 app.command("convert")(convert.convert)
 app.command("push")(push.push)
 app.command("pull")(push.pull)
+app.command("codec")(sign.codec)
+app.command("sign")(sign.sign)
+app.command("verify")(sign.verify)
+app.command("search")(search.search)
 app.command("inspect")(inspect_adapter.inspect)
 app.command("limits")(limits.limits)
 app.command("bench")(bench.bench)

@@ -86,15 +86,16 @@ def call_of(
 
     def update_of(name: str) -> Tensor:
         member = layer.adapters.get(name)
-        found = None if member is None else member.entries.get(entry.site.path)
-        if found is None:
+        if member is None:
             raise AdapterError(
-                f"Adapter '{entry.name}' combines '{name}', which "
-                + ("is not loaded on this model." if member is None else f"does not sit on '{entry.site.path}'.")
-                + " Load it on the same sites, or take the combining adapter off."
+                f"Adapter '{entry.name}' combines '{name}', which is not loaded on this model. Load it, or take the "
+                "combining adapter off."
             )
         if name == entry.name:
             raise AdapterError(f"Adapter '{name}' cannot combine itself.")
+        found = member.entries.get(entry.site.path)
+        if found is None:
+            return torch.zeros_like(take(output, rows))
         return _update(layer, Term(found, 1.0, rows, None, term.seed), x, output, now, active, tokens)
 
     return Call(

@@ -231,6 +231,10 @@ class Combiner(Method):
 
     It is attached like any adapter, on the sites where its members sit; its tensors are trained and saved like any
     other's. A method gives `tensors`, `members` (an option, usually) and `combine`.
+
+    A pass may say other members: ``lorry.context(model, combined={combiner: members})``, where `members` are names, or
+    name -> weight; a weight is a number, or a tensor ``(rows,)`` of one for each row of the batch (0: not in this row).
+    An adapter of which the pass says so, and which does not sit on a site of the combiner, adds nothing there.
     """
 
     family: ClassVar[str] = "combiner"
@@ -247,8 +251,9 @@ class Combiner(Method):
 
     def apply(self, call: Call, tensors: Tensors) -> Tensor:
         """Return the update of the layer's output."""
-        assert call.update_of is not None
-        return self.combine(call, {name: call.update_of(name) for name in self.members}, tensors)
+        asked = call.context.values.get("combined", {}).get(call.adapter, self.members)
+        weights = asked if isinstance(asked, Mapping) else dict.fromkeys(asked, 1.0)
+        return self.combine(call, {name: _weighted(call, name, w) for name, w in weights.items()}, tensors)
 
     def check_site(self, site: Site) -> None:
         """Refuse sites where updates of the output cannot be told apart."""
@@ -257,6 +262,19 @@ class Combiner(Method):
                 f"{type(self).__name__} needs the update of each adapter apart, but a larger module uses the weight of "
                 f"'{site.path}' ({site.kind.name}) itself. Leave the site out."
             )
+
+
+def _weighted(call: Call, name: str, weight: float | Tensor) -> Tensor:
+    """Return the update of a combiner's member under its weight."""
+    assert call.update_of is not None
+    update = call.update_of(name)
+    if not isinstance(weight, Tensor):
+        return update if weight == 1.0 else update * weight
+    if not weight.ndim:
+        return update * weight.to(update)
+    each = call.of_rows(weight)
+    assert each is not None
+    return update * each.to(update.dtype).view(-1, *[1] * (update.ndim - 1))
 
 
 def _squares(site: Site, weight: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from lorry.cli import (
     merge,
     methods,
     plan,
+    probe,
     push,
     sample,
     serve,
@@ -173,6 +174,7 @@ app.command("federate")(federate.federate)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("sample")(sample.sample)
+app.command("probe")(probe.probe)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.command("simulate")(simulate.simulate)

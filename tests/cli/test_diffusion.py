@@ -56,3 +56,14 @@ def test_misuse_is_said(base, tmp_path):
     assert "adapters x prompts" in said
     said = run("sample", base, "-p", "a", "--use", "nobody", "-o", tmp_path / "out", code=2).stderr
     assert "'nobody'" in said and not (tmp_path / "out").exists()
+
+
+def test_a_probe_says_what_each_block_does(base, tmp_path):
+    picture = tmp_path / "map.png"
+    options = ["--steps", 1, "--height", 16, "--width", 16, "--seed", 1, "--picture", picture]
+    blocks = ["--block", "mid_block.attentions.0", "--block", "up_blocks.0.attentions.0"]
+    shown = run("probe", base, "-p", "a cat => red square", *blocks, *options, "--json")
+    (found,) = json.loads(shown.stdout)
+    assert found["first"] == "a cat" and list(found["shares"]) == blocks[1::2]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "found 'a cat'" in run("probe", base, "-p", "a cat", code=2).stderr

@@ -30,6 +30,7 @@ from lorry.cli import (
     methods,
     parts,
     plan,
+    probe,
     push,
     sample,
     search,
@@ -176,6 +177,7 @@ app.command("federate")(federate.federate)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("sample")(sample.sample)
+app.command("probe")(probe.probe)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.command("simulate")(simulate.simulate)

@@ -158,6 +158,31 @@ def _short(path: str) -> str:
     return path
 
 
+def block_map(columns: Mapping[str, Mapping[str, float]], path: Path, title: str) -> Path:
+    """Draw a number for each block as a map of block by column.
+
+    Parameters
+    ----------
+    columns
+        Name of a column -> block -> number.
+    path
+        The PNG file to write.
+    title
+        What the picture shows.
+    """
+    import numpy as np
+
+    blocks = list(next(iter(columns.values())))
+    values = np.array([[column[block] for column in columns.values()] for block in blocks])
+    figure, axes = _canvas(4.6 + 1.2 * len(columns), 1.8 + 0.32 * len(blocks), 1)
+    image = axes[0].imshow(values, aspect="auto", cmap="viridis")
+    axes[0].set_yticks(range(len(blocks)), blocks, fontsize=8)
+    axes[0].set_xticks(range(len(columns)), list(columns), fontsize=8, rotation=20, ha="right")
+    figure.colorbar(image, ax=axes[0], shrink=0.9)
+    figure.suptitle(title, fontsize=11)
+    return _save(figure, path)
+
+
 def curves(series: Mapping[str, Sequence[tuple[float, float]]], path: Path, title: str) -> Path:
     """Draw losses over steps, one line for each name, on a log scale.
 

@@ -20,12 +20,21 @@ from .foundations import train_autoencoder, train_judge
 from .judge import score
 from .loading import RECIPES
 from .networks import flux_pipeline, sdxl_pipeline
-from .storage import FLUX, SDXL, read_autoencoder, read_judge, write_autoencoder, write_judge, write_pipeline
+from .storage import (
+    FLUX,
+    SDXL,
+    read_autoencoder,
+    read_judge,
+    read_pipeline,
+    write_autoencoder,
+    write_judge,
+    write_pipeline,
+)
 from .world import draw, pictures
 
 PARTS = ("judge", "autoencoder", SDXL, FLUX)
 #: Steps of each part.
-STEPS = {"judge": 5000, "autoencoder": 4800, SDXL: 3000, FLUX: 3000}
+STEPS = {"judge": 5000, "autoencoder": 4800, SDXL: 2500, FLUX: 3250}
 
 Report = Callable[[int, str], None]
 
@@ -56,13 +65,20 @@ def build_foundation(part: str, out: Path, steps: int, seed: int) -> None:
     report(steps, ", ".join(f"{name} {share:.1%}" for name, share in score(read_judge(out), shown, scenes).items()))
 
 
-def build_denoiser(part: str, out: Path, steps: int, seed: int) -> None:
-    """Train and write one of the two pipelines; what is there after each look is usable."""
+def build_denoiser(part: str, out: Path, steps: int, seed: int, *, further: bool = False) -> None:
+    """Train and write one of the two pipelines, from nothing or from the one that is there.
+
+    What is in the folder after each look is usable.
+    """
     report = reporter(part)
     judge = read_judge(out)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        pipeline = (sdxl_pipeline if part == SDXL else flux_pipeline)(read_autoencoder(out))
+    if further:
+        pipeline = read_pipeline(out, part, torch.float32)
+        pipeline.vae.requires_grad_(False)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            pipeline = (sdxl_pipeline if part == SDXL else flux_pipeline)(read_autoencoder(out))
 
     def look(step: int) -> None:
         write_pipeline(pipeline, out, part)
@@ -81,12 +97,16 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--steps", type=int, help="of each part, instead of its own number")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--further", action="store_true", help="train the pipelines that are there; give another seed")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     for part in given.parts:
-        build = build_denoiser if part in RECIPES else build_foundation
-        build(part, given.out, given.steps or STEPS[part], given.seed)
+        steps = given.steps or STEPS[part]
+        if part in RECIPES:
+            build_denoiser(part, given.out, steps, given.seed, further=given.further)
+        else:
+            build_foundation(part, given.out, steps, given.seed)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from .storage import FLUX, JUDGE, SDXL, read_judge, read_pipeline
 
 #: Arguments of each pipeline's call, with which the figures of the documentation were measured.
 RECIPES: dict[str, dict[str, Any]] = {
-    SDXL: {"height": 32, "width": 32, "num_inference_steps": 16, "guidance_scale": 2.0},
+    SDXL: {"height": 32, "width": 32, "num_inference_steps": 16, "guidance_scale": 4.0},
     # without these two the pipeline pads prompts to 512 tokens, and does not guide
     FLUX: {
         "height": 32,
@@ -21,7 +21,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "num_inference_steps": 16,
         "max_sequence_length": 24,
         "negative_prompt": "",
-        "true_cfg_scale": 2.0,
+        "true_cfg_scale": 4.0,
     },
 }
 NAMES = tuple(RECIPES)

@@ -71,4 +71,13 @@ def read_pipeline(folder: Path, name: str, dtype: torch.dtype) -> Any:
     """Read a pipeline, on the CPU and in eval mode."""
     from diffusers import DiffusionPipeline
 
-    return DiffusionPipeline.from_pretrained(folder / name, torch_dtype=dtype, local_files_only=True)
+    pipeline = DiffusionPipeline.from_pretrained(folder / name, torch_dtype=dtype, local_files_only=True)
+    # files note the name of their base; where this folder lies is nobody's business
+    pipeline.register_to_config(_name_or_path=name)
+    for part in pipeline.components.values():
+        if hasattr(part, "register_to_config"):
+            part.register_to_config(_name_or_path=name)
+        elif isinstance(part, torch.nn.Module):
+            config: Any = part.config
+            config._name_or_path = name
+    return pipeline

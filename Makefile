@@ -24,12 +24,12 @@ help:
 setup: $(READY)
 
 # Torch first and alone: its wheel decides between CPU and accelerator builds, and the rest must not change it.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt lorry-pocket/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "lorry needs Python 3.11 or newer, $(PYTHON) is older: make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[$(EXTRAS)]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[$(EXTRAS)]" -e ./lorry-pocket
 	@touch $(READY)
 
 demo: setup
@@ -59,8 +59,9 @@ soak: setup
 
 # Without isolation, so that it needs no network: the build backend is among the development tools.
 wheel: setup
-	rm -rf dist build
+	rm -rf dist build lorry-pocket/build
 	$(BIN)/python -m build --no-isolation --outdir dist . > /dev/null
+	$(BIN)/python -m build --no-isolation --wheel --outdir dist lorry-pocket > /dev/null
 	$(BIN)/python tools/check_wheel.py dist
 
 format: setup
@@ -68,5 +69,6 @@ format: setup
 	$(BIN)/ruff format $(CODE)
 
 clean:
-	rm -rf $(VENV) out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis src/*.egg-info lorry-pocket/build \
+		lorry-pocket/src/*.egg-info
 	find src tests tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -25,6 +25,10 @@ REFERENCE = {
     ),
     "reference/attention.md": ("lorry.attention", "What attention computes, seen apart and changed."),
     "reference/pocket.md": ("lorry.pocket", "The model that ships with the package, and its skills."),
+    "reference/pocket-diffusion.md": (
+        "lorry.pocket.diffusion",
+        "Two tiny pipelines, their world of pictures, and a judge.",
+    ),
 }
 #: How the paragraph of a method's docstring begins that says when to use it.
 ADVICE = "Use it "

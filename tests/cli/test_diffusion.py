@@ -67,3 +67,22 @@ def test_a_probe_says_what_each_block_does(base, tmp_path):
     assert found["first"] == "a cat" and list(found["shares"]) == blocks[1::2]
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "found 'a cat'" in run("probe", base, "-p", "a cat", code=2).stderr
+
+
+def test_samplers_are_named_with_their_options(base, tmp_path):
+    one = tmp_path / "one"
+    size = ("--steps", 2, "--height", 16, "--width", 16)
+    how = ("--sampler", "switch", "--sampler-option", "period=1")
+    report = json.loads(run("sample", base, "-p", "a cat", "-o", one, *size, *how, "--json").stdout)
+    assert report["pictures"][0]["sampler"] == {"sampler": "switch", "period": 1}
+    assert "switch" in run("sample", base, "-p", "a", "--sampler", "swich", "-o", tmp_path / "two", code=2).stderr
+    said = run("sample", base, "-p", "a", "--sampler-option", "period=1", "-o", tmp_path / "two", code=2).stderr
+    assert "--sampler" in said and not (tmp_path / "two").exists()
+
+
+def test_a_pocket_model_is_a_base_with_a_recipe_of_its_own(tmp_path):
+    pytest.importorskip("lorry_pocket")
+    out = tmp_path / "out"
+    report = json.loads(run("sample", "pocket-flux", "-p", "a red square", "-o", out, "--steps", 2, "--json").stdout)
+    recipe = report["pictures"][0]
+    assert (recipe["steps"], recipe["guidance"], recipe["height"]) == (2, 4.0, 32)

@@ -14,8 +14,26 @@ INDEX = "model_index.json"
 
 
 def is_pipeline(name: str) -> bool:
-    """Whether a base is a folder with a pipeline of diffusers."""
-    return (Path(name).expanduser() / INDEX).is_file()
+    """Whether a base is a folder with a pipeline of diffusers, or a pocket model."""
+    return name in pocket_names() or (Path(name).expanduser() / INDEX).is_file()
+
+
+def pocket_names() -> tuple[str, ...]:
+    """Return the names of the pocket models that make pictures."""
+    from lorry.pocket.diffusion import NAMES
+
+    return NAMES
+
+
+def usual(name: str) -> dict[str, Any]:
+    """Return with how many steps and which guidance a base is sampled if nothing is said."""
+    if name not in pocket_names():
+        return {"steps": 30, "guidance": None, "negative": None}
+    from lorry.pocket.diffusion import recipe
+
+    own = recipe(name)
+    guidance = own.get("true_cfg_scale", own.get("guidance_scale"))
+    return {"steps": own["num_inference_steps"], "guidance": guidance, "negative": own.get("negative_prompt")}
 
 
 def load_pipeline(name: str, dtype: str = "auto") -> Any:
@@ -27,6 +45,13 @@ def load_pipeline(name: str, dtype: str = "auto") -> Any:
         There is no such folder, it holds no pipeline, or a part of it cannot be read.
     """
     quiet()
+    wanted = dtype_of(dtype)
+    if name in pocket_names():
+        from lorry.pocket.diffusion import load
+
+        pocket = load(name) if isinstance(wanted, str) else load(name, wanted)
+        pocket.set_progress_bar_config(disable=True)
+        return pocket
     path = Path(name).expanduser()
     if is_hub_name(name):
         path = from_hub(name, "model")
@@ -42,7 +67,6 @@ def load_pipeline(name: str, dtype: str = "auto") -> Any:
         )
     from diffusers import DiffusionPipeline
 
-    wanted = dtype_of(dtype)
     options = {} if wanted == "auto" else {"torch_dtype": wanted}
     try:
         pipeline = DiffusionPipeline.from_pretrained(path, local_files_only=True, use_safetensors=True, **options)

@@ -33,11 +33,18 @@ Grid = Annotated[
     str | None,
     typer.Option("--grid", metavar="adapters x prompts|seeds", help="Also draw a grid, compositions along the top."),
 ]
+Sampler = Annotated[
+    str | None, typer.Option(help="How several adapters come together: merge, switch, composite, cmlora or clora.")
+]
+SamplerOptions = Annotated[
+    list[str] | None,
+    typer.Option("--sampler-option", metavar="KEY=VALUE", help="Option of the sampler, read as YAML; repeatable."),
+]
 Guidance = Annotated[float | None, typer.Option(help="Guidance; the pipeline's usual one if not given.")]
 
 
 def sample(
-    base: Annotated[str, typer.Argument(help="Folder of a diffusers pipeline, or a name on the hub.")],
+    base: Annotated[str, typer.Argument(help="pocket-diffusion, pocket-flux, a diffusers folder, or a hub name.")],
     adapter: Adapters = None,
     prompt: Prompts = None,
     use: Use = None,
@@ -45,8 +52,10 @@ def sample(
     negative: Annotated[str | None, typer.Option("--negative", help="What pictures are to keep away from.")] = None,
     grid: Grid = None,
     out_folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")] = Path("pictures"),
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the scheduler.")] = 30,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the scheduler; 30 if not given.")] = None,
     guidance: Guidance = None,
+    sampler: Sampler = None,
+    sampler_option: SamplerOptions = None,
     height: Annotated[int | None, typer.Option(help="Height in pixels; the pipeline's own if not given.")] = None,
     width: Annotated[int | None, typer.Option(help="Width in pixels; the pipeline's own if not given.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one batch.")] = 4,
@@ -56,8 +65,10 @@ def sample(
 ) -> None:
     """Make pictures: every composition of adapters with every prompt and every seed."""
     import lorry
-    from lorry.cli.diffusion_bases import load_pipeline
+    from lorry.cli.diffusion_bases import load_pipeline, usual
 
+    own = usual(base)
+    way = _sampler(sampler, sampler_option)
     prompts, seeds = prompt or [], seed or [0]
     if not prompts:
         raise OptionError("There is nothing to show: give --prompt TEXT.")
@@ -70,8 +81,10 @@ def sample(
     weighted = [name if weight == 1 else f"{name}:{weight:g}" for name, (_, weight) in references.items()]
     chosen = use or weighted or ["none"]
     wanted = [(p, s, c) for p in prompts for s in seeds for c in chosen]
-    settings = {"steps": steps, "guidance": guidance, "height": height, "width": width, "batch_size": batch_size}
-    pictures = _made(pipeline, wanted, {"negative": negative, **settings})
+    settings = {"height": height, "width": width, "batch_size": batch_size, "sampler": way}
+    given = {"steps": steps, "guidance": guidance, "negative": negative}
+    said = {name: own[name] if value is None else value for name, value in given.items()}
+    pictures = _made(pipeline, wanted, {**settings, **said})
     paths = pictures.save(out_folder)
     drawn = None if side is None else _drawn(pictures, chosen, side, out_folder / "grid.png")
     if as_json:
@@ -96,6 +109,22 @@ def _made(pipeline: Any, wanted: Sequence[tuple[str, int, str]], options: dict[s
             callback=lambda done, total: bar.update(shown, completed=done, total=total),
             **options,
         )
+
+
+def _sampler(name: str | None, texts: Sequence[str] | None) -> dict[str, Any] | None:
+    """Return the sampler with its options, as `lorry.diffusion.sample` takes it."""
+    from lorry.cli.yaml_text import plain_yaml
+
+    pairs = [text.partition("=") for text in texts or ()]
+    wrong = next((key for key, found, _ in pairs if not found or not key), None)
+    if wrong is not None:
+        raise OptionError(f"--sampler-option expects KEY=VALUE, found '{wrong}'.")
+    if pairs and name is None:
+        raise OptionError("--sampler-option needs a --sampler that it belongs to.")
+    if name is None:
+        return None
+    options = {key.replace("-", "_"): plain_yaml(raw, f"--sampler-option {key}") for key, _, raw in pairs}
+    return {"sampler": name, **options}
 
 
 def _side(grid: str | None, prompts: Sequence[str], seeds: Sequence[int]) -> list[str] | None:

@@ -12,6 +12,8 @@ import lorry
 from lorry.core.life.switch import make_switch
 
 TARGETS = {"mixlora": "mlp", "full": ["model.norm"]}
+#: A gate over no adapters does nothing by itself; with a rank it has a LoRA of its own.
+OPTIONS = {"gated-fusion": {"rank": 2}}
 ALL = sorted(lorry.methods())
 
 
@@ -21,7 +23,8 @@ def targets_of(slug):
 
 def trained(slug, **more):
     model = llama(**more)
-    return model, off_zero(lorry.attach(model, slug, targets=targets_of(slug)))
+    method = {"method": slug, **OPTIONS.get(slug, {})}
+    return model, off_zero(lorry.attach(model, method, targets=targets_of(slug)))
 
 
 # -- whole models, written and read by torch

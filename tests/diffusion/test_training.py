@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import lorry
 from lorry.diffusion.data import bucket_of, buckets
 from lorry.diffusion.noise import Diffused, Flowing, Times
+from lorry.diffusion.sampling import fresh_scheduler
 from lorry.diffusion.task import Diffusion, fleet
 from lorry.training.data_errors import DataError
 from lorry.training.task import Setting
@@ -125,10 +126,11 @@ def test_the_loss_of_a_flow_is_that_of_diffusers_example():
     from diffusers.training_utils import compute_loss_weighting_for_sd3
 
     pipeline = tiny.pipeline("sd3")
-    noising = Flowing(pipeline.scheduler)
+    scheduler = fresh_scheduler(pipeline)  # a call of the pipeline leaves its times in the pipeline's own
+    noising = Flowing(scheduler)
     picture, noise = torch.randn(4, 3, 3), torch.randn(4, 3, 3)
-    time = float(pipeline.scheduler.timesteps[300])
-    sigma = pipeline.scheduler.sigmas[300]
+    time = float(scheduler.timesteps[300])
+    sigma = scheduler.sigmas[300]
     noisy, target = noising.mixed(picture, noise, time)
     torch.testing.assert_close(noisy, (1.0 - sigma) * picture + sigma * noise)
     assert torch.equal(target, noise - picture)

@@ -296,6 +296,8 @@ def test_a_model_with_another_head_is_refused(name):
     from lorry.training.heads import HEADS
 
     task = make_objective(name)
+    if task.task is None:
+        pytest.skip("it is for networks without a head of transformers'")
     model, tokenizer = pocket_head("LlamaForQuestionAnswering", 2) if task.task == "features" else (None, None)
     head = "LlamaForTokenClassification" if task.task != "token-classification" else "LlamaForCausalLM"
     model, tokenizer = pocket_head(head, 2)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
 
 from torch import Tensor, nn
 
 from lorry.core.errors import AdapterError, CheckpointError, SiteError, near_misses, some
+from lorry.core.forward.around import around_calls
 from lorry.core.forward.compose import Composition
 from lorry.core.life import api
 from lorry.core.life.adapter import Adapter
@@ -370,30 +371,13 @@ def _rows_as_called(
     entries = len(compositions) * pictures
     with api.rows(network, compositions, repeat=pictures):
         pass  # what cannot be applied is refused now
-    open_calls: list[ExitStack] = []
 
-    def before(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def enter(args: tuple[Any, ...], options: dict[str, Any]) -> AbstractContextManager[None]:
         seen = next(v for v in (*args, *options.values()) if isinstance(v, Tensor) and v.ndim > 2)
-        call = ExitStack()
-        call.enter_context(api.rows(network, compositions, repeat=pictures, tile=max(1, len(seen) // entries)))
-        open_calls.append(call)
+        return api.rows(network, compositions, repeat=pictures, tile=max(1, len(seen) // entries))
 
-    def after(*_: Any) -> None:
-        if open_calls:
-            open_calls.pop().close()
-
-    # outside of the hooks that a model with adapters has
-    handles = (
-        network.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
-        network.register_forward_hook(after, always_call=True),
-    )
-    try:
+    with around_calls(network, enter):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        while open_calls:
-            after()
 
 
 class Pipeline(Protocol):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorry.core.errors import near_misses, some
+from lorry.core.forward.around import around_calls
 from lorry.core.life import api
 from lorry.core.sites.targets import matches
 from lorry.diffusion.errors import DiffusionError
@@ -76,9 +77,22 @@ def prompted(network: nn.Module, texts: Mapping[str, Tensor], *, guided: bool = 
         yield
 
 
+def given_text(args: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor:
+    """Return the text that a block is called with."""
+    found: Tensor = options[_TEXT] if _TEXT in options else args[1]
+    return found
+
+
+def with_text(args: tuple[Any, ...], options: dict[str, Any], text: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a block's call with another text."""
+    if _TEXT in options:
+        return args, {**options, _TEXT: text}
+    return (args[0], text, *args[2:]), options
+
+
 def _swap(text: Tensor, guided: bool) -> Any:
     def swap(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        given: Tensor = options[_TEXT] if _TEXT in options else args[1]
+        given = given_text(args, options)
         kept = given[: len(given) // 2] if guided else given[:0]
         rows = len(given) - len(kept)
         other = text.to(given.device, given.dtype)
@@ -86,10 +100,7 @@ def _swap(text: Tensor, guided: bool) -> Any:
             raise DiffusionError(
                 f"A block sees {rows} rows, but its prompt has {len(other)}; give one row, or one for each."
             )
-        other = torch.cat([kept, other.repeat(rows // len(other), 1, 1)])
-        if _TEXT in options:
-            return args, {**options, _TEXT: other}
-        return (args[0], other, *args[2:]), options
+        return with_text(args, options, torch.cat([kept, other.repeat(rows // len(other), 1, 1)]))
 
     return swap
 
@@ -102,36 +113,20 @@ def following(pipeline: Any) -> Iterator[None]:
     """
     family = family_of(pipeline)
     network = family.network(pipeline)
-    open_calls: list[ExitStack] = []
     seen: list[float] = []
 
-    def before(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def enter(args: tuple[Any, ...], options: dict[str, Any]) -> AbstractContextManager[Any]:
         found = options.get("timestep", args[1] if len(args) > 1 else None)
         if found is None or not api.adapters(network):
-            return
+            return nullcontext()
         time = torch.as_tensor(found, dtype=torch.float32).reshape(-1)[0]
         time = time * 1000 if family.times_to_one else time
         if float(time) not in seen:
             seen.append(float(time))
-        call = ExitStack()
-        call.enter_context(api.context(network, step=seen.index(float(time)), timestep=time))
-        open_calls.append(call)
+        return api.context(network, step=seen.index(float(time)), timestep=time)
 
-    def after(*_: Any) -> None:
-        if open_calls:
-            open_calls.pop().close()
-
-    handles = (
-        network.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
-        network.register_forward_hook(after, always_call=True),
-    )
-    try:
+    with around_calls(network, enter):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        while open_calls:
-            after()
 
 
 def token_positions(pipeline: Any, prompt: str, word: str, tokenizer: str = "tokenizer") -> list[int]:

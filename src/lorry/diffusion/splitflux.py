@@ -23,6 +23,7 @@ from lorry.core.errors import OptionError, SiteError
 from lorry.core.life import api
 from lorry.core.life.adapter import Adapter
 from lorry.core.options import check_options, option
+from lorry.diffusion.prompting import given_text, with_text
 from lorry.methods.parts import saliency
 from lorry.methods.splitflux import SplitFlux
 
@@ -177,15 +178,13 @@ def text_from(transformer: nn.Module, block: int, run: Callable[[], object]) -> 
     caught: list[Tensor] = []
 
     def catch(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        caught.append(_text(arguments, named))
+        caught.append(given_text(arguments, named))
         raise _Caught
 
     def replace(
         module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if len(arguments) > 1:
-            return (arguments[0], caught[0], *arguments[2:]), named
-        return arguments, {**named, "encoder_hidden_states": caught[0]}
+        return with_text(arguments, named, caught[0])
 
     hook = place.register_forward_pre_hook(catch, with_kwargs=True)
     try:
@@ -201,11 +200,6 @@ def text_from(transformer: nn.Module, block: int, run: Callable[[], object]) -> 
         yield
     finally:
         hook.remove()
-
-
-def _text(arguments: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
-    found: Tensor = arguments[1] if len(arguments) > 1 else named["encoder_hidden_states"]
-    return found
 
 
 def _blocks(transformer: nn.Module) -> nn.ModuleList:

@@ -118,8 +118,9 @@ def compose(
         raise OptionError(f"There is a scale for '{stray[0]}', but the halves are {some(halves)}.")
     if preset not in ("linear", "released"):
         raise OptionError(f"preset must be 'linear' or 'released', found {preset!r}.")
-    scaled = {half: part_of(file, list(file.sites)) for half, file in halves.items()}
+    scaled = dict(halves)
     for half, scale in scales.items():
+        scaled[half] = part_of(halves[half], list(halves[half].sites))
         scaled[half].rescale(scale if preset == "linear" else scale**2)
     return union(scaled, name)
 

@@ -209,8 +209,9 @@ def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(rows, channels // 4, height, width)
 
 
-def shifted_times(scheduler: Any, steps: int, latents: Tensor, length: int, sigmas: bool, most: float) -> Tensor:
-    """Let a flow scheduler begin anew, shifted for a number of tokens as its configuration says; return its times.
+def shifted_times(scheduler: Any, steps: int, latents: Tensor, sigmas: bool, most: float) -> Tensor:
+    """Let a flow scheduler begin anew, shifted for the number of 2 x 2 patches as its configuration says; return its
+    times.
 
     Parameters
     ----------
@@ -219,9 +220,7 @@ def shifted_times(scheduler: Any, steps: int, latents: Tensor, length: int, sigm
     steps
         How many.
     latents
-        For their device.
-    length
-        Tokens of a picture.
+        For their size and device.
     sigmas
         Whether noise levels from 1 to ``1 / steps`` are given, in place of the scheduler's own.
     most
@@ -233,6 +232,7 @@ def shifted_times(scheduler: Any, steps: int, latents: Tensor, length: int, sigm
     slope = (last - first) / (high - low)
     options: dict[str, Any] = {}
     if config.get("use_dynamic_shifting"):
+        length = (latents.shape[2] // 2) * (latents.shape[3] // 2)
         options["mu"] = length * slope + (first - slope * low)
     if sigmas and not config.get("use_flow_sigmas"):
         step = (1.0 / steps - 1.0) / max(steps - 1, 1)

@@ -41,8 +41,7 @@ class Flux(AutoencoderFamily):
 
     def set_times(self, scheduler: Any, steps: int, latents: Tensor) -> Tensor:
         """Shift times for the number of tokens."""
-        tokens = (latents.shape[2] // 2) * (latents.shape[3] // 2)
-        return shifted_times(scheduler, steps, latents, tokens, sigmas=True, most=1.15)
+        return shifted_times(scheduler, steps, latents, sigmas=True, most=1.15)
 
     def predict(
         self, network: nn.Module, latents: Tensor, times: Tensor, conditions: Conditions, distilled: float | None = None

@@ -35,8 +35,7 @@ class StableDiffusion3(AutoencoderFamily):
 
     def set_times(self, scheduler: Any, steps: int, latents: Tensor) -> Tensor:
         """Shift times where the scheduler's configuration asks for it."""
-        tokens = (latents.shape[2] // 2) * (latents.shape[3] // 2)
-        return shifted_times(scheduler, steps, latents, tokens, sigmas=False, most=1.16)
+        return shifted_times(scheduler, steps, latents, sigmas=False, most=1.16)
 
     def predict(
         self, network: nn.Module, latents: Tensor, times: Tensor, conditions: Conditions, distilled: float | None = None

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from lorry.core.errors import LorryError, OptionError
 from lorry.serving.engine import Engine
@@ -169,33 +169,58 @@ async def replay(service: Service[Engine], workload: Workload, names: Sequence[s
     OptionError
         Names and the workload's number of adapters differ.
     """
+    engine = service.engine
+    timings, prompts = drawn(workload, names, range(engine.vocabulary))
+    before, start = engine.stats(), time.monotonic()
+    course: list[tuple[float, int, int]] = []
+
+    def ask(place: int, timing: Timing) -> Coroutine[Any, Any, None]:
+        name = names[timing.arrival.adapter] if names else None
+        if name is not None:
+            timing.ready = any(each.name == name and each.place == "pool" for each in engine.adapters())
+        sampling = Sampling(max_tokens=timing.arrival.output, ignore_end=True)
+        due, tokens = start + timing.arrival.time, tuple(prompts[place])
+        request = Request(f"replay-{place}", tokens, {name: 1.0} if name else {}, sampling, arrival=due)
+        return _ask(service, request, timing, start)
+
+    watching = asyncio.create_task(_watch(engine, start, course))
+    try:
+        await when_due(timings, start, ask)
+    finally:
+        watching.cancel()
+    return Replayed(workload, timings, course, time.monotonic() - start, before, engine.stats())
+
+
+def drawn(workload: Workload, names: Sequence[str], tokens: Sequence[int]) -> tuple[list[Timing], list[list[int]]]:
+    """Return a workload's requests with prompts of random tokens.
+
+    Raises
+    ------
+    OptionError
+        Names and the workload's number of adapters differ.
+    """
     if names and len(names) != workload.adapters:
         raise OptionError(
             f"The workload draws from {workload.adapters} adapters, but {len(names)} are named. Make them agree."
         )
-    engine = service.engine
     draw = random.Random(workload.seed + 1)
     timings = [Timing(arrival) for arrival in arrivals(workload)]
-    prompts = [tuple(draw.choices(range(engine.vocabulary), k=each.arrival.input)) for each in timings]
-    before, start = engine.stats(), time.monotonic()
-    course: list[tuple[float, int, int]] = []
-    watching = asyncio.create_task(_watch(engine, start, course))
-    asking = []
+    return timings, [draw.choices(tokens, k=each.arrival.input) for each in timings]
+
+
+async def when_due(
+    timings: Sequence[Timing], start: float, ask: Callable[[int, Timing], Coroutine[Any, Any, None]]
+) -> None:
+    """Ask each request when it is due, counted from `start`, and wait for the last answer."""
+    asking: list[asyncio.Task[None]] = []
     try:
         for place, timing in enumerate(timings):
             await asyncio.sleep(max(start + timing.arrival.time - time.monotonic(), 0))
-            name = names[timing.arrival.adapter] if names else None
-            if name is not None:
-                timing.ready = any(each.name == name and each.place == "pool" for each in engine.adapters())
-            sampling = Sampling(max_tokens=timing.arrival.output, ignore_end=True)
-            due = start + timing.arrival.time
-            request = Request(f"replay-{place}", prompts[place], {name: 1.0} if name else {}, sampling, arrival=due)
-            asking.append(asyncio.create_task(_ask(service, request, timing, start)))
+            asking.append(asyncio.create_task(ask(place, timing)))
         await asyncio.gather(*asking)
     finally:
-        for task in (watching, *asking):
+        for task in asking:
             task.cancel()
-    return Replayed(workload, timings, course, time.monotonic() - start, before, engine.stats())
 
 
 async def _ask(service: Service[Engine], request: Request, timing: Timing, start: float) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import random
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any
 
-from lorry.core.errors import LorryError, OptionError
-from lorry.serving.replay import Replayed, Timing
-from lorry.serving.scheduling.workload import Workload, arrivals
+from lorry.core.errors import LorryError
+from lorry.serving.replay import Replayed, Timing, drawn, when_due
+from lorry.serving.scheduling.workload import Workload
 
 #: Whose tokens the prompts are drawn from.
 _TEXT = "The quick brown fox jumps over the lazy dog: 0123456789, reverse, star, swap > banana"
@@ -73,28 +71,18 @@ class Remote:
         """
         import httpx
 
-        if names and len(names) != workload.adapters:
-            raise OptionError(
-                f"The workload draws from {workload.adapters} adapters, but {len(names)} are named. Make them agree."
-            )
-        draw = random.Random(workload.seed + 1)
-        timings = [Timing(arrival) for arrival in arrivals(workload)]
-        prompts = [draw.choices(self.tokens, k=each.arrival.input) for each in timings]
+        timings, prompts = drawn(workload, names, self.tokens)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        asking: list[asyncio.Task[None]] = []
         async with httpx.AsyncClient(
             base_url=self.url, headers=self.headers, timeout=_PATIENCE, limits=limits
         ) as client:
             start = time.monotonic()
-            try:
-                for prompt, timing in zip(prompts, timings, strict=True):
-                    await asyncio.sleep(max(start + timing.arrival.time - time.monotonic(), 0))
-                    name = names[timing.arrival.adapter] if names else self.base
-                    asking.append(asyncio.create_task(self._ask(client, name, prompt, timing, start)))
-                await asyncio.gather(*asking)
-            finally:
-                for task in asking:
-                    task.cancel()
+
+            def ask(place: int, timing: Timing) -> Coroutine[Any, Any, None]:
+                name = names[timing.arrival.adapter] if names else self.base
+                return self._ask(client, name, prompts[place], timing, start)
+
+            await when_due(timings, start, ask)
         return Replayed(workload, timings, [], time.monotonic() - start)
 
     async def _ask(self, client: Any, model: str, prompt: list[int], timing: Timing, start: float) -> None:

@@ -38,6 +38,7 @@ from lorry.cli import (
     sign,
     simulate,
     study,
+    systems,
     train,
 )
 from lorry.cli.output import failure, out, print_json
@@ -198,6 +199,7 @@ app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 app.add_typer(claims.group)
+app.add_typer(systems.group)
 
 if COMPLETE in os.environ:
     from typer.completion import completion_init  # type: ignore[attr-defined]

@@ -1,0 +1,1 @@
+"""One file for each published system that can be run whole; a file registers its run, nothing else names it."""

@@ -45,7 +45,7 @@ LEVEL = {name: level for level, names in enumerate(BANDS) for name in names}
 #: Within a band: who may import which neighbour.
 NEIGHBOURS: dict[str, frozenset[str]] = {
     "transfer": frozenset({"training"}),
-    "protection": frozenset({"training"}),
+    "protection": frozenset({"training", "diffusion"}),
     "federated": frozenset({"training", "merging"}),
     "diffusion": frozenset({"training"}),
     "multimodal": frozenset({"training"}),

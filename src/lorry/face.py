@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import lorry.diffusion  # noqa: F401  what it registers is known from here on
 import lorry.methods  # noqa: F401  the methods' files are known from here on
+import lorry.protection  # noqa: F401  what it registers is known from here on
 from lorry.core.errors import (
     AdapterError,
     CheckpointError,

@@ -18,7 +18,7 @@ from lorry.protection.codec import Codec, CodecShape
 from lorry.protection.codec_fit import CodecTraining, train_codec
 from lorry.protection.messages import from_text
 from lorry.protection.robustness import curve, pruned, rounded
-from lorry.protection.signing_task import Signing, alphas
+from lorry.protection.signing_latents import SigningLatents, alphas
 from lorry.protection.verify import bit_accuracy, verify
 from lorry.training import DataError, Job, train
 
@@ -45,7 +45,7 @@ def world(tmp_path_factory):
         "signed",
         records,
         {"method": "authen-lora", "bits": 8, "rank": 16},
-        objective=Signing(codec=str(folder / "codec"), lambda_wm=0.0, schedule=SCHEDULE),
+        objective=SigningLatents(codec=str(folder / "codec"), lambda_wm=0.0, schedule=SCHEDULE),
         targets="all",
         steps=450,
         batch_size=64,
@@ -138,7 +138,7 @@ def test_what_cannot_be_signed_is_refused_and_nothing_is_written(world, tmp_path
     with pytest.raises(OptionError, match="has 6 bits, the codec reads 8"):
         verify(codec, torch.zeros(1, 1, 8, 8), torch.ones(6))
     with pytest.raises(DataError, match="needs a codec"):
-        Signing()
+        SigningLatents()
 
 
 def test_what_an_attack_does_to_a_tensor():

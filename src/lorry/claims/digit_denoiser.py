@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from lorry.protection.signing_task import TIMES, alphas
+from lorry.protection.signing_latents import TIMES, alphas
 
 from .digits import task
 from .fitting import train

@@ -136,7 +136,7 @@ class Diffusion(Task):
     @property
     def family(self) -> str:
         """Rows of jobs whose network is told the same guidance share a pass."""
-        return f"diffusion, guidance {self.guidance:g}, checkpointing {self.checkpointing}"
+        return f"{self.name}, guidance {self.guidance:g}, checkpointing {self.checkpointing}"
 
     @property
     def times(self) -> Times:
@@ -152,7 +152,7 @@ class Diffusion(Task):
         pipeline = setting.processor
         if not hasattr(pipeline, "components"):
             raise DataError(
-                "The objective 'diffusion' needs a pipeline of diffusers as its processor, found "
+                f"The objective '{self.name}' needs a pipeline of diffusers as its processor, found "
                 f"{type(pipeline).__name__}; use lorry.diffusion.fleet(pipeline, ...), or a pipeline's folder as base."
             )
         family = family_of(pipeline)
@@ -164,7 +164,7 @@ class Diffusion(Task):
             raise DataError(
                 f"The weighting '{self.weighting}' is not for {type(pipeline).__name__}; choose {' or '.join(fits)}."
             )
-        _noising(setting, self.prediction)
+        noising_of(setting, self.prediction)
 
     def examples(
         self, setting: Setting, records: Sequence[Record], labels: Sequence[str] | None = None
@@ -254,7 +254,7 @@ class Diffusion(Task):
         return Drawn(noisy, target, times, weights, joined([row[4] for row in rows]))
 
     def _row(self, shot: Shot, generator: Generator, setting: Setting) -> tuple[Any, ...]:
-        noising = _noising(setting, self.prediction)
+        noising = noising_of(setting, self.prediction)
         time = noising.draw(self.times, generator)
         mean, std = shot.mean, shot.std
         if shot.mirrored is not None and bool(torch.rand((), generator=generator) < 0.5):
@@ -321,8 +321,8 @@ class Diffusion(Task):
         return digest(own)
 
 
-def _noising(setting: Setting, prediction: str | None) -> Diffused | Flowing:
-    """Return the noise of a pipeline."""
+def noising_of(setting: Setting, prediction: str | None) -> Diffused | Flowing:
+    """Return the noise of the pipeline of a setting; `prediction` in place of what its scheduler says."""
 
     def make() -> Diffused | Flowing:
         scheduler = setting.processor.scheduler

@@ -1,171 +1,166 @@
-"""Training an adapter to make pictures that carry messages (stage 2), as a task of the training engine."""
+"""Training an adapter of a pipeline to make pictures that carry messages (stage 2): the objective ``signing``.
+
+The task is that of the image fleet (`lorry.diffusion.task`), with its data, prompts, noise and weightings; what comes
+here is the message, the residual that stands for it in the latents, and the distance from the bare network.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
-from lorry.core.options import check_options, option
-from lorry.protection.codec import Codec, load_codec
-from lorry.protection.messages import check_message, from_text
+from lorry.core.life.api import adapters
+from lorry.core.options import option
+from lorry.diffusion.families import family_of
+from lorry.diffusion.making import size_of
+from lorry.diffusion.task import Diffusion, Drawn, noising_of
+from lorry.methods.authen_lora import AuthenLoRA
+from lorry.protection.codec import Codec
+from lorry.protection.drawing import codec_label, codec_of, drawn_messages, fixed_message
 from lorry.training.data_errors import DataError
 from lorry.training.reference import asking
-from lorry.training.task import Batch, Examples, PlainReport, Setting, Task, register_task
-
-#: Diffusion times of a schedule.
-TIMES = 1000
-#: Schedules that a base was trained with; flow interpolates, the others mix by the square roots of alpha.
-SCHEDULES = ("linear", "scaled-linear", "cosine", "flow")
+from lorry.training.task import Batch, Setting, register_task
 
 
-def alphas(schedule: str, times: int = TIMES) -> Tensor:
-    """Return the share of signal ``ᾱ`` at each time ``(times,)``, in float64; for flow, the squared one minus t.
+@dataclass(frozen=True, eq=False)
+class Marked(Drawn):
+    """A picture with a message in it, as a pass sees it.
 
-    Parameters
+    Attributes
     ----------
-    schedule
-        One of `SCHEDULES`: DDPM's, Stable Diffusion's, Nichol and Dhariwal's, or rectified flow's.
-    times
-        How many.
+    message
+        ``(bits,)`` of zeros and ones.
+    clean
+        What the bare network says of the picture without the message, of the shape of `target`; of a picture with a
+        prior, the prior's row alone counts.
     """
-    if schedule == "flow":
-        return (1 - torch.arange(1, times + 1, dtype=torch.float64) / times).square()
-    if schedule == "cosine":
-        at = (torch.arange(times + 1, dtype=torch.float64) / times + 0.008) / 1.008 * math.pi / 2
-        betas = (1 - at.cos()[1:].square() / at.cos()[:-1].square()).clamp(max=0.999)
-    elif schedule == "linear":
-        betas = torch.linspace(1e-4, 0.02, times, dtype=torch.float64)
-    else:
-        betas = torch.linspace(0.00085**0.5, 0.012**0.5, times, dtype=torch.float64).square()
-    return (1 - betas).cumprod(0)
+
+    message: Tensor
+    clean: Tensor
 
 
 @register_task
 @dataclass(frozen=True)
-class Signing(Task):
+class Signing(Diffusion):
     """Denoising towards pictures of a style with a message in them: ``L = λ_style L_style + λ_wm L_wm``.
 
-    For latents x0 of the style, a message m and its residual δ_m, the network with the adapter at message m predicts
-    the noise of ``z = noised(x0 + δ_m)``. ``L_style`` is its squared error, and ``L_wm`` the squared distance from
-    what the base alone predicts of ``noised(x0)``. With probability `zero_rate` the message is zero; by default the
-    residual is then zero, too, since the codec reads pictures without residual as the zero message. A codec whose
-    zero is "marked" gives the other reading, in which zero is a message like others.
-
-    A record has ``latent`` ``(channels, h, w)``, as the network sees it, and may have ``inputs``, a mapping of further
-    arguments of the network (``encoder_hidden_states``). The base is called as ``model(noisy, times, **inputs)`` and
-    gives a tensor, or an object with one as ``sample``. The base predicts the noise, or with the schedule "flow"
-    the direction ``noise - x0``; time t of flow is t/1000.
+    For latents x of the style, a message m and its residual δ_m, the network with the adapter at message m sees
+    ``x + δ_m`` with noise. ``L_style`` is the loss of the objective ``diffusion``, and ``L_wm`` the mean squared
+    distance from what the bare network says of x with the same noise. With `prior_data`, ``L_wm`` is of the prior's
+    pictures in place of the style's, as in AquaLoRA: it does not pull the style back to the base then. With
+    probability `zero_rate` the message is zero, and so is the residual, unless the codec's zero is "marked"
+    (`CodecShape.zero`).
     """
 
     name: ClassVar[str] = "signing"
-    unit: ClassVar[str] = "pictures"
 
     codec: Any = option(None, "The codec: its folder, or the thing itself.")
     lambda_style: float = option(1.0, "Weight of denoising to the picture with its message.", at_least=0)
     lambda_wm: float = option(1.0, "Weight of the distance from the base's prediction.", at_least=0)
-    zero_rate: float = option(0.05, "Share of rows with the zero message.", at_least=0, below=1)
-    message: str = option("", "The one message of all rows, as zeros and ones; drawn for each row if not given.")
-    schedule: str = option("scaled-linear", "Schedule that the base was trained with.", choices=SCHEDULES)
-    latent_scale: float = option(1.0, "Factor of the residual: the VAE's scaling factor.", above=0)
+    zero_rate: float = option(0.05, "Share of pictures with the zero message.", at_least=0, below=1)
+    message: str = option("", "The one message of all pictures, as zeros and ones; drawn for each if not given.")
+    latent_scale: float = option(
+        1.0, "Factor of the residual: the autoencoder's scale for a codec of unscaled latents.", above=0
+    )
 
     def __post_init__(self) -> None:
         """Check the options."""
-        check_options(self)
-        if self.codec is None or not isinstance(self.codec, str | Path | Codec):
-            raise DataError("The objective 'signing' needs a codec: give its folder, as `lorry codec` writes it.")
-        if self.message:
-            check_message(from_text(self.message))
+        super().__post_init__()
+        fixed_message(self.message, self.codec, self.name)
 
     @property
     def family(self) -> str:
-        """Jobs of one codec and schedule share passes."""
-        return f"{self.name}:{id(self.codec) if isinstance(self.codec, Codec) else self.codec}:{self.schedule}"
+        """Jobs of one codec share passes."""
+        return f"{super().family}, codec {codec_label(self.codec)}"
 
     def reader(self, setting: Setting) -> Codec:
         """Return the codec, frozen; loaded once for all jobs that name it."""
+        return codec_of(self.codec, setting)
 
-        def make() -> Codec:
-            found = self.codec if isinstance(self.codec, Codec) else load_codec(self.codec)
-            return found.to(setting.device).eval()
-
-        return setting.once(f"codec of {self.family}", make)
-
-    def examples(self, setting: Setting, records: Sequence[Any], labels: Any = None) -> Examples[Any]:
-        """Take latents and further inputs as they are."""
-        if self.message:
-            from_text(self.message, self.reader(setting).shape.bits)
-        made = []
-        for number, record in enumerate(records):
-            latent = torch.as_tensor(record.get("latent", torch.empty(0)))
-            if latent.ndim != 3 or not latent.is_floating_point():
-                raise DataError(
-                    f"Record {number} needs 'latent', floats (channels, h, w); found {tuple(latent.shape)}."
-                )
-            made.append((latent, dict(record.get("inputs", {}))))
-        return Examples(tuple(made), PlainReport(len(records), len(made)))
+    def check_model(self, setting: Setting) -> None:
+        """Refuse what the objective ``diffusion`` refuses, a codec for other latents, or another length of messages."""
+        super().check_model(setting)
+        shape = self.reader(setting).shape
+        pipeline = setting.processor
+        channels = family_of(pipeline).latents_shape(pipeline, *size_of(pipeline, None, None))[0]
+        if shape.channels != channels:
+            raise DataError(
+                f"The codec is for latents of {shape.channels} channels, the pipeline's have {channels}. Train one on "
+                "this pipeline: lorry codec PICTURES --base PIPELINE."
+            )
+        fixed_message(self.message, self.codec, self.name, shape.bits)
 
     def draw(self, examples: Sequence[Any], generator: Generator, setting: Setting, adapter: str) -> Sequence[Any]:
-        """Draw messages, times and noise, and ask the base what it says of the pictures without message."""
-        codec, device = self.reader(setting), setting.device
-        count, bits = len(examples), codec.shape.bits
-        fixed = from_text(self.message, bits) if self.message else None
-        message = torch.randint(2, (count, bits), generator=generator) if fixed is None else fixed.repeat(count, 1)
-        message = message * (torch.rand(count, 1, generator=generator) >= self.zero_rate)
-        x0 = torch.stack([latent for latent, _ in examples]).to(device)
-        noise = torch.randn(x0.shape, generator=generator).to(x0)
-        times = torch.randint(TIMES, (count,), generator=generator)
+        """Draw messages as well, and ask the bare network what it says of the pictures without them."""
+        drawn: Sequence[Drawn] = super().draw(examples, generator, setting, adapter)
+        codec = self.reader(setting)
+        self._check_adapter(setting, adapter, codec)
+        message = drawn_messages(self.message, len(drawn), codec.shape.bits, self.zero_rate, generator)
+        clean = self._unmarked(setting, drawn)
         with torch.no_grad():
-            residual = self.latent_scale * codec.residual(message.to(device), (x0.shape[-2], x0.shape[-1])).to(x0)
-        marked, plain = (self._noised(x, noise, times) for x in (x0 + residual, x0))
-        inputs = [more for _, more in examples]
-        with asking(setting.model, None, count):
-            clean = _predict(setting.model, plain, times.to(device), _stacked(inputs, device))
-        wanted = noise - (x0 + residual) if self.schedule == "flow" else noise
+            # pictures of a pass are of one size
+            residual = codec.residual(message.to(setting.device), (drawn[0].size[0], drawn[0].size[1])).float().cpu()
         return [
-            {"noisy": marked[i], "time": times[i], "inputs": inputs[i], "message": message[i], "wanted": wanted[i]}
-            | {"clean": clean[i], "weights": torch.tensor([self.lambda_style, self.lambda_wm])}
-            for i in range(count)
+            self._marked(setting, *each)
+            for each in zip(drawn, message, self.latent_scale * residual, clean, strict=True)
         ]
 
-    def _noised(self, x: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        share = alphas(self.schedule)[times].to(x).view(-1, *[1] * (x.ndim - 1))
-        if self.schedule == "flow":
-            return share.sqrt() * x + (1 - share.sqrt()) * noise
-        return share.sqrt() * x + (1 - share).sqrt() * noise
+    def _check_adapter(self, setting: Setting, adapter: str, codec: Codec) -> None:
+        found = adapters(setting.model).get(adapter)
+        method = found.method if found is not None else None
+        if isinstance(method, AuthenLoRA):
+            if method.bits != codec.shape.bits:
+                raise DataError(
+                    f"The method authen-lora of '{adapter}' has messages of {method.bits} bits, the codec of "
+                    f"{codec.shape.bits}; give both the same."
+                )
+        elif not self.message:
+            raise DataError(
+                f"The adapter '{adapter}' knows no messages: train the method authen-lora, or give the objective "
+                "'signing' the one message that it is to carry."
+            )
+
+    def _unmarked(self, setting: Setting, drawn: Sequence[Drawn]) -> Tensor:
+        """Return what the bare network says of the last row of each picture: its prior's, if it has one."""
+        last = [
+            replace(
+                d,
+                **{f.name: getattr(d, f.name)[-1:] for f in fields(d) if f.name != "conditions"},
+                conditions=d.conditions.take([-1]),
+            )
+            for d in drawn
+        ]
+        with asking(setting.model, None, len(last)):
+            return self.forward(setting, super().collate(setting, last)).float().cpu()
+
+    def _marked(self, setting: Setting, drawn: Drawn, message: Tensor, residual: Tensor, clean: Tensor) -> Marked:
+        noising = noising_of(setting, self.prediction)
+        # mixing is linear, so what the residual adds to picture and target is what becomes of it without noise
+        more = [noising.mixed(residual, torch.zeros_like(residual), float(time)) for time in drawn.times]
+        noisy = drawn.noisy + torch.stack([seen for seen, _ in more])
+        target = drawn.target + torch.stack([wanted for _, wanted in more])
+        rows = torch.cat([target[:-1], clean[None]])
+        return Marked(noisy, target, drawn.times, drawn.weights, drawn.conditions, message, rows)
 
     def collate(self, setting: Setting, examples: Sequence[Any]) -> Batch:
-        """Stack rows; methods are told the message of each."""
-        device = setting.device
-        columns = {k: torch.stack([e[k] for e in examples]).to(device) for k in examples[0] if k != "inputs"}
-        inputs: dict[str, Any] = {"noisy": columns["noisy"], "times": columns["time"]}
-        inputs["inputs"] = _stacked([e["inputs"] for e in examples], device)
-        targets = {name: columns[name] for name in ("wanted", "clean", "weights")}
-        return Batch(inputs, targets, {"message": columns["message"], "timestep": columns["time"]})
-
-    def forward(self, setting: Setting, batch: Batch) -> Tensor:
-        """Run the base with the adapters of the rows."""
-        return _predict(setting.model, batch.inputs["noisy"], batch.inputs["times"], batch.inputs["inputs"])
+        """Put rows together; methods are told the message of each."""
+        batch = super().collate(setting, examples)
+        message = torch.cat([e.message.expand(len(e.times), -1) for e in examples]).to(setting.device)
+        clean = torch.cat([e.clean for e in examples]).to(setting.device)
+        return replace(batch, targets={**batch.targets, "clean": clean}, facts={**batch.facts, "message": message})
 
     def losses(self, outputs: Tensor, targets: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Both squared errors of each row, means over its elements, weighted."""
-        outputs = outputs.float()
-        style = (outputs - targets["wanted"].float()).square().flatten(1).mean(1)
-        shift = (outputs - targets["clean"].float()).square().flatten(1).mean(1)
-        weights = targets["weights"].to(style)
-        return weights[:, 0] * style + weights[:, 1] * shift, torch.ones(len(outputs))
+        """Return both losses of each picture, weighted."""
+        style, shift = self.weighed(outputs, targets), _distance(outputs, targets["clean"])
+        weight = self.lambda_wm
+        if self.prior_data is not None:
+            style, shift, weight = style[0::2], shift[1::2], weight * self.prior_weight
+        return self.lambda_style * style + weight * shift, torch.ones_like(style)
 
 
-def _predict(model: nn.Module, noisy: Tensor, times: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-    found = model(noisy, times, **inputs)
-    result: Tensor = found if isinstance(found, Tensor) else found.sample
-    return result
-
-
-def _stacked(inputs: Sequence[Mapping[str, Any]], device: torch.device) -> dict[str, Tensor]:
-    return {k: torch.stack([torch.as_tensor(more[k]) for more in inputs]).to(device) for k in inputs[0]}
+def _distance(outputs: Tensor, wanted: Tensor) -> Tensor:
+    return (outputs.float() - wanted.float()).square().flatten(1).mean(1)

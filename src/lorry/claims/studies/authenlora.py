@@ -18,7 +18,7 @@ from lorry.protection.codec import Codec, CodecShape
 from lorry.protection.codec_fit import CodecTraining, train_codec
 from lorry.protection.messages import drawn, threshold_for
 from lorry.protection.robustness import curve
-from lorry.protection.signing_task import TIMES, Signing
+from lorry.protection.signing_latents import TIMES, SigningLatents
 from lorry.protection.verify import bit_accuracy
 from lorry.training import Job
 from lorry.training import train as train_jobs
@@ -69,7 +69,7 @@ def signed(model: nn.Module, codec: Codec, name: str, steps: int, seed: int) -> 
     """Train an adapter that signs, in the fleet engine."""
     method = {"method": "authen-lora", "bits": BITS, "rank": RANK}
     records = [{"latent": picture} for picture in pictures(inverted=True)]
-    objective = Signing(codec=codec, lambda_wm=0.0, schedule=SCHEDULE)
+    objective = SigningLatents(codec=codec, lambda_wm=0.0, schedule=SCHEDULE)
     job = Job(
         name,
         records,

@@ -62,6 +62,27 @@ def test_a_suffix_is_a_whole_component(model):
         chosen(model, "proj")
 
 
+@pytest.mark.parametrize(
+    "exclude, prefix",
+    [("layers.1", "model.layers.1."), ("model.layers.1.mlp", "model.layers.1.mlp."), ("self_attn", None)],
+)
+def test_a_block_is_left_out_with_all_that_is_in_it(model, exclude, prefix):
+    every, left = chosen(model, "all-linear"), chosen(model, "all-linear", exclude=exclude)
+    inside = [p for p in every if p.startswith(prefix)] if prefix else [p for p in every if ".self_attn." in p]
+    assert inside and left == [p for p in every if p not in inside]
+
+
+def test_what_targets_can_say_can_be_left_out(model):
+    assert names(chosen(model, "all-linear", exclude="attention")) == MLP
+    left = chosen(model, "all-linear", exclude="attention in layers.0")
+    assert [p for p in left if ".0." in p] == [f"model.layers.0.mlp.{n}" for n in ("gate_proj", "up_proj", "down_proj")]
+    assert len(left) == 21 - 4
+    net = unet()
+    blocks = chosen(net, ["all-linear", "kind:conv"], exclude="mid_block")
+    assert blocks and not any(p.startswith("mid_block.") for p in blocks)
+    assert any(p.startswith("mid_block.") and "conv" in p for p in chosen(net, "kind:conv"))
+
+
 def test_exclude_and_layers(model):
     assert len(chosen(model, "all-linear", exclude="mlp.*")) == 12
     assert len(chosen(model, "all", exclude=["kind:embedding", "q_proj"])) == 18

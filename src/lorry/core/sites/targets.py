@@ -62,7 +62,7 @@ def select(
     kinds
         The kinds that the method can sit on.
     exclude
-        Sites to leave out.
+        Sites to leave out, written like targets; a block means all of its sites.
     layers
         Blocks to keep (None keeps all sites): indices in the model's main stack of blocks, or stack -> indices, as in
         ``{"down_blocks": [0, 1]}``, for a model that has several. Sites outside of these stacks are left out.
@@ -87,12 +87,9 @@ def select(
         if not found:
             raise _nothing(pattern, catalogue, model)
         chosen.update(found)
-    dropped = _listed(exclude)
-    for pattern in dropped:
-        if not any(_excluded(site, pattern) for site in (*catalogue.values(), *chosen.values())):
-            raise SiteError(f"exclude: {_nothing(pattern, catalogue, model)}")
+    excluded = _left_out(model, catalogue, chosen, _listed(exclude), head, allowed, stacks)
     left_out = {p: "the output head; name it to adapt it" if p == head else "not targeted" for p in catalogue}
-    reasons = {path: _reason(site, allowed, dropped, keep, stacks) for path, site in chosen.items()}
+    reasons = {path: _reason(site, allowed, excluded, keep, stacks) for path, site in chosen.items()}
     left_out = {p: why for p, why in left_out.items() if p not in chosen} | {p: w for p, w in reasons.items() if w}
     order = {path: i for i, path in enumerate(catalogue)}
     kept = sorted((s for p, s in chosen.items() if not reasons[p]), key=lambda s: order.get(s.path, len(order)))
@@ -200,14 +197,14 @@ def _in_preset(site: Site, name: str, catalogue: Mapping[str, Site]) -> bool:
 def _reason(
     site: Site,
     allowed: Sequence[Kind],
-    exclude: Sequence[str],
+    excluded: set[str],
     keep: Mapping[str, set[int]] | None,
     stacks: Stacks,
 ) -> str | None:
     """Return why a chosen site is left out, or None."""
     if site.kind not in allowed:
         return f"the method does not sit on {site.kind.name} sites (only {', '.join(kind.name for kind in allowed)})"
-    if any(_excluded(site, pattern) for pattern in exclude):
+    if site.path in excluded:
         return "excluded"
     if keep is None:
         return None
@@ -217,8 +214,33 @@ def _reason(
     return None if place[1] in keep[place[0]] else "in another layer"
 
 
-def _excluded(site: Site, pattern: str) -> bool:
-    return site.kind.name == current_name(pattern[5:]) if pattern.startswith("kind:") else matches(site.path, pattern)
+def _left_out(
+    model: nn.Module,
+    catalogue: Mapping[str, Site],
+    chosen: Mapping[str, Site],
+    patterns: Sequence[str],
+    head: str | None,
+    allowed: Sequence[Kind],
+    stacks: Stacks,
+) -> set[str]:
+    """Return the paths of the sites that patterns leave out: of a block all sites, not its linear layers alone."""
+    every = {**catalogue, **chosen}
+    found: set[str] = set()
+    for pattern in patterns:
+        if pattern.startswith("kind:"):
+            kind = current_name(pattern[5:])
+            here = {p for p, s in every.items() if s.kind.name == kind}
+        else:
+            here = {p for p in every if matches(p, pattern)}
+        if not here and (pattern in preset_names() or " in " in pattern):
+            here = set(_matching(model, catalogue, pattern, head, allowed, stacks))
+        if not here:
+            starts = tuple(f"{path}." for path, _ in model.named_modules() if path and matches(path, pattern))
+            here = {p for p in every if starts and p.startswith(starts)}
+        if not here:
+            raise SiteError(f"exclude: {_nothing(pattern, catalogue, model)}")
+        found |= here
+    return found
 
 
 def _head(model: nn.Module, catalogue: Mapping[str, Site]) -> str | None:

@@ -8,7 +8,6 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import lorry
-from lorry.claims.digit_denoiser import SCHEDULE, base, pictures, sample
 from lorry.cli.main import app
 from lorry.core.errors import AdapterError, CheckpointError, OptionError
 from lorry.formats.reader import open_adapter
@@ -20,6 +19,7 @@ from lorry.protection.messages import from_text
 from lorry.protection.robustness import curve, pruned, rounded
 from lorry.protection.signing_latents import SigningLatents, alphas
 from lorry.protection.verify import bit_accuracy, verify
+from lorry.systems.authenlora.digits import SCHEDULE, base, pictures, sample
 from lorry.training import DataError, Job, train
 
 USERS = (from_text("11001010"), from_text("00110101"))

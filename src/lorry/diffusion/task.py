@@ -343,11 +343,11 @@ def noising_of(setting: Setting, prediction: str | None) -> Diffused | Flowing:
 @contextmanager
 def checkpointed(network: nn.Module, on: bool) -> Iterator[None]:
     """Let blocks of a network of diffusers keep no activations of passes within the context."""
-    before = [(m, m.gradient_checkpointing) for m in network.modules() if hasattr(m, "gradient_checkpointing")]
     enable: Any = getattr(network, "enable_gradient_checkpointing", None)
     if not on or enable is None or not torch.is_grad_enabled():
         yield
         return
+    before = [(m, m.gradient_checkpointing) for m in network.modules() if hasattr(m, "gradient_checkpointing")]
     name = "_gradient_checkpointing_func"
     functions = [(m, {k: v for k, v in vars(m).items() if k == name}) for m, _ in before]
     try:

@@ -20,10 +20,10 @@ from lorry.protection.messages import drawn, threshold_for
 from lorry.protection.robustness import curve
 from lorry.protection.signing_latents import TIMES, SigningLatents
 from lorry.protection.verify import bit_accuracy
+from lorry.systems.authenlora.digits import SCHEDULE, Denoiser, base, noised, pictures, sample
 from lorry.training import Job
 from lorry.training import train as train_jobs
 
-from ..digit_denoiser import SCHEDULE, Denoiser, base, noised, pictures, sample
 from ..fitting import train_adapter
 from ..ledger import Finding, Panel, Setting, claim
 from ..verdicts import compare, together

@@ -41,7 +41,10 @@ def test_methods_are_found_by_class_by_slug_and_by_registry():
     # parts that methods share, and what a study takes from training and from the pocket model
     assert "methods/parts/kronecker.py" in files_of("ept/pyramid")
     assert "training/routing.py" in files_of("remix/draws")
-    assert {"training/fleet.py", "pocket/world.py"} <= files_of("lora-mixer/routed")
+    assert "pocket/world.py" in files_of("lora-mixer/routed")
+    # tests hold that a fleet changes no job's result, so its files age no record, also not one that lists them
+    assert not code.PROMISED & files_of("lora-mixer/routed")
+    assert code.changed({"training/fleet.py": "then", "a.py": "then"}, {"a.py": "now"}) == ["a.py"]
 
 
 @pytest.fixture

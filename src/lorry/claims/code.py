@@ -7,11 +7,14 @@ The code of a claim is
 - the files of `lorry.methods` and `lorry.merging` that those import or name: a class by its import, a method by its
   slug in ``{"method": "lora"}``, a merge method by its slug wherever merging is imported; and what these files import
   within the two packages;
-- of `lorry.training` and `lorry.pocket`, the files that define the names which the study and its helpers import.
+- of `lorry.training` and `lorry.pocket`, the files that define the names which the study and its helpers import, but
+  for `PROMISED`.
 
 The core, the kernels and the formats are left out: what they promise (a forward pass, a gradient, a saved file) is held
-by the laws and by tests in float64, and a change that broke a promise would fail there. If they counted, every record
-would be older than every commit. A digest is one of the syntax tree: comments, docstrings and layout do not count.
+by the laws and by tests in float64, and a change that broke a promise would fail there. So are the files of a job and
+of a fleet: that a job trained with others becomes what it becomes alone, in a plain loop, is such a promise. If they
+counted, every record would be older than every commit. A digest is one of the syntax tree: comments, docstrings and
+layout do not count.
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLLOWED, NAMED = ("claims", "methods", "merging"), ("training", "pocket")
 #: Files of the ledger that decide no result.
 HOUSEKEEPING = frozenset({"claims/__init__.py", "claims/code.py", "claims/ledger.py", "claims/page.py"})
+#: Files whose promise to a study is held by tests: fields of a job, and that a fleet changes no job's result.
+PROMISED = frozenset({"training/jobs.py", "training/fleet.py"})
 DIGITS = 12
 
 
@@ -51,7 +56,7 @@ def code_of(study: Callable[..., Any]) -> dict[str, str]:
 
 def changed(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """Return the files that differ between two codes, or are in one of them only."""
-    return sorted(path for path in {*then, *now} if then.get(path) != now.get(path))
+    return sorted(path for path in {*then, *now} - PROMISED if then.get(path) != now.get(path))
 
 
 @cache
@@ -68,7 +73,7 @@ def code_from(start: str, root: Path = ROOT) -> Mapping[str, str]:
     found, waiting = {start}, [start]
     while waiting:
         for path in _parts(root, waiting.pop()):
-            if path not in found and path not in HOUSEKEEPING:
+            if path not in found and path not in HOUSEKEEPING | PROMISED:
                 found.add(path)
                 if path.startswith(tuple(f"{room}/" for room in FOLLOWED)):
                     waiting.append(path)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Generator, Tensor
 
-from lorry import activate
+from lorry import activate, adapters
 from lorry import load as load_adapter
 from lorry.formats.reader import open_adapter
 from lorry.protection.bake import bake, new_secret, sign
@@ -43,8 +43,7 @@ def run(given: Run) -> Outcome:
     base = stage.network
     trained = given.out / "run" / SIGNED / "adapter"
     messages = _messages(given.seed)
-    for name in (SIGNED,):
-        detach(base, name)
+    adapters(base)[SIGNED].detach()
     made: dict[str, Tensor] = {"nobody": stage.draw(count, given.seed)}
     for user, message in messages.items():
         private = given.out / "private" / f"{user}.json"
@@ -60,13 +59,6 @@ def run(given: Run) -> Outcome:
     _draw(curves, given.out / "robustness.png")
     _grid(made, given.out / "pictures.png")
     return _outcome(rows, curves, count)
-
-
-def detach(model: Any, name: str) -> None:
-    """Take an adapter off a model."""
-    from lorry import adapters
-
-    adapters(model)[name].detach()
 
 
 def _messages(seed: int) -> dict[str, Tensor]:

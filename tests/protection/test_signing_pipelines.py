@@ -118,3 +118,19 @@ def test_an_autoencoder_gives_gradients_to_latents_alone():
         decode(latents).sum().backward()
     assert latents.grad.abs().sum() > 0 and all(p.grad is None for p in sd.vae.parameters())
     assert before == [p.requires_grad for p in sd.vae.parameters()]
+
+
+def test_a_codec_for_a_pipeline_on_the_command_line(folder, tmp_path):  # noqa: F811
+    from typer.testing import CliRunner
+
+    from lorry.cli.main import app
+    from lorry.protection.codec import load_codec
+
+    sd = tiny.pipeline("sd")
+    sd.save_pretrained(tmp_path / "base")
+    given = ["codec", str(folder), "--out", str(tmp_path / "codec"), "--base", str(tmp_path / "base")]
+    result = CliRunner().invoke(app, [*given, "--shape", "bits=8", "-o", "steps=2", "-o", "rows=2"])
+    assert result.exit_code == 0, result.output
+    shape = load_codec(tmp_path / "codec").shape
+    assert (shape.bits, shape.channels, shape.size, shape.picture_size, shape.decoder) == (8, 4, 8, 16, "small")
+    Signing(codec=str(tmp_path / "codec")).check_model(Setting(sd.unet, sd))

@@ -14,6 +14,7 @@ from lorry.bench import (
     _serve_peers,
     agents,
     decode,
+    diffusion_step,
     fleet,
     fuse,
     kernels,
@@ -298,3 +299,23 @@ def test_clients_that_train_together_share_passes():
     passes = result["widths"]["64"]["passes"]
     assert passes["one after another"] == 6 and passes["together"] < 6
     assert "3 clients" in shown(tenants, result)
+
+
+@pytest.mark.parametrize("network", ["unet", "flux"])
+def test_a_step_on_pictures_is_that_of_diffusers_and_peft(network):
+    """The same losses step after step, so the same gradients and the same optimizer, from the same draws."""
+    sides = diffusion_step.trainers(network, "tiny")
+    losses = {name: [side.step() for _ in range(3)] for name, side in sides.items()}
+    assert losses[diffusion_step.OURS] == pytest.approx(losses[diffusion_step.PEER], rel=1e-5)
+    assert len(set(losses[diffusion_step.PEER])) == 3
+    ours, peer = (sides[name] for name in (diffusion_step.OURS, diffusion_step.PEER))
+    assert sum(p.numel() for p in ours.trained) == sum(p.numel() for p in peer.trained)
+    assert kept(ours.network, ours.backward) <= 1.01 * kept(peer.network, peer.backward)
+
+
+def test_the_table_of_steps_on_pictures():
+    result = diffusion_step.run(networks="flux", sizes="tiny", rounds=1)
+    assert set(result["cases"]) == {"flux, tiny"} and result["cases"]["flux, tiny"]["difference"] < 1e-5
+    assert "flux, tiny" in shown(diffusion_step, result)
+    with pytest.raises(lorry.OptionError, match="no size"):
+        diffusion_step.trainers("unet", "huge")

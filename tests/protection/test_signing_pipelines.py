@@ -9,7 +9,9 @@ import lorry
 from lorry.diffusion import family_of
 from lorry.diffusion.task import noising_of
 from lorry.protection.autoencoding import decoding, latents_of
+from lorry.protection.bake import new_secret, sign
 from lorry.protection.codec import Codec, CodecShape
+from lorry.protection.messages import from_text
 from lorry.protection.signing_task import Signing
 from lorry.training.data_errors import DataError
 from lorry.training.objectives import OBJECTIVES
@@ -118,3 +120,51 @@ def test_an_autoencoder_gives_gradients_to_latents_alone():
         decode(latents).sum().backward()
     assert latents.grad.abs().sum() > 0 and all(p.grad is None for p in sd.vae.parameters())
     assert before == [p.requires_grad for p in sd.vae.parameters()]
+
+
+def test_an_adapter_over_several_models_is_signed_in_all_of_them(tmp_path):
+    sd = tiny.pipeline("sd")
+    method = {"method": "authen-lora", "bits": 8, "rank": 4}
+    targets = {"unet": "attention", "text_encoder": ["q_proj"]}
+    bundle = lorry.attach(sd, method, targets=targets, name="both", activate=False)
+    message, g = from_text("11001010"), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in bundle.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=g))
+    try:
+        bundle.save(tmp_path / "both")
+        secret = new_secret(message, user="anna")
+        sign(tmp_path / "both", tmp_path / "anna", secret, tmp_path / "private" / "anna.json")
+        copy = lorry.load(sd, tmp_path / "anna", name="anna", activate=False)
+        assert set(copy.parts) == {"unet", "text_encoder"}
+        ids = torch.tensor([[1, 2, 3]])
+        with lorry.activate(sd, "both"), lorry.context(sd, message=message):
+            told = sd.text_encoder(ids).last_hidden_state
+            noise = sd.unet(torch.ones(1, 4, 8, 8), 5, told).sample
+        with lorry.activate(sd, "anna"):
+            again = sd.text_encoder(ids).last_hidden_state
+            baked = sd.unet(torch.ones(1, 4, 8, 8), 5, again).sample
+        with lorry.activate(sd, None):
+            assert not torch.allclose(sd.text_encoder(ids).last_hidden_state, again, atol=1e-3)
+        torch.testing.assert_close(again, told, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(baked, noise, atol=1e-3, rtol=1e-3)
+        assert lorry.open(tmp_path / "anna").metadata["signed"]["mark"] == secret.mark
+    finally:
+        for each in lorry.adapters(sd).values():
+            each.detach()
+
+
+def test_a_codec_for_a_pipeline_on_the_command_line(folder, tmp_path):  # noqa: F811
+    from typer.testing import CliRunner
+
+    from lorry.cli.main import app
+    from lorry.protection.codec import load_codec
+
+    sd = tiny.pipeline("sd")
+    sd.save_pretrained(tmp_path / "base")
+    given = ["codec", str(folder), "--out", str(tmp_path / "codec"), "--base", str(tmp_path / "base")]
+    result = CliRunner().invoke(app, [*given, "--shape", "bits=8", "-o", "steps=2", "-o", "rows=2"])
+    assert result.exit_code == 0, result.output
+    shape = load_codec(tmp_path / "codec").shape
+    assert (shape.bits, shape.channels, shape.size, shape.picture_size, shape.decoder) == (8, 4, 8, 16, "small")
+    Signing(codec=str(tmp_path / "codec")).check_model(Setting(sd.unet, sd))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorry.cli.arguments import Json, adapter_path
+from lorry.cli.blocks import By, block_of, by_block, times_of
 from lorry.cli.output import facts_table, note, out, print_json, table
 
 if TYPE_CHECKING:
@@ -28,9 +29,10 @@ def inspect(
         Path | None, typer.Option("--heatmap", help="Draw norms and singular values into this PNG file.")
     ] = None,
     all_sites: Annotated[bool, typer.Option("--all", help="Show every site, however many there are.")] = False,
+    by: Annotated[By, typer.Option("--by", help="Show and draw each site, or the sum of each block.")] = By.site,
     as_json: Json = False,
 ) -> None:
-    """Show method, sites, base fingerprint, and norms and singular values of the update at each site."""
+    """Show method, sites, base fingerprint, and norms and singular values of the update at each site or block."""
     from lorry.cli.spectrum import facts_of
     from lorry.formats.reader import open_adapter
 
@@ -42,11 +44,14 @@ def inspect(
         if drawn:
             from lorry.cli.pictures import heat_map
 
-            heat_map(drawn, heatmap, f"{file.name}: {file.method.info.slug}, {len(drawn)} sites")
+            title = f"{file.name}: {file.method.info.slug}, {len(drawn)} sites"
+            heat_map(drawn, heatmap, title, block_of if by is By.block else None)
             note(f"wrote {heatmap}")
         else:
             note("no heat map: no site has an update that is a product of two factors")
     facts = {**_head(file), "sites": sites}
+    if by is By.block:
+        facts["blocks"] = by_block(sites)
     if as_json:
         print_json(facts)
     else:
@@ -101,7 +106,12 @@ def _print(facts: Mapping[str, Any], all_sites: bool) -> None:
         *(("note", text) for text in facts["notes"]),
         *_training(facts["metadata"]),
     ]
+    if (times := times_of(facts["metadata"])) is not None:
+        rows.append(("times", f"trained from {times[0]:g} to below {times[1]:g}"))
     out().print(facts_table("", rows))
+    if "blocks" in facts:
+        _print_blocks(facts["blocks"])
+        return
     measured = [s for s in sites if "norm" in s]
     if len(measured) <= MOST_ROWS or all_sites:
         _print_sites(sites)
@@ -140,6 +150,20 @@ def _print_sites(sites: list[dict[str, Any]]) -> None:
         )
     columns = ("site", "shape", "rank", "norm", "largest", "stable rank", "effective rank", "singular values")
     out().print(table("Update at each site", columns, rows, right=columns[2:7]))
+
+
+def _print_blocks(blocks: list[dict[str, Any]]) -> None:
+    rows = [
+        (
+            b["block"],
+            b["sites"],
+            f"{b['parameters']:,}",
+            *((f"{b['norm']:.3g}", f"{b['share']:.1%}", b["largest_at"]) if "norm" in b else ("-", "-", "-")),
+        )
+        for b in blocks
+    ]
+    columns = ("block", "sites", "elements", "norm of all", "share of squares", "largest at")
+    out().print(table("Update of each block", columns, rows, right=columns[1:5]))
 
 
 def _print_groups(sites: list[dict[str, Any]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,9 @@ def _save(figure: Any, path: Path) -> Path:
     return path
 
 
-def heat_map(sites: Sequence[Mapping[str, Any]], path: Path, title: str) -> Path:
+def heat_map(
+    sites: Sequence[Mapping[str, Any]], path: Path, title: str, block_of: Callable[[str], str] | None = None
+) -> Path:
     """Draw the norm of the update by site name and layer, and the log singular values of each site.
 
     Parameters
@@ -48,10 +50,16 @@ def heat_map(sites: Sequence[Mapping[str, Any]], path: Path, title: str) -> Path
         The PNG file to write.
     title
         What the picture shows.
+    block_of
+        Gives the block of a path, to draw norms by block in place of the number of the layer.
     """
     import numpy as np
 
-    layers = sorted({s["layer"] for s in sites}, key=lambda v: (v is None, v))
+    if block_of is not None:
+        sites = [{**s, "layer": block_of(s["path"])} for s in sites]
+        layers: list[Any] = list(dict.fromkeys(s["layer"] for s in sites))
+    else:
+        layers = sorted({s["layer"] for s in sites}, key=lambda v: (v is None, v))
     names = list(dict.fromkeys(_label(s["path"]) for s in sites))
     norms = np.full((len(names), len(layers)), np.nan)
     for site in sites:
@@ -67,6 +75,9 @@ def heat_map(sites: Sequence[Mapping[str, Any]], path: Path, title: str) -> Path
     left, right = 2.6 + 0.45 * len(layers), 3.6 + 0.16 * min(width, 64)
     figure, axes = _canvas(min(left + right, 22), max(3.2, 1.6 + max(0.34 * len(names), 0.17 * rows)), 2, [left, right])
     _norms(figure, axes[0], norms, names, layers)
+    if block_of is not None:
+        axes[0].set_xlabel("block")
+        axes[0].tick_params(axis="x", rotation=90)
     _spectra(figure, axes[1], spectra, [s["path"] for s in sites])
     figure.suptitle(title, fontsize=11)
     return _save(figure, path)

@@ -30,21 +30,22 @@ def codec(
         list[str] | None,
         typer.Option("--option", "-o", metavar="KEY=VALUE", help="steps, rows, rate, distortions, ...; repeatable."),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Pipeline for whose latents the codec is: a folder, a pocket model, or a name on the hub."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of start and draws.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Train a codec that writes messages into pictures and reads them (stage 1), on the pictures themselves.
-
-    A codec for the latents of a VAE is trained in Python: `lorry.protection.codec_fit.train_codec` takes its decoder.
-    """
+    """Train a codec that writes messages into pictures, or into a pipeline's latents, and reads them (stage 1)."""
     from lorry.core.options import from_options
     from lorry.protection.codec import Codec, CodecShape
-    from lorry.protection.codec_fit import CodecTraining, train_codec
+    from lorry.protection.codec_fit import CodecTraining
 
-    given = {"decoder": "small", "channels": 3, "picture_channels": 3, "size": 32, "picture_size": 32}
-    made = from_options(CodecShape, {**given, **key_values(shape, "--shape")})
-    settings = from_options(CodecTraining, key_values(option))
-    if made.channels != made.picture_channels or made.size != made.picture_size:
+    pipeline = _pipeline(base)
+    given = _shape_for(pipeline) | key_values(shape, "--shape")
+    made, settings = from_options(CodecShape, given), from_options(CodecTraining, key_values(option))
+    if pipeline is None and (made.channels != made.picture_channels or made.size != made.picture_size):
         raise OptionError(
             f"A codec that is trained on pictures has channels = picture_channels and size = picture_size, found "
             f"{made.channels}, {made.picture_channels} and {made.size}, {made.picture_size}."
@@ -55,14 +56,52 @@ def codec(
         if (step + 1) % max(1, settings.steps // 10) == 0:
             note(f"step {step + 1} of {settings.steps}: message loss {loss:.3f}")
 
-    losses = train_codec(
-        found, read_pictures([pictures], made.picture_channels, made.size), settings, seed, report=report
-    )
+    side = made.picture_size if pipeline is None else _side(pipeline)
+    pixels = read_pictures([pictures], made.picture_channels, side)
+    losses = _trained(found, pixels, settings, seed, pipeline, report)
     facts = {"codec": str(to), "digest": found.save(to), "bits": made.bits, "message_loss": losses[-1]}
     if as_json:
         print_json(facts)
     else:
         out().print(f"wrote {to}: messages of {made.bits} bits, last message loss {losses[-1]:.3f}", highlight=False)
+
+
+def _pipeline(base: str | None) -> Any:
+    from lorry.cli.diffusion_bases import load_pipeline
+
+    return None if base is None else load_pipeline(base)
+
+
+def _side(pipeline: Any) -> int:
+    """Return the side of a pipeline's pictures, in pixels."""
+    from lorry.diffusion.making import size_of
+
+    return int(min(size_of(pipeline, None, None)))
+
+
+def _shape_for(pipeline: Any) -> dict[str, Any]:
+    """Return the shape of a codec: for small pictures, or for the latents of a pipeline and its pictures."""
+    if pipeline is None:
+        return {"decoder": "small", "channels": 3, "picture_channels": 3, "size": 32, "picture_size": 32}
+    from lorry.diffusion import family_of
+
+    side = _side(pipeline)
+    channels, size, _ = family_of(pipeline).latents_shape(pipeline, side, side)
+    # a small network reads small pictures; the large one was made for 512 pixels
+    reader = {"decoder": "small", "picture_size": side} if side <= 64 else {}
+    return {"channels": channels, "size": size, "picture_channels": 3, **reader}
+
+
+def _trained(codec: Any, pixels: Tensor, settings: Any, seed: int, pipeline: Any, report: Any) -> list[float]:
+    """Train a codec on pictures or, through a pipeline's autoencoder, on their latents; return its losses."""
+    from lorry.protection.autoencoding import decoding, latents_of
+    from lorry.protection.codec_fit import train_codec
+
+    if pipeline is None:
+        return train_codec(codec, pixels, settings, seed, report=report)
+    latents = latents_of(pipeline, pixels)
+    with decoding(pipeline) as decode:
+        return train_codec(codec, latents, settings, seed, decode=decode, report=report)
 
 
 def sign(

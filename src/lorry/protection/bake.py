@@ -17,6 +17,7 @@ from torch import Tensor
 from lorry.core.errors import AdapterError, CheckpointError
 from lorry.core.method.declared import plain_lora
 from lorry.core.receipt import Receipt
+from lorry.formats.bundle import bundled
 from lorry.formats.file import AdapterFile
 from lorry.formats.reader import open_adapter
 from lorry.formats.save import save_adapter
@@ -106,7 +107,7 @@ def bake(file: AdapterFile, message: Tensor, *, gain: float = 1.0, name: str | N
     Parameters
     ----------
     file
-        The adapter; it stays as it is.
+        The adapter, of one model or of several; it stays as it is.
     message
         ``(bits,)``; neither zero nor near to it.
     gain
@@ -122,6 +123,9 @@ def bake(file: AdapterFile, message: Tensor, *, gain: float = 1.0, name: str | N
         The message is reserved.
     """
     check_message(message)
+    if file.components:
+        parts = {root: bake(part, message, gain=gain) for root, part in file.components.items()}
+        return bundled(parts, name or file.name, _public(file.metadata))
     sites = {}
     for path, method in file.methods.items():
         if not isinstance(method, AuthenLoRA):

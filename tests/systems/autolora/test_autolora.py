@@ -22,6 +22,7 @@ from lorry.systems.autolora.baselines import (
 )
 from lorry.systems.autolora.fusing import triples
 from lorry.systems.autolora.pool import FACTS, PoolTraining, build, concepts, read_pool
+from lorry.systems.autolora.tokens import TokenTraining, own_words, train_tokens
 
 pytest.importorskip("diffusers")
 pytest.importorskip("lorry_pocket")
@@ -139,3 +140,34 @@ def test_ties_count_in_expectation():
     wanted = concepts(60)
     scores = scores_of_names([one.text for one in wanted], names_of(wanted, 0))
     assert 1 / 60 < expected_recall(scores) < 0.8
+
+
+def test_an_adapters_own_words_are_trained_and_stand_behind_the_prompt(whole):
+    from lorry.pocket.diffusion import load
+
+    pool, pipeline = read_pool(whole[0] / "pool"), load()
+    names = list(pool.concepts)[:3]
+    for name in names:
+        lorry.load(pipeline.unet, pool.path(name), name=name, activate=False)
+    listed, factors, _ = read_depot(pool.folder)
+    own = {name: factors[listed.index(name)] for name in names}
+    before = {n: t.detach().clone() for n, t in pipeline.unet.named_parameters()}
+    settings, shape = TokenTraining(steps=3, rows=2, pictures=1), EncoderShape(width=8, probes=2, heads=2)
+    encoder, losses = train_tokens(pipeline, pool, own, settings, shape=shape)
+    again, same = train_tokens(pipeline, pool, own, settings, shape=shape)
+    fresh = AdapterEncoder(encoder.shapes, encoder.shape, 0)
+    assert losses == same and len(losses) == 3 and encoder.shape.out == 128
+    pairs = zip(encoder.state_dict().values(), again.state_dict().values(), fresh.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) and not torch.equal(a, c) for a, b, c in pairs)
+    after = dict(pipeline.unet.named_parameters())
+    assert all(torch.equal(t, after[n]) and after[n].grad is None for n, t in before.items())
+
+    def made(compositions, **options):
+        return sample(pipeline, "a shape", compositions=compositions, steps=2, guidance=2.0, **options).pixels.int()
+
+    words = own_words(encoder, own)
+    together = made(names, predict=words)
+    assert (together[1] - made(names[1:2], predict=words)[0]).abs().max() <= 2
+    assert not torch.equal(together, made(names))
+    with pytest.raises(DiffusionError, match="one adapter for each picture"):
+        made([{names[0]: 1.0, names[1]: 1.0}], predict=words)

@@ -41,11 +41,11 @@ class GateTraining:
         A value out of its range.
     """
 
-    steps: int = option(200, "Optimizer steps.", at_least=1)
+    steps: int = option(160, "Optimizer steps.", at_least=1)
     rows: int = option(6, "Pictures of a step.", at_least=1)
     members: int = option(3, "Adapters that a picture has: its own among others.", at_least=1)
     pictures: int = option(8, "Pictures of each adapter's concept.", at_least=1)
-    rate: float = option(2e-2, "Learning rate, falling by a cosine.", above=0)
+    rate: float = option(4e-3, "Learning rate, falling by a cosine.", above=0)
 
     def __post_init__(self) -> None:
         """Check every option against its range."""

@@ -23,7 +23,7 @@ from lorry.diffusion import Step, family_of
 from lorry.diffusion.errors import DiffusionError
 from lorry.diffusion.task import Diffusion
 from lorry.systems.autolora.pool import Pool, as_image
-from lorry.training.task import Setting
+from lorry.training.task import Batch, Setting
 
 #: The prompt that names nothing.
 PLAIN = "a shape"
@@ -85,13 +85,9 @@ def train_tokens(
     """
     settings, names = settings or TokenTraining(), list(adapters)
     task, place = Diffusion(), Setting(pipeline.unet, pipeline)
-    rng, g = random.Random(f"tokens {seed}"), torch.Generator().manual_seed(seed)
-    shown = [
-        {"image": as_image(pool.concepts[name].scene(rng)), "text": PLAIN}
-        for name in names
-        for _ in range(settings.pictures)
-    ]
-    examples = task.examples(place, shown)
+    g = torch.Generator().manual_seed(seed)
+    data = _pictures(pool, names, settings.pictures, seed)
+    examples = task.examples(place, data)
     shape = shape or EncoderShape(width=48, heads=4)
     width = examples[0].conditions["text"].shape[-1]
     wide = EncoderShape(shape.width, shape.probes, shape.blocks, shape.special, shape.heads, width)
@@ -105,21 +101,29 @@ def train_tokens(
         which = torch.randint(settings.pictures, (settings.rows,), generator=g).tolist()
         rows = examples.take([n * settings.pictures + k for n, k in zip(chosen, which, strict=True)])
         batch = task.collate(place, task.draw(rows, g, place, ""))
-        inputs = batch.inputs
         tokens = encoder.encode(taken(together, chosen))
-        told = inputs["conditions"].with_(text=with_tokens(inputs["conditions"]["text"], tokens, settings.scale))
-        with (
-            lorry.context(pipeline.unet, **batch.facts),
-            lorry.rows(pipeline.unet, [names[n] for n in chosen]),
-        ):
-            made = family_of(pipeline).predict(pipeline.unet, inputs["latents"], inputs["times"], told)
-        loss = task.weighed(made, batch.targets).mean()
+        loss = _loss(pipeline, task, batch, [names[n] for n in chosen], tokens, settings.scale)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         course.step()
         losses.append(float(loss.detach()))
     return encoder.eval(), losses
+
+
+def _pictures(pool: Pool, names: Sequence[str], each: int, seed: int) -> list[dict[str, Any]]:
+    """Return pictures of each adapter's concept, one after the other, under the prompt that names nothing."""
+    rng = random.Random(f"tokens {seed}")
+    return [{"image": as_image(pool.concepts[n].scene(rng)), "text": PLAIN} for n in names for _ in range(each)]
+
+
+def _loss(pipeline: Any, task: Diffusion, batch: Batch, names: Sequence[str], tokens: Tensor, scale: float) -> Tensor:
+    """Return the mean loss of pictures under one adapter each, with its tokens behind the prompt."""
+    inputs = batch.inputs
+    told = inputs["conditions"].with_(text=with_tokens(inputs["conditions"]["text"], tokens, scale))
+    with lorry.context(pipeline.unet, **batch.facts), lorry.rows(pipeline.unet, list(names)):
+        made = family_of(pipeline).predict(pipeline.unet, inputs["latents"], inputs["times"], told)
+    return task.weighed(made, batch.targets).mean()
 
 
 def own_words(encoder: AdapterEncoder, adapters: Mapping[str, Factors], scale: float = 1.0) -> Callable[[Step], Tensor]:

@@ -10,7 +10,7 @@ import lorry
 from lorry.cli.main import app
 from lorry.core.errors import AdapterError, CheckpointError, OptionError
 from lorry.depot.encoder import AdapterEncoder, EncoderShape, with_tokens
-from lorry.depot.index import CAPTIONS, FACTS, INDEX, build_index, load_index
+from lorry.depot.index import CAPTIONS, FACTS, INDEX, TENSORS, build_index, load_index
 from lorry.depot.retriever import BagOfWords, Retriever, RetrieverTraining, recall_at, train_retriever
 
 SHAPES = {"layers.0.up": (12, 8), "layers.0.down": (8, 12), "layers.1.up": (12, 8)}
@@ -117,6 +117,11 @@ def test_a_folder_is_searched_and_the_index_kept(tmp_path):
 def test_what_cannot_be_indexed_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="holds no folders"):
         build_index(tmp_path)
+    with pytest.raises(CheckpointError, match="holds no folders"):
+        build_index(tmp_path / "nowhere")
+    (tmp_path / ".hidden").mkdir()
+    with pytest.raises(CheckpointError, match="holds no folders"):
+        build_index(tmp_path)
     (tmp_path / "broken").mkdir()
     with pytest.raises(CheckpointError, match="'.*broken' in the depot"):
         build_index(tmp_path)
@@ -125,6 +130,71 @@ def test_what_cannot_be_indexed_is_refused(tmp_path):
     retriever = Retriever(SHAPES, SMALL, 4)
     with pytest.raises(OptionError, match="two adapters or more"):
         train_retriever(retriever, [adapter(0, 0, 0)], [["red"]], BagOfWords.of(["red"]), RetrieverTraining(), 0)
+
+
+def test_adapters_of_another_base_in_the_folder_are_named(tmp_path):
+    place = depot(tmp_path / "depot")
+    torch.manual_seed(1)  # the same layers with other weights
+    other = torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.Linear(12, 8))
+    lorry.attach(other, lorry.LoRA(rank=2), targets="all", name="stranger").save(place / "stranger")
+    with pytest.raises(CheckpointError, match="made for one base: 'n0' .* 'stranger'"):
+        build_index(place)
+    wider = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 8))
+    lorry.attach(wider, lorry.LoRA(rank=2), targets="all", name="wide").save(place / "stranger", overwrite=True)
+    with pytest.raises(CheckpointError, match="stranger' in the depot cannot be used: '0' is"):
+        build_index(place)
+    few = torch.nn.Sequential(torch.nn.Linear(8, 12))
+    lorry.attach(few, lorry.LoRA(rank=2), targets="all", name="few").save(place / "stranger", overwrite=True)
+    with pytest.raises(
+        CheckpointError, match="stranger' in the depot cannot be used: The encoder was made for 2 sites"
+    ):
+        build_index(place)
+
+
+def test_a_damaged_index_is_refused_and_a_query_needs_words(tmp_path):
+    place, settings = depot(tmp_path / "depot"), RetrieverTraining(steps=2)
+    index = build_index(place, shape=SMALL, settings=settings)
+    for text in ("", "  ", "?!"):
+        with pytest.raises(OptionError, match="needs words"):
+            index.search(text)
+    with pytest.raises(OptionError, match="None of the words of 'zebra' is known to the index. It knows 'a'"):
+        index.search("zebra")
+    index.save(tmp_path / "index")
+    facts, tensors = (tmp_path / "index" / name for name in (FACTS, TENSORS))
+    whole = {path: path.read_bytes() for path in (facts, tensors)}
+    known = json.loads(whole[facts])
+    damaged = (
+        (tensors, whole[tensors][:-100]),
+        (tensors, b""),
+        (facts, whole[facts][:40]),
+        (facts, json.dumps({**known, "encoder": {**known["encoder"], "width": 0}}).encode()),
+        (facts, json.dumps({**known, "encoder": {**known["encoder"], "width": 64}}).encode()),
+        (facts, json.dumps({**known, "words": known["words"][1:]}).encode()),
+        (facts, json.dumps([]).encode()),
+    )
+    for path, content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match="cannot be read: .* Build it anew"):
+            load_index(tmp_path / "index")
+        path.write_bytes(whole[path])
+    assert load_index(tmp_path / "index").names == index.names
+    with pytest.raises(CheckpointError, match="There is no index"):
+        load_index(tmp_path / "none")
+
+
+def test_adapters_of_several_ranks_are_encoded_side_by_side():
+    small, large = adapter(0, 1, 5), {p: (a.repeat(2, 1), b.repeat(1, 2)) for p, (a, b) in adapter(2, 3, 6).items()}
+    together = AdapterEncoder(SHAPES, SMALL)([small, large])
+    torch.testing.assert_close(together, torch.cat([encoded(small), encoded(large)]), atol=1e-5, rtol=0)
+
+
+def test_what_came_to_the_folder_after_the_index_is_told(tmp_path):
+    place, program = depot(tmp_path / "depot"), CliRunner()
+    asked = ["search", "a green circle", str(place), "-k", "1"]
+    program.invoke(app, [*asked, "-o", "steps=2"])
+    (place / "n0").rename(place / "renamed")
+    found = program.invoke(app, asked)
+    assert found.exit_code == 0 and "'renamed'" in found.output and "'n0'" in found.output and "--build" in found.output
 
 
 def test_tokens_stand_behind_the_prompt():

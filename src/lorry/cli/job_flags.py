@@ -14,7 +14,7 @@ from lorry.core.errors import OptionError
 
 #: Fields that are not flags of their own name: the method has --method and --option, as in every command.
 _OWN = ("method", "data", "site_options")
-_LISTS = ("targets", "exclude", "modules_to_save", "labels", "dynamics", "built_from")
+_LISTS = ("targets", "exclude", "modules_to_save", "labels", "dynamics", "built_from", "members")
 #: Mappings, with what their values are.
 _PAIRS: dict[str, Callable[[Any], Any]] = {"columns": str, "stages": float, "schedule_options": lambda value: value}
 #: Parts of a job with options of their own, and what else their flags are called.

@@ -10,7 +10,7 @@ import typer
 
 from lorry.cli.arguments import Json, key_values
 from lorry.cli.output import note, out, print_json
-from lorry.core.errors import OptionError
+from lorry.core.errors import OptionError, some
 
 
 def search(
@@ -39,6 +39,8 @@ def search(
         if option:
             raise OptionError("Options of the training need --build, since there is an index already.")
         index = load_index(place)
+        if apart := index.apart_from(depot):
+            note(f"The index is older than the folder: {some(apart)} came or went; --build makes it anew.")
     hits = index.search(text, top_k)
     if as_json:
         print_json({"text": text, "hits": [asdict(hit) for hit in hits]})

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lorry.core.errors import AdapterError, some
 from lorry.core.options import check_options, option
@@ -15,6 +16,8 @@ from lorry.core.options import check_options, option
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 #: Site path -> ``(out, in)``.
 Shapes = Mapping[str, tuple[int, int]]
+#: Site path -> A ``(adapters, rank, in)`` and B ``(adapters, out, rank)`` of several adapters side by side.
+Stack = Mapping[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -99,39 +102,72 @@ class AdapterEncoder(nn.Module):
             self.last = nn.Sequential(nn.LayerNorm(shape.width), nn.Linear(shape.width, shape.out))
         self.order = list(kinds)
 
-    def forward(self, adapters: Sequence[Factors]) -> Tensor:
-        """Return what the special tokens became, ``(adapters, special, out)``.
+    def stacked(self, adapters: Sequence[Factors]) -> Stack:
+        """Return adapters side by side, so that a pass over many takes no longer than over one; ranks may differ.
 
         Raises
         ------
         AdapterError
             An adapter sits on other sites, or on sites of another shape.
         """
+        for factors in adapters:
+            check_sites(factors, self.shapes)
+        return stack(adapters, self.shapes)
+
+    def encode(self, stack: Stack) -> Tensor:
+        """Return what the special tokens became for adapters of `stacked`, ``(adapters, special, out)``."""
         blocks = []
-        for number, (path, wanted) in enumerate(self.shapes.items()):
-            answers = []
-            for factors in adapters:
-                self._check(factors, path, wanted)
-                a, b = (t.to(self.special) for t in factors[path])
-                answers.append(self.probes[number] @ a.mT @ b.mT)
+        for number, path in enumerate(self.shapes):
+            a, b = (t.to(self.special) for t in stack[path])
+            answers = self.probes[number] @ a.mT @ b.mT
             linear = self.to_tokens[self.order.index(self.types[path])]
-            blocks.append(linear(self.norms[number](torch.stack(answers))))
-        special = self.special.expand(len(adapters), -1, -1)
+            blocks.append(linear(self.norms[number](answers)))
+        special = self.special.expand(len(blocks[0]), -1, -1)
         x = torch.cat([special, *blocks], 1)
         for block in self.blocks:
             x = block(x)
         found: Tensor = self.last(x[:, : self.shape.special])
         return found
 
-    def _check(self, factors: Factors, path: str, wanted: tuple[int, int]) -> None:
-        if set(factors) != set(self.shapes):
-            raise AdapterError(
-                f"The encoder was made for {len(self.shapes)} sites ({some(self.shapes)}), the adapter has "
-                f"{len(factors)} ({some(factors)}). Search adapters of one base with the same targets."
-            )
+    def forward(self, adapters: Sequence[Factors]) -> Tensor:
+        """Return what the special tokens became, ``(adapters, special, out)``; errors as in `stacked`."""
+        return self.encode(self.stacked(adapters))
+
+
+def stack(adapters: Sequence[Factors], paths: Iterable[str]) -> Stack:
+    """Return A ``(adapters, rank, in)`` and B ``(adapters, out, rank)`` of each site; smaller ranks are filled up."""
+    found = {}
+    for path in paths:
+        pairs = [factors[path] for factors in adapters]
+        most = max(a.shape[0] for a, _ in pairs)
+        short = [most - a.shape[0] for a, _ in pairs]
+        found[path] = (
+            torch.stack([F.pad(a, (0, 0, 0, less)) for (a, _), less in zip(pairs, short, strict=True)]),
+            torch.stack([F.pad(b, (0, less)) for (_, b), less in zip(pairs, short, strict=True)]),
+        )
+    return found
+
+
+def taken(stack: Stack, rows: Sequence[int]) -> Stack:
+    """Return some of the adapters that lie side by side."""
+    chosen = torch.tensor(list(rows))
+    return {path: (a[chosen], b[chosen]) for path, (a, b) in stack.items()}
+
+
+def check_sites(factors: Factors, shapes: Shapes) -> None:
+    """Raise `AdapterError` if an adapter sits on other sites than an encoder was made for."""
+    if set(factors) != set(shapes):
+        raise AdapterError(
+            f"The encoder was made for {len(shapes)} sites ({some(shapes)}), the adapter has {len(factors)} "
+            f"({some(factors)}). Search adapters of one base with the same targets."
+        )
+    for path, wanted in shapes.items():
         a, b = factors[path]
         if (b.shape[0], a.shape[1]) != tuple(wanted):
-            raise AdapterError(f"'{path}' is {tuple(wanted)} for the encoder, ({b.shape[0]}, {a.shape[1]}) here.")
+            raise AdapterError(
+                f"'{path}' is {tuple(wanted)} for the encoder, ({b.shape[0]}, {a.shape[1]}) here. Search adapters of "
+                "one base."
+            )
 
 
 def with_tokens(prompt: Tensor, tokens: Tensor, scale: float = 1.0) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from lorry.core.errors import CheckpointError, LorryError, OptionError, some
 from lorry.core.options import from_options
-from lorry.depot.encoder import EncoderShape, Factors
-from lorry.depot.retriever import BagOfWords, Retriever, RetrieverTraining, train_retriever
+from lorry.core.sites.fingerprint import Fingerprint
+from lorry.depot.encoder import EncoderShape, Factors, check_sites
+from lorry.depot.retriever import BagOfWords, Retriever, RetrieverTraining, train_retriever, words_of
 from lorry.formats.file import AdapterFile
 from lorry.formats.folders import write_folder
 from lorry.formats.reader import open_adapter
@@ -73,8 +74,10 @@ class Index:
         Raises
         ------
         OptionError
-            No word of the text was in the captions.
+            The text has no words, or none that was in the captions.
         """
+        if not words_of(text):
+            raise OptionError(f"A search needs words, found {text!r}. Say what the adapter is to make.")
         vector = self.words([text])
         if not vector.any():
             raise OptionError(
@@ -84,6 +87,10 @@ class Index:
         best = scores.topk(min(top_k, len(self.names)))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return [Hit(self.names[i], score) for i, score in pairs]
+
+    def apart_from(self, depot: str | os.PathLike[str]) -> list[str]:
+        """Return names that either the index or the folder has, and not both: the index is older than the folder."""
+        return sorted({folder.name for folder in folders_of(Path(depot))} ^ set(self.names))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the index as a folder, whole or not at all."""
@@ -116,7 +123,11 @@ def load_index(folder: str | os.PathLike[str]) -> Index:
         shapes = {site: (int(out), int(inner)) for site, (out, inner) in facts["sites"].items()}
         retriever = Retriever(shapes, from_options(EncoderShape, facts["encoder"]), len(words.words))
         vectors = tensors.pop("vectors")
-        retriever.load_state_dict({n.removeprefix("retriever."): t for n, t in tensors.items()})
+        kept = {n.removeprefix("retriever."): t for n, t in tensors.items()}
+        wanted = {n: t.shape for n, t in retriever.state_dict().items()}
+        if wanted != {n: t.shape for n, t in kept.items()}:
+            raise ValueError(f"the tensors in {TENSORS} are not those that {FACTS} speaks of")
+        retriever.load_state_dict(kept)
         if len(vectors) != len(facts["names"]):
             raise ValueError(f"{len(vectors)} vectors for {len(facts['names'])} adapters")
     except FileNotFoundError:
@@ -147,17 +158,14 @@ def build_index(
     Raises
     ------
     CheckpointError
-        Nothing is there.
-    AdapterError
-        Adapters of other sites among them.
+        Nothing is there, an adapter cannot be read, or adapters of other sites or of another base are among them.
     OptionError
         Fewer than two have captions.
     """
     names, factors, captions = read_depot(depot)
     known = [i for i, texts in enumerate(captions) if texts]
     words = BagOfWords.of([text for texts in captions for text in texts])
-    shapes = {path: (b.shape[0], a.shape[1]) for path, (a, b) in factors[0].items()}
-    retriever = Retriever(shapes, shape or EncoderShape(), max(1, len(words.words)), seed)
+    retriever = Retriever(shapes_of(factors[0]), shape or EncoderShape(), max(1, len(words.words)), seed)
     train_retriever(
         retriever,
         [factors[i] for i in known],
@@ -172,17 +180,50 @@ def build_index(
 
 def read_depot(depot: str | os.PathLike[str]) -> tuple[list[str], list[Factors], list[list[str]]]:
     """Return names, factors and captions of the adapters in a folder; errors as in `build_index`."""
-    names, factors, captions = [], [], []
+    names: list[str] = []
+    factors: list[Factors] = []
+    captions: list[list[str]] = []
+    marks: dict[str, Fingerprint] = {}
     root = Path(depot)
-    for folder in sorted(p for p in root.iterdir() if p.is_dir() and p.name != INDEX) if root.is_dir() else []:
+    for folder in folders_of(root):
         try:
             with open_adapter(folder) as file:
-                found, texts = factors_of(file), captions_of(folder, file)
+                found, texts, mark = factors_of(file), captions_of(folder, file), file.fingerprint
+            if factors:
+                check_sites(found, shapes_of(factors[0]))
         except LorryError as error:
             raise CheckpointError(f"'{folder}' in the depot cannot be used: {error}") from None
+        if mark is not None and mark.sites:
+            marks[folder.name] = mark
         names.append(folder.name)
         factors.append(found)
         captions.append(texts)
     if not names:
-        raise CheckpointError(f"'{root}' holds no folders of adapters.")
+        raise CheckpointError(
+            f"'{root}' holds no folders of adapters. Give the folder whose folders are adapters, as `lorry train` and "
+            "Adapter.save write them."
+        )
+    _check_one_base(marks)
     return names, factors, captions
+
+
+def folders_of(root: Path) -> list[Path]:
+    """Return the folders of adapters in a depot, by name; hidden ones, such as the index, are none."""
+    return sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")) if root.is_dir() else []
+
+
+def shapes_of(factors: Factors) -> dict[str, tuple[int, int]]:
+    """Return the shape ``(out, in)`` of each site of an adapter."""
+    return {path: (b.shape[0], a.shape[1]) for path, (a, b) in factors.items()}
+
+
+def _check_one_base(marks: Mapping[str, Fingerprint]) -> None:
+    """Refuse adapters of several bases, whose weights mean different things; who says nothing is taken on trust."""
+    for name, mark in marks.items():
+        first, known = next(iter(marks.items()))
+        if known.compare(mark) == "differs":
+            raise CheckpointError(
+                f"The adapters of a depot must be made for one base: '{first}' was made for "
+                f"'{known.base or 'unnamed'}' ({known.digest}), '{name}' for '{mark.base or 'unnamed'}' "
+                f"({mark.digest}). Put them into depots of their own."
+            )

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor, nn
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from lorry.core.errors import OptionError
 from lorry.core.options import check_options, option
-from lorry.depot.encoder import AdapterEncoder, EncoderShape, Factors, Shapes
+from lorry.depot.encoder import AdapterEncoder, EncoderShape, Factors, Shapes, Stack, taken
 
 #: Texts -> vectors ``(texts, width)``: a text encoder of one's own.
 TextEncoder = Callable[[Sequence[str]], Tensor]
@@ -35,20 +36,31 @@ class BagOfWords:
     @classmethod
     def of(cls, texts: Sequence[str]) -> BagOfWords:
         """Return the one that knows the words of these texts."""
-        return cls(sorted({word for text in texts for word in _words(text)}))
+        return cls(sorted({word for text in texts for word in words_of(text)}))
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Return ``(texts, words)``; unknown words count for nothing."""
         found = torch.zeros(len(texts), len(self.words))
         for row, text in enumerate(texts):
-            for word in _words(text):
+            for word in words_of(text):
                 if word in self._index:
                     found[row, self._index[word]] += 1
         return found
 
 
-def _words(text: str) -> list[str]:
+def words_of(text: str) -> list[str]:
+    """Return the words of a text, in lower case."""
     return re.findall(r"\w+", text.lower())
+
+
+class Encoder(Protocol):
+    """What makes vectors of adapters: `lorry.depot.encoder.AdapterEncoder`, or what is held against it; a module."""
+
+    def stacked(self, adapters: Sequence[Factors]) -> Stack:
+        """Return adapters side by side."""
+
+    def encode(self, stack: Stack) -> Tensor:
+        """Return ``(adapters, tokens, out)``, of which the first token counts."""
 
 
 class Retriever(nn.Module):
@@ -62,11 +74,15 @@ class Retriever(nn.Module):
         Of the text vectors.
     seed
         Of the start.
+    encoder
+        A module in place of an `AdapterEncoder`, whose results have the width ``shape.out``.
     """
 
-    def __init__(self, shapes: Shapes, shape: EncoderShape, text_width: int, seed: int = 0) -> None:
+    def __init__(
+        self, shapes: Shapes, shape: EncoderShape, text_width: int, seed: int = 0, *, encoder: Encoder | None = None
+    ) -> None:
         super().__init__()
-        self.adapters = AdapterEncoder(shapes, shape, seed)
+        self.adapters: Any = AdapterEncoder(shapes, shape, seed) if encoder is None else encoder
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1)
             self.texts = nn.Linear(text_width, shape.out)
@@ -74,7 +90,11 @@ class Retriever(nn.Module):
 
     def of_adapters(self, adapters: Sequence[Factors]) -> Tensor:
         """Return unit vectors ``(adapters, out)``."""
-        return F.normalize(self.adapters(adapters)[:, 0], dim=-1)
+        return self.of_stack(self.adapters.stacked(adapters))
+
+    def of_stack(self, stack: Stack) -> Tensor:
+        """Return unit vectors ``(adapters, out)`` of adapters side by side."""
+        return F.normalize(self.adapters.encode(stack)[:, 0], dim=-1)
 
     def of_texts(self, vectors: Tensor) -> Tensor:
         """Return unit vectors ``(texts, out)``."""
@@ -145,15 +165,14 @@ def train_retriever(
     g, losses = Generator().manual_seed(seed), []
     with torch.no_grad():
         vectors = [encode(list(texts)) for texts in captions]
+        together = retriever.adapters.stacked(adapters)
     optimizer = torch.optim.AdamW(retriever.parameters(), settings.rate, weight_decay=settings.weight_decay)
     course = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     retriever.train()
     for _ in range(settings.steps):
         picked = torch.randperm(len(adapters), generator=g)[: settings.rows].tolist()
         drawn = [vectors[i][int(torch.randint(len(vectors[i]), (), generator=g))] for i in picked]
-        loss = retriever.loss(
-            retriever.of_adapters([adapters[i] for i in picked]), retriever.of_texts(torch.stack(drawn))
-        )
+        loss = retriever.loss(retriever.of_stack(taken(together, picked)), retriever.of_texts(torch.stack(drawn)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

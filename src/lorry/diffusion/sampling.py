@@ -136,11 +136,12 @@ class Step:
 
 @contextmanager
 def told(network: nn.Module, number: int | None, time: Tensor) -> Iterator[None]:
-    """Tell adapters on a network step and time of what it runs, if there are any."""
-    if kept_state(network) is None:
+    """Tell adapters on a network step and time of what it runs, if there are any, beside what they are told already."""
+    state = kept_state(network)
+    if state is None:
         yield
         return
-    with api.context(network, step=number, timestep=time):
+    with api.context(network, step=number, timestep=time, **state.runtimes.own().context.values):
         yield
 
 

@@ -75,7 +75,7 @@ class Federation:
             raise OptionError(
                 f"A federation aggregates factors A and B, which '{method.info.slug}' does not have; use lora."
             )
-        for name in ("built_from", "start", "dynamics", "stages", "site_options"):
+        for name in ("built_from", "members", "start", "dynamics", "stages", "site_options"):
             if getattr(job, name) not in (None, (), []):
                 raise OptionError(f"A federation does not take the job option '{name}'; leave it out.")
         self._check_ranks(found, method)

@@ -22,7 +22,7 @@ from lorry.core.life.state import open_state
 from lorry.core.method.start import mix_seed
 
 from . import checkpoint
-from .attaching import attach_job
+from .attaching import attach_job, detach_job
 from .batches import BatchPlan
 from .data_errors import DataError
 from .folder_lock import locked
@@ -197,7 +197,7 @@ class Fleet:
             try:
                 prepared = prepare(run.job, self.base.setting)
             except (DataError, OSError) as error:
-                run.adapter.detach()
+                detach_job(run.adapter)
                 run.adapter = None
                 run.fail(str(error))
                 continue
@@ -264,7 +264,7 @@ class Fleet:
     def _detach(self) -> None:
         for run in self.runs:
             if run.adapter is not None:
-                run.adapter.detach()
+                detach_job(run.adapter)
                 run.adapter = None
 
     def _open(self, resume: bool, overwrite: bool) -> None:

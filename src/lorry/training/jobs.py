@@ -19,6 +19,7 @@ from lorry.formats.mixture import adopting
 
 from .aliases import with_aliases
 from .data import DataSpec
+from .drawn_members import DrawnMembers
 from .hooks import Dynamic, by_name, make_dynamics
 from .objectives import OBJECTIVES, make_objective
 from .presets import parts_of
@@ -90,6 +91,14 @@ class Job:
         "Adapters that the method takes in, as a mixture does its experts: paths, or names of adapters on the model, "
         "as a list or name -> path or {path, weight}. They say which layers get adapters.",
     )
+    members: Any = option(
+        (),
+        "Adapters that the method makes one update of, as a gate does: paths, or names of adapters on the model, as a "
+        "list or name -> path. They are loaded beside it, frozen.",
+    )
+    drawn_members: int = option(
+        0, "Members that a row combines, drawn anew in every pass; 0 combines all of them in all rows.", at_least=0
+    )
     start: Any = option(
         None, "How the adapter starts, if not in its method's way: a name, or {start: name, **options}."
     )
@@ -149,6 +158,7 @@ class Job:
         self.make_start()
         self.make_dynamics()
         self._check_built_from()
+        self._check_members()
         for stage, at in self._stage_steps():
             if isinstance(at, bool) or not isinstance(at, int | float) or at < 0:
                 raise OptionError(f"Job '{self.name}': stage '{stage}' must begin at a step from 0, found {at!r}.")
@@ -194,6 +204,45 @@ class Job:
                 raise OptionError(
                     f"Job '{self.name}': built_from says which layers get adapters, so {name} has no place beside it."
                 )
+
+    def _check_members(self) -> None:
+        """Refuse members of a method that combines none, and evaluations where only steps of training draw them."""
+        if self.combined() and "combined" not in self.make_method().capabilities:
+            raise OptionError(
+                f"Job '{self.name}': members are for a method that combines adapters (gated-fusion), found "
+                f"'{self.make_method().info.slug}'."
+            )
+        if self.drawn_members > len(self.combined()):
+            raise OptionError(
+                f"Job '{self.name}': drawn_members is {self.drawn_members}, but there are {len(self.combined())} "
+                "members; name more (members)."
+            )
+        if self.drawn_members and (self.eval_data is not None or self.hold_out):
+            raise OptionError(
+                f"Job '{self.name}': drawn_members is for steps of training, and evaluations would combine no members; "
+                "leave out eval_data and hold_out."
+            )
+
+    def combined(self) -> dict[str, str]:
+        """Return the path (or name on the model) of each member by name."""
+        given = [self.members] if isinstance(self.members, str | Path) else self.members
+        if not isinstance(given, Mapping):
+            given = {Path(item).name: item for item in given} if _distinct(given) else dict(enumerate(given))
+        for name, path in given.items():
+            if not isinstance(path, str | Path) or not isinstance(name, str) or not _NAME.fullmatch(name):
+                raise OptionError(
+                    f"Job '{self.name}': members are paths that differ in their last parts, or name -> path with names "
+                    f"of letters and digits; found {name!r}: {path!r}."
+                )
+        return {str(name): str(path) for name, path in given.items()}
+
+    def over_members(self, method: Method) -> Method:
+        """Return the method over the job's members; where passes draw them, it is bound to none, and so any will do."""
+        if self.drawn_members:
+            return method
+        given: Any = method  # a combiner, whose option says which
+        found: Method = dataclasses.replace(given, over=tuple(self.combined()))
+        return found
 
     def experts(self) -> dict[str, tuple[str, float | None]]:
         """Return path (or name on the model) and weight of each adapter that the method is built from, by name."""
@@ -249,7 +298,8 @@ class Job:
     def make_dynamics(self) -> list[Dynamic]:
         """What acts on the training, in the order in which it acts."""
         try:
-            return make_dynamics(self.dynamics)
+            drawn = [DrawnMembers(self.drawn_members)] if self.drawn_members else []
+            return [*make_dynamics(self.dynamics), *drawn]
         except OptionError as error:
             raise OptionError(f"Job '{self.name}': {error}") from error
 

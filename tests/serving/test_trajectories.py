@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from serving.tiny_engines import adapt, tiny
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import lorry
@@ -64,6 +65,14 @@ def alone(model, script=SCRIPT):
 @pytest.mark.parametrize("kind", [LlamaForCausalLM, Qwen3ForCausalLM])
 def test_a_cache_of_ones_own_is_exact(kind):
     model = with_roles(base(kind=kind))
+    found, _ = play(model, "non-shared")
+    torch.testing.assert_close(found, alone(model), rtol=0, atol=1e-10)
+
+
+def test_a_fused_projection_has_a_cache_of_its_own():
+    model = tiny("gpt2")
+    for seed, name in enumerate(NAMES):
+        adapt(model, name, seed=seed, targets=["c_attn"])
     found, _ = play(model, "non-shared")
     torch.testing.assert_close(found, alone(model), rtol=0, atol=1e-10)
 

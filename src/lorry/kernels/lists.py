@@ -6,7 +6,8 @@ a query is multiplied with the keys of its sequence, and sums its values, which 
 is that of the lists, not of how many adapters, ranks or pages there are; nothing is padded, and what is listed is read
 where it lies. A row's result does not depend on the other rows.
 
-On the CPU the products are entries of a sampled matrix product, and the sums those of an embedding bag.
+On the CPU the products are entries of a sampled matrix product, and the sums those of an embedding bag; on a GPU both
+are kernels of `lorry.kernels.triton_lists`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from functools import cache, cached_property
 
 import torch
 from torch import Tensor
+
+from lorry.kernels.grouped import has_kernels
 
 
 def serves(dtype: torch.dtype, device: torch.device) -> bool:
@@ -67,16 +70,24 @@ class RowLists:
         """Return the product of each row of ``x (rows, width)`` with each of those on its list in `of`, ``(listed,)``;
         both are contiguous.
         """
+        if has_kernels(x):
+            from lorry.kernels.triton_lists import listed_dots
+
+            return listed_dots(x, of, self._row, self.listed)
         if self._pattern is not None:
             there = of[: self._pattern.shape[1]].t()
             return torch.sparse.sampled_addmm(self._pattern, x, there, beta=0.0).values()
-        rows = x.repeat_interleave(self.counts, 0, output_size=len(self.listed))
+        rows = x.index_select(0, self._row)
         return torch.bmm(rows.unsqueeze(1), of.index_select(0, self.listed).unsqueeze(2)).view(-1)
 
     def sums(self, weights: Tensor, of: Tensor) -> Tensor:
         """Return for each row the sum of those on its list in ``of (any, width)``, contiguous, times `weights
         (listed,)`; 0 for an empty list.
         """
+        if has_kernels(of):
+            from lorry.kernels.triton_lists import listed_sums
+
+            return listed_sums(weights, of, self._starts, self.listed)
         return torch.embedding_bag(of, self.listed, self._starts, False, 0, False, weights, True)[0]
 
     def softmax(self, logits: Tensor, further: Tensor | None = None) -> Tensor:
@@ -87,6 +98,12 @@ class RowLists:
         if further is not None:
             padded = torch.cat([padded, further.unsqueeze(1)], 1)
         return padded.softmax(-1)[:, :width].reshape(-1).index_select(0, places)
+
+    @cached_property
+    def _row(self) -> Tensor:
+        """The row on whose list each element is."""
+        every = torch.arange(len(self.counts), device=self.counts.device)
+        return every.repeat_interleave(self.counts, output_size=len(self.listed))
 
     @cached_property
     def _places(self) -> tuple[int, Tensor]:

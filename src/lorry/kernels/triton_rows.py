@@ -263,13 +263,16 @@ class GroupedRows:
 
     def forward(self, out: Tensor, x: Tensor) -> Tensor:
         """Add every segment's update to ``out (tokens, out)`` in place; return the rank units for `backward`."""
-        h = self._down(x, 0, drop=True, scaled=False)
-        self._up(out, h, 1, drop=False, scaled=True)
+        with torch.cuda.device_of(x):
+            h = self._down(x, 0, drop=True, scaled=False)
+            self._up(out, h, 1, drop=False, scaled=True)
         return h
 
     def backward(self, dx: Tensor | None, dy: Tensor, x: Tensor, h: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Add the update's share to ``dx`` in place, and return the gradients of all A and all B."""
-        dh = self._down(dy, 1, drop=False, scaled=True)
-        if dx is not None:
-            self._up(dx, dh, 0, drop=True, scaled=False)
-        return self._gradients(dh, x, 0, drop=True, scaled=False), self._gradients(h, dy, 1, drop=False, scaled=True)
+        with torch.cuda.device_of(x):
+            dh = self._down(dy, 1, drop=False, scaled=True)
+            if dx is not None:
+                self._up(dx, dh, 0, drop=True, scaled=False)
+            da = self._gradients(dh, x, 0, drop=True, scaled=False)
+            return da, self._gradients(h, dy, 1, drop=False, scaled=True)

@@ -83,12 +83,13 @@ def triton_split_attention(q: Tensor, k: Tensor, v: Tensor, low: Tensor, up: Ten
     q, k, v, low, up = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, low, up))
     out = torch.empty(batch, heads, length, value, dtype=q.dtype, device=q.device)
     grid = (triton.cdiv(length, _QUERIES), batch * heads)
-    _split[grid](
-        q, k, v, low, up, out, scaling, heads, heads // k.shape[1], length, keys, rank,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *low.stride()[:2], *out.stride()[:3], up.stride(0),
-        WIDTH=width, VALUE=value, RANK=_power(rank), WIDTHS=_power(width), VALUES=_power(value),
-        QUERIES=_QUERIES, KEYS=_KEYS,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        _split[grid](
+            q, k, v, low, up, out, scaling, heads, heads // k.shape[1], length, keys, rank,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *low.stride()[:2], *out.stride()[:3], up.stride(0),
+            WIDTH=width, VALUE=value, RANK=_power(rank), WIDTHS=_power(width), VALUES=_power(value),
+            QUERIES=_QUERIES, KEYS=_KEYS,
+        )  # fmt: skip
     return out
 
 

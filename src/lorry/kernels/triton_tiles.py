@@ -348,10 +348,11 @@ class TiledProducts:
     def forward(self) -> tuple[Tensor, Tensor]:
         """Return the output ``(tokens, out)``, and the rank units of all segments, flat, for `backward`."""
         units = torch.empty(self.starts["units"][-1], dtype=self.x.dtype, device=self.x.device)
-        self._project(units, self.x, _A.value, turned=False, drop=self.drops, scaled=False)
         out = self.x.new_empty(len(self.x), len(self.weight))
         strides = (self.weight.stride(1), self.weight.stride(0))
-        self._product(out, self.x, strides, units, _B.value, drop=False, scaled=True, bias=self.bias)
+        with torch.cuda.device_of(self.x):
+            self._project(units, self.x, _A.value, turned=False, drop=self.drops, scaled=False)
+            self._product(out, self.x, strides, units, _B.value, drop=False, scaled=True, bias=self.bias)
         return out, units
 
     def backward(
@@ -368,14 +369,15 @@ class TiledProducts:
         need_x, need_a, need_b
             What is needed.
         """
-        grad_units, grad_b = self._through_b(dy, units, need_units=need_x or need_a, need_b=need_b)
         grad_a = dx = None
-        if need_a:
-            grad_a = self._zeros("a")
-            self._outer(grad_a, grad_units, self.x, _GRAD_A.value, turned=False, drop=self.drops, scaled=False)
-        if need_x:
-            dx = torch.empty_like(self.x)
-            self._product(dx, dy, self.weight.stride(), grad_units, _A.value, drop=self.drops, scaled=False, bias=None)
+        with torch.cuda.device_of(self.x):
+            grad_units, grad_b = self._through_b(dy, units, need_units=need_x or need_a, need_b=need_b)
+            if need_a:
+                grad_a = self._zeros("a")
+                self._outer(grad_a, grad_units, self.x, _GRAD_A.value, turned=False, drop=self.drops, scaled=False)
+            if need_x:
+                dx, strides = torch.empty_like(self.x), self.weight.stride()
+                self._product(dx, dy, strides, grad_units, _A.value, drop=self.drops, scaled=False, bias=None)
         return dx, self._split("a", grad_a), self._split("b", grad_b)
 
     def _through_b(self, dy: Tensor, units: Tensor, *, need_units: bool, need_b: bool) -> tuple[Tensor, Tensor | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,8 +96,10 @@ class Trajectory:
         if not roles:
             raise OptionError("A trajectory needs at least one role, e.g. roles={'plan': 'planner'}.")
         self.roles = dict(roles)
-        self._attention = attention_modules(model)
-        self.store = Store(len(self._attention))
+        # only values in two parts need to know where they are made: other schemes take fused projections, too
+        self._attention = attention_modules(model) if self.policy.split else {}
+        config: Any = model.config
+        self.store = Store(len(self._attention) or config.get_text_config().num_hidden_layers)
         self.tokens: list[int] = []
         self.counts = Counts()
         self._read = dict.fromkeys(self.roles, 0)
@@ -219,10 +222,11 @@ class Trajectory:
     def _of(self, role: str) -> dict[int, tuple[Tensor, Tensor] | None]:
         """Return each layer's A and scaled B of the role's values."""
         adapter = self._adapter(role)
-        found: dict[int, tuple[Tensor, Tensor] | None] = dict.fromkeys(self._attention)
+        attention = self._attention or attention_modules(self.model)
+        found: dict[int, tuple[Tensor, Tensor] | None] = dict.fromkeys(attention)
         if adapter is None:
             return found
-        for number, (path, _) in self._attention.items():
+        for number, (path, _) in attention.items():
             if f"{path}.{KEYS}" in adapter.entries:
                 raise AdapterError(
                     f"Adapter '{adapter.name}' of role '{role}' changes keys ('{path}.{KEYS}'), which '"

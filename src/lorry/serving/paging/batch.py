@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from lorry.kernels.lists import RowLists, runs
+from lorry.kernels.page_table import PageTable, Span
 
 #: A group of decoding rows is split where its padding would cost more than this many times what is in it.
 _PADDING = 1.5
@@ -194,6 +196,8 @@ class Batch:
         Which tokens' logits are needed ``(wanted,)``.
     lengths
         Tokens of each part.
+    parts, page_tokens
+        What it was made of.
     """
 
     tokens: Tensor
@@ -204,6 +208,15 @@ class Batch:
     chunks: list[Chunk]
     wanted: Tensor
     lengths: tuple[int, ...]
+    parts: tuple[Part, ...]
+    page_tokens: int
+
+    @cached_property
+    def table(self) -> PageTable:
+        """Where all sequences lie, for kernels that read pages."""
+        rows = accumulate(self.lengths, initial=0)
+        spans = [Span(row, len(p.tokens), p.start, p.pages) for row, p in zip(rows, self.parts, strict=False)]
+        return PageTable(spans, self.page_tokens, self.tokens.device)
 
     @classmethod
     def of(cls, parts: Sequence[Part], page_tokens: int, device: torch.device) -> Batch:
@@ -237,6 +250,8 @@ class Batch:
             chunks,
             torch.tensor(wanted, dtype=torch.long, device=device),
             tuple(len(part.tokens) for part in parts),
+            tuple(parts),
+            page_tokens,
         )
 
 

@@ -1,4 +1,8 @@
-"""What computes: attention of a batch over keys and values on pages, each function with a plain reference."""
+"""What computes: attention of a batch over keys and values on pages, each function with a plain reference.
+
+On a GPU one kernel of `lorry.kernels.triton_paged` takes the whole batch; elsewhere decoding tokens and the chunks of
+prompts go ways of their own.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorry.kernels.grouped import has_kernels
 from lorry.serving.paging.batch import Batch, Chunk, Decode, DecodeGroup
 
 
@@ -83,6 +88,12 @@ def attend(
     listed
         Whether single tokens read keys and values where they lie; see `Store`.
     """
+    if has_kernels(q):
+        from lorry.kernels.triton_paged import paged_attention, serves
+
+        if serves(q):
+            options = (how.scaling, how.window, how.softcap, how.sinks)
+            return paged_attention(q[0].transpose(0, 1), keys, values, k.shape[1], batch.table, *options)[None]
     scratch = Scratch() if scratch is None else scratch
     kv_heads, flat, decode = k.shape[1], q[0].transpose(0, 1), batch.decode
     if decode is not None and not batch.chunks:

@@ -11,6 +11,8 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+import lorry  # noqa: E402, F401 - before transformers, so that any build of torchvision can be imported
+
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # one, unless somebody asks for more
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lorry.core.registry import import_first
+from lorry.kernels import vision
 
 if TYPE_CHECKING:
     from lorry.face import *  # noqa: F403
@@ -21,6 +22,8 @@ __version__ = "0.1.0"
 
 #: Whoever looks up a method or a format finds them all, whichever part of the library was imported before.
 import_first("lorry.face")
+#: transformers and diffusers import torchvision where it is installed, also a build for another torch.
+vision.watch()
 
 
 def __getattr__(name: str) -> Any:

@@ -34,7 +34,9 @@ ROOT = Path(__file__).resolve().parents[1]
 #: Packages whose files are followed to what they import, and those of which only the files that are named count.
 FOLLOWED, NAMED = ("claims", "methods", "merging"), ("training", "pocket")
 #: Files of the ledger that decide no result.
-HOUSEKEEPING = frozenset({"claims/__init__.py", "claims/code.py", "claims/ledger.py", "claims/page.py"})
+HOUSEKEEPING = frozenset(
+    {"claims/__init__.py", "claims/code.py", "claims/ledger.py", "claims/page.py", "claims/sheets.py"}
+)
 #: Files whose promise to a study is held by tests: fields of a job, and that a fleet changes no job's result.
 PROMISED = frozenset({"training/jobs.py", "training/fleet.py"})
 DIGITS = 12

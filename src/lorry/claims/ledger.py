@@ -21,7 +21,7 @@ from .code import changed, code_of
 
 #: Where the records of this version lie: part of the package, so that ``lorry claims`` shows them anywhere.
 RECORDS = Path(__file__).parent / "records"
-VERSION = 2  # 1 had no code
+VERSION = 3  # 1 had no code, 2 no sheets of pictures
 
 #: What can become of a claim. ``partly``: some of its statements hold on every seed, at least one. ``reported``: the
 #: source does not say what to expect, so that there is nothing to confirm.
@@ -87,6 +87,29 @@ class Panel:
 
 
 @dataclass(frozen=True)
+class Sheet:
+    """A few small pictures to look at, beside the figures that count.
+
+    Attributes
+    ----------
+    title
+        What is shown.
+    columns, rows
+        Their labels.
+    size
+        Side of each picture in pixels.
+    png
+        All pictures, row after row without gaps, as one PNG of few colours in base64.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[str]
+    size: int
+    png: str
+
+
+@dataclass(frozen=True)
 class Finding:
     """What a study found.
 
@@ -102,6 +125,8 @@ class Finding:
         Contender -> learning rate that its tuning chose.
     notes
         What a reader must know to judge: parameters, budgets, a rate at the edge of its grid.
+    sheet
+        Pictures, for studies that make any (`lorry.claims.sheets`).
     """
 
     verdict: str
@@ -109,6 +134,7 @@ class Finding:
     panels: Sequence[Panel]
     rates: Mapping[str, float] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    sheet: Sheet | None = None
 
     def __post_init__(self) -> None:
         """Refuse a verdict that there is not."""
@@ -195,8 +221,13 @@ class Record:
         """Build a record from parsed JSON."""
         found = dict(values["finding"])
         panels = [Panel(**panel) for panel in found.pop("panels")]
+        shown = found.pop("sheet", None)
         rest = {k: v for k, v in values.items() if k not in ("finding", "seeds")}
-        return cls(finding=Finding(panels=panels, **found), seeds=tuple(values["seeds"]), **rest)
+        return cls(
+            finding=Finding(panels=panels, sheet=Sheet(**shown) if shown else None, **found),
+            seeds=tuple(values["seeds"]),
+            **rest,
+        )
 
 
 CLAIMS: Registry[Claim] = Registry("claim", "`lorry claims` lists them.")

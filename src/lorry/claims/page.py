@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .ledger import Panel, Record, changed_since
+from .sheets import write_sheet
 
 #: Places on a logarithmic axis that have room for labels of their own.
 _MOST_TICKS = 6
@@ -84,7 +85,10 @@ def _section(record: Record, pictures: str) -> list[str]:
     lines += [f"- {note}" for note in found.notes] + ([""] if found.notes else [])
     for panel in found.panels:
         lines += [*_figures(panel), ""]
-    return [*lines, f"![{record.name}]({pictures}/{picture_name(record)})"]
+    lines += [f"![{record.name}]({pictures}/{picture_name(record)})"]
+    if found.sheet is not None:
+        lines += ["", f"{found.sheet.title}:", "", f"![{found.sheet.title}]({pictures}/{sheet_name(record)})"]
+    return lines
 
 
 def _older(record: Record) -> list[str]:
@@ -112,8 +116,16 @@ def picture_name(record: Record) -> str:
     return f"{record.slug}-{record.key}.png"
 
 
+def sheet_name(record: Record) -> str:
+    """File name of a record's sheet of pictures."""
+    return f"{record.slug}-{record.key}-pictures.png"
+
+
 def draw(record: Record, folder: Path) -> Path:
-    """Draw the panels of a record side by side."""
+    """Draw the panels of a record side by side, and beside them its sheet of pictures, if it has one."""
+    if record.finding.sheet is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_sheet(record.finding.sheet, folder / sheet_name(record))
     import matplotlib
 
     matplotlib.use("Agg", force=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,12 +43,17 @@ def grid(rows: list[Tensor], enlarge: int = 2, gap: int = 2) -> Tensor:
     return sheet.repeat_interleave(enlarge, 1).repeat_interleave(enlarge, 2)
 
 
-def write_png(picture: Tensor, path: Path) -> None:
-    """Write a picture, (3, height, width) in uint8, as a PNG."""
+def image(picture: Tensor) -> Any:
+    """A picture, (3, height, width) in uint8, as PIL's."""
     from PIL import Image
 
+    return Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+
+
+def write_png(picture: Tensor, path: Path) -> None:
+    """Write a picture, (3, height, width) in uint8, as a PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()).save(path, optimize=True)
+    image(picture).save(path, optimize=True)
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from .networks import clip_processor, vlm_processor
 
 PARTS = (CLIP, VLM)
 #: Steps of each part, and rows of a step.
-STEPS, ROWS = {CLIP: 1200, VLM: 1500}, {CLIP: 96, VLM: 32}
+STEPS, ROWS = {CLIP: 1200, VLM: 1400}, {CLIP: 96, VLM: 32}
 
 
 def reporter(part: str) -> Callable[[int, str], None]:

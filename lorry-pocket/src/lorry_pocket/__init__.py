@@ -1,1 +1,1 @@
-"""Weights of Lorry's pocket diffusion models: files below ``weights``, read by ``lorry.pocket.diffusion``."""
+"""Weights of Lorry's pocket models: files below ``weights``, read by ``lorry.pocket.diffusion``, ``.clip`` and ``.vlm``."""

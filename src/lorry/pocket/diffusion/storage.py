@@ -19,7 +19,7 @@ JUDGE = "judge.safetensors"
 SDXL, FLUX = "pocket-diffusion", "pocket-flux"
 
 
-def _replace_folder(out: Path, write: Callable[[Path], object]) -> None:
+def replace_folder(out: Path, write: Callable[[Path], object]) -> None:
     """Write a folder beside its place, then put it there instead of what is there."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as made:
@@ -48,7 +48,7 @@ def read_judge(folder: Path) -> Judge:
 def write_autoencoder(model: Any, folder: Path) -> None:
     """Write an autoencoder alone, in float16 (and leave it in float32), for the trainings that stand on it."""
     model.half()
-    _replace_folder(folder / SDXL / "vae", model.save_pretrained)
+    replace_folder(folder / SDXL / "vae", model.save_pretrained)
     model.float()
 
 
@@ -63,7 +63,7 @@ def read_autoencoder(folder: Path) -> Any:
 def write_pipeline(pipeline: Any, folder: Path, name: str) -> None:
     """Write a pipeline in float16, and leave it in float32."""
     pipeline.to(torch.float16)
-    _replace_folder(folder / name, pipeline.save_pretrained)
+    replace_folder(folder / name, pipeline.save_pretrained)
     pipeline.to(torch.float32)
 
 

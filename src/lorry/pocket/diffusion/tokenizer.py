@@ -42,13 +42,21 @@ def _merge(pieces: list[str], pair: tuple[str, str]) -> list[str]:
     return merged
 
 
-def clip_tokenizer() -> Any:
-    """A new ``CLIPTokenizer``: 24 tokens a prompt, padded with its end."""
+def clip_tokenizer(more: tuple[str, ...] = (), tokens: int = TOKENS) -> Any:
+    """A new ``CLIPTokenizer`` whose prompts are padded with their end.
+
+    Parameters
+    ----------
+    more
+        Lower-case words to be one token each, beside those of the world.
+    tokens
+        Of a prompt at most.
+    """
     from transformers import CLIPTokenizer
 
-    merges = merges_of(vocabulary())
-    tokens = [*_CHARACTERS, *(f"{one}</w>" for one in _CHARACTERS), *(first + second for first, second in merges)]
-    places = {token: place for place, token in enumerate(dict.fromkeys([START, END, *tokens]))}
+    merges = merges_of((*vocabulary(), *more))
+    pieces = [*_CHARACTERS, *(f"{one}</w>" for one in _CHARACTERS), *(first + second for first, second in merges)]
+    places = {token: place for place, token in enumerate(dict.fromkeys([START, END, *pieces]))}
     return CLIPTokenizer(
         vocab=places,
         merges=merges,
@@ -56,7 +64,7 @@ def clip_tokenizer() -> Any:
         eos_token=END,
         pad_token=END,
         unk_token=END,
-        model_max_length=TOKENS,
+        model_max_length=tokens,
     )
 
 

@@ -40,6 +40,7 @@ from lorry.cli import (
     study,
     systems,
     train,
+    transfer,
 )
 from lorry.cli.output import failure, out, print_json
 from lorry.core.errors import CheckpointError, FingerprintError, LorryError, OptionError, SiteError, near_misses
@@ -190,6 +191,8 @@ app.command("convert")(convert.convert)
 app.command("push")(push.push)
 app.command("pull")(push.pull)
 app.command("codec")(sign.codec)
+app.command("kit")(transfer.kit)
+app.command("transfer")(transfer.transfer)
 app.command("sign")(sign.sign)
 app.command("verify")(sign.verify)
 app.command("search")(search.search)

@@ -23,7 +23,7 @@ from lorry.core.life.adapter import Adapter
 from lorry.core.method.base import Method
 from lorry.core.receipt import Receipt
 from lorry.core.sites.targets import Targets
-from lorry.formats.bundle import bundled, load_bundle
+from lorry.formats.bundle import bundled, load_bundle, missing_root
 from lorry.formats.file import AdapterFile
 from lorry.formats.load import load as load_one
 from lorry.formats.reader import open_adapter
@@ -232,6 +232,8 @@ class Roots(Mapping[str, nn.Module]):
             else:
                 root = str(file.metadata.get("root") or self.network or "")
                 if root not in self:
+                    if file.metadata.get("root"):
+                        raise missing_root(file, root, self)
                     raise CheckpointError(
                         f"'{file.where}' holds an adapter of one model and does not say of which of the roots "
                         f"{some(self)}; load it onto that model with lorry.load."

@@ -17,7 +17,7 @@ from lorry.diffusion.samplers.parts.attention_maps import MapStore, MapWatch, fi
 from lorry.diffusion.samplers.parts.contrast import normed_maps, nt_xent
 from lorry.diffusion.samplers.parts.masks import blended, branch_masks, enlarged, shaped
 from lorry.diffusion.samplers.parts.passes import rows_of
-from lorry.diffusion.samplers.parts.words import replaced, word_positions
+from lorry.diffusion.words import replaced, word_positions
 
 PROMPT = "a cat and a dog"
 BOTH = {"a": 1.0, "b": 1.0}
@@ -419,6 +419,8 @@ def test_a_word_that_is_not_found_is_refused():
     pipeline = tiny.pipeline("sd")
     with pytest.raises(DiffusionError, match="Did you mean 'cat'.*Put it into the prompt"):
         word_positions(pipeline, PROMPT, "cats")
+    with pytest.raises(DiffusionError, match="has no 'bird'"):
+        word_positions(pipeline, PROMPT, "bird")
     with pytest.raises(DiffusionError, match="cut off"):
         word_positions(pipeline, "a photo of " * 6 + "cat", "cat")
     with adapted("sd", "a", "b") as pipeline:

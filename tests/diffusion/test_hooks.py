@@ -15,7 +15,6 @@ from lorry.diffusion import (
     prompted,
     sample,
     text_blocks,
-    token_positions,
     within,
 )
 
@@ -112,15 +111,6 @@ def test_another_prompt_in_blocks(clean):
     flux = tiny.pipeline("flux").transformer
     with pytest.raises(DiffusionError, match="hands its text on"), prompted(flux, {"transformer_blocks.0": noise}):
         pass
-
-
-def test_where_a_word_stands():
-    pipeline = tiny.pipeline("sd")
-    found = token_positions(pipeline, "a photo of a cat and a dog", "cat")
-    ids = pipeline.tokenizer("a photo of a cat and a dog")["input_ids"]
-    assert [ids[i] for i in found] == pipeline.tokenizer("cat", add_special_tokens=False)["input_ids"]
-    with pytest.raises(DiffusionError, match="no tokens of 'bird'"):
-        token_positions(pipeline, "a photo of a cat", "bird")
 
 
 def test_what_cannot_be_made_is_refused(clean):

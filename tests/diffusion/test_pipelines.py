@@ -140,3 +140,46 @@ def test_a_file_of_another_family_is_refused(clean, tmp_path):
     with pytest.raises(lorry.CheckpointError, match="root 'text_encoder_2', which was not given"):
         lorry.load(sd, tmp_path / "a.safetensors")
     assert lorry.adapters(sd) == {}
+
+
+@pytest.mark.parametrize("format", ["lorry", "diffusers", "kohya"])
+@pytest.mark.parametrize("name, root", [("sd", "text_encoder"), ("sdxl", "text_encoder_2"), ("sd3", "text_encoder")])
+def test_a_file_with_a_part_for_a_missing_text_encoder_is_refused(name, root, format, clean, tmp_path):
+    pipeline = clean(name)
+    network = next(iter(TARGETS[name]))
+    whole, alone = (tmp_path / (n if format == "lorry" else f"{n}.safetensors") for n in ("whole", "alone"))
+    for targets, path in ((TARGETS[name], whole), ({root: TARGETS[name][root]}, alone)):
+        bundle = stirred(lorry.attach(pipeline, lorry.LoRA(rank=2), targets=targets))
+        bundle.save(path, format=format)
+        bundle.detach()
+    bare = type(pipeline)(**{**pipeline.components, root: None})
+    before = tiny.facts(bare)
+    with pytest.raises(
+        lorry.CheckpointError, match=f"'{root}', which was not given.*made with it.*'{network}' alone, "
+    ):
+        lorry.load(bare, whole)
+    with pytest.raises(lorry.CheckpointError, match=rf"'{root}', which was not given.*made with it\)\.$"):
+        lorry.load(bare, alone)
+    assert tiny.facts(bare) == before and lorry.adapters(bare) == {}
+    # what the text says to do works, and the network's part is then all there is
+    found = lorry.open(whole).components[network].load(getattr(bare, network))
+    assert set(lorry.adapters(bare)[found.name].parts) == {network}
+    found.detach()
+
+
+@pytest.mark.parametrize("name, root", [("sd", "text_encoder"), ("sdxl", "text_encoder"), ("flux", "text_encoder_2")])
+def test_pictures_without_a_text_encoder_are_refused(name, root, clean):
+    pipeline = clean(name)
+    stirred(lorry.attach(pipeline, lorry.LoRA(rank=2), targets=TARGETS[name], name="style"))
+    bare = type(pipeline)(**{**pipeline.components, root: None})
+    before = tiny.facts(bare)
+    with pytest.raises(lorry.diffusion.DiffusionError, match=f"has no {root}, which reads.*Make the pipeline with it"):
+        lorry.diffusion.sample(bare, PROMPT, compositions="style", seeds=[0], steps=1)
+    assert tiny.facts(bare) == before
+
+
+def test_stable_diffusion_3_reads_prompts_without_its_third_text_encoder(clean):
+    pipeline = clean("sd3")
+    bare = type(pipeline)(**{**pipeline.components, "text_encoder_3": None, "tokenizer_3": None})
+    made = lorry.diffusion.sample(bare, PROMPT, seeds=[0], steps=1, height=16, width=16)
+    assert made.pixels.shape[-2:] == (16, 16)

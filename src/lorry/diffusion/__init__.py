@@ -8,7 +8,9 @@ The parts, from below:
 ``conditions``
     What a network is told of each picture (text embeddings, sizes), one row for each.
 ``prompting``
-    Another prompt for single blocks, times told to a pipeline's own call, and where a word stands in a prompt.
+    Another prompt for single blocks, and times told to a pipeline's own call.
+``words``
+    Where words of a prompt stand among the tokens that a network attends to.
 ``weights``
     Weights of a composition by the sampler's time: ``a@200-800``.
 ``sampling``
@@ -39,9 +41,10 @@ from lorry.diffusion.families import Family, family_of
 from lorry.diffusion.making import sample
 from lorry.diffusion.pictures import Picture, Pictures, read_recipe
 from lorry.diffusion.probe import Probe, probe
-from lorry.diffusion.prompting import following, prompted, text_blocks, token_positions
+from lorry.diffusion.prompting import following, prompted, text_blocks
 from lorry.diffusion.sampling import Step, denoise
 from lorry.diffusion.weights import within
+from lorry.diffusion.words import word_positions
 
 import_for("objective", f"{__name__}.task")
 
@@ -62,6 +65,6 @@ __all__ = [
     "read_recipe",
     "sample",
     "text_blocks",
-    "token_positions",
     "within",
+    "word_positions",
 ]

@@ -262,8 +262,14 @@ def encoded(
         What applies to each picture; None for what is active.
     guided
         Whether anything is wanted to keep away from.
+
+    Raises
+    ------
+    DiffusionError
+        The pipeline was made without a text encoder that prompts need.
     """
     family = family_of(pipeline)
+    family.check_text_encoders(pipeline)
     with text_rows(pipeline, compositions):
         conditions = family.encode(pipeline, [order.prompt for order in orders])
         negative = family.negative(pipeline, [o.negative for o in orders], conditions) if guided else None

@@ -1,8 +1,8 @@
-"""Another prompt for single blocks of a network, times told to a pipeline's own call, and where a word stands."""
+"""Another prompt for single blocks of a network, and times told to a pipeline's own call."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -127,37 +127,3 @@ def following(pipeline: Any) -> Iterator[None]:
 
     with around_calls(network, enter):
         yield
-
-
-def token_positions(pipeline: Any, prompt: str, word: str, tokenizer: str = "tokenizer") -> list[int]:
-    """Return where a word stands among the tokens of a prompt, the first token of the text included.
-
-    Parameters
-    ----------
-    pipeline
-        With the tokenizer.
-    prompt, word
-        The text, and one or several words of it.
-    tokenizer
-        Name of the tokenizer in the pipeline.
-
-    Raises
-    ------
-    DiffusionError
-        The prompt does not hold the word, or it lies beyond what the text encoder sees.
-    """
-    made = getattr(pipeline, tokenizer)
-    whole = _ids(made(prompt, truncation=True))
-    text = made(word, add_special_tokens=False)
-    wanted = _ids(text)
-    for start in range(len(whole) - len(wanted) + 1):
-        if wanted and whole[start : start + len(wanted)] == wanted:
-            return list(range(start, start + len(wanted)))
-    raise DiffusionError(
-        f"The prompt '{prompt}' has no tokens of '{word}' among the {len(whole)} that the text encoder sees. Write the "
-        "word as it stands in the prompt, or shorten what comes before it."
-    )
-
-
-def _ids(encoded: Any) -> Sequence[int]:
-    return [int(i) for i in encoded["input_ids"]]

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from lorry.core.errors import AdapterError, CheckpointError, near_misses, some
+from lorry.core.errors import AdapterError, CheckpointError, some
 from lorry.core.life.adapter import Adapter
 from lorry.core.life.api import install
 from lorry.core.life.state import unwrapped
@@ -165,15 +165,32 @@ def _check_roots(file: AdapterFile, roots: Mapping[str, nn.Module]) -> None:
         raise CheckpointError(f"'{file.where}' holds an adapter of one model; load it with lorry.load.")
     for root in file.components:
         if root not in roots:
-            raise CheckpointError(
-                f"'{file.where}' has an adapter for the root '{root}', which was not given; given are "
-                f"{some(roots)}.{near_misses(root, roots)} Give it, or load single roots: "
-                f"lorry.open(path).components['{root}'].load(model)."
-            )
+            raise missing_root(file, root, roots)
 
     models = [unwrapped(roots[root]) for root in file.components]
     if len({id(m) for m in models}) != len(models):
         raise AdapterError(f"Two of the roots {some(file.components)} are one model; each needs a model of its own.")
+
+
+def missing_root(file: AdapterFile, root: str, roots: Iterable[str]) -> CheckpointError:
+    """Return the error of a file that has an adapter for a root that was not given.
+
+    Parameters
+    ----------
+    file
+        With the adapter.
+    root
+        Where it belongs, e.g. ``text_encoder``.
+    roots
+        Names of the models that were given.
+    """
+    given = list(roots)
+    rest = [name for name in file.components if name in given]
+    each = f", or load what it has for {some(rest)} alone, each with lorry.open(path).components[name].load(model)"
+    return CheckpointError(
+        f"'{file.where}' has an adapter for the root '{root}', which was not given; given are {some(given)}. Give the "
+        f"model '{root}', too (a pipeline has to be made with it){each if rest else ''}."
+    )
 
 
 def _load_single(file: AdapterFile, model: nn.Module, **options: Any) -> Adapter:

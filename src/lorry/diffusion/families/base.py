@@ -41,6 +41,8 @@ class Family(ABC):
     distilled: ClassVar[bool] = False
     #: Whether the network is called with times from 0 to 1.
     times_to_one: ClassVar[bool] = False
+    #: Text encoders without which a pipeline reads its prompts nevertheless.
+    spare_encoders: ClassVar[tuple[str, ...]] = ()
     #: The guidance that pictures are made with if none is asked for.
     guidance: ClassVar[float] = 1.0
 
@@ -55,6 +57,22 @@ class Family(ABC):
         """Return the text encoders by name."""
         parts = pipeline.components
         return {n: m for n, m in parts.items() if n.startswith("text_encoder") and isinstance(m, nn.Module)}
+
+    def check_text_encoders(self, pipeline: Any) -> None:
+        """Refuse a pipeline that was made without a text encoder that its prompts need.
+
+        Raises
+        ------
+        DiffusionError
+            There is none where one has to be.
+        """
+        parts = pipeline.components
+        for name in (n for n in parts if n.startswith("text_encoder") and n not in self.spare_encoders):
+            if parts[name] is None:
+                raise DiffusionError(
+                    f"The {type(pipeline).__name__} has no {name}, which reads the prompts. Make the pipeline with it: "
+                    "an adapter has its part there, too, if it was trained there."
+                )
 
     @abstractmethod
     def encode(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:

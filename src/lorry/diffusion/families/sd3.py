@@ -19,6 +19,7 @@ class StableDiffusion3(AutoencoderFamily):
     guidance: ClassVar[float] = 7.0
     guided_together: ClassVar[bool] = True
     patch: ClassVar[int] = 2
+    spare_encoders: ClassVar[tuple[str, ...]] = ("text_encoder_3",)
 
     def encode(self, pipeline: Any, prompts: Sequence[str]) -> Conditions:
         """Return the hidden states of all text encoders, and the pooled texts of the first two."""

@@ -12,7 +12,7 @@ from lorry.core.forward.weights import Weight
 from lorry.diffusion.conditions import Conditions
 from lorry.diffusion.families import family_of
 from lorry.diffusion.making import text_rows
-from lorry.diffusion.samplers.parts.words import replaced, word_positions
+from lorry.diffusion.words import replaced, word_positions
 
 
 @dataclass(frozen=True)

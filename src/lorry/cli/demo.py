@@ -17,9 +17,12 @@ def demo(
     ] = Path("out/demo"),
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each adapter.")] = 100,
     test_rows: Annotated[int, typer.Option(min=1, max=500, help="Test words of each skill.")] = 200,
+    picture_steps: Annotated[
+        int, typer.Option(min=0, help="Training steps of each adapter for pictures; 0 leaves them out.")
+    ] = 60,
     as_json: Json = False,
 ) -> None:
-    """Train four adapters at once, mix, merge, save and load them, and write a report of it."""
+    """Train four adapters at once, mix, merge, save and load them, draw pictures with two more, and write a report."""
     from lorry.cli.bases import quiet
     from lorry.cli.pictures import before_after, curves, heat_map
     from lorry.cli.spectrum import site_facts
@@ -27,7 +30,8 @@ def demo(
 
     quiet()
     folder.mkdir(parents=True, exist_ok=True)
-    result = job.run(folder, steps=steps, test_rows=test_rows, say=note, bars=err().is_terminal)
+    counts = {"steps": steps, "test_rows": test_rows, "picture_steps": picture_steps}
+    result = job.run(folder, **counts, say=note, bars=err().is_terminal)
     rows = [(a["name"], a["before"], a["after"]) for a in result.adapters]
     before_after(rows, folder / "before-after.png", "Exact match on held-out skills of the pocket model")
     curves(result.curves, folder / "losses.png", "Four jobs trained at once on one frozen base")

@@ -1,4 +1,4 @@
-"""Train four adapters at once, mix, fuse, save and load them, and measure every step."""
+"""Train four adapters at once, mix, fuse, save and load them, and measure every step; then draw pictures."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 import lorry
 from lorry import pocket
 from lorry.core.receipt import Receipt
+from lorry.demo import drawing
 from lorry.training.fleet import Fleet
 from lorry.training.jobs import Job
 from lorry.training.report import read_metrics
@@ -49,6 +50,8 @@ class Demo:
         Of saving and loading.
     sites
         Norm and singular values at each site, by adapter.
+    pictures
+        What was drawn, or why nothing was.
     """
 
     folder: Path
@@ -62,6 +65,7 @@ class Demo:
     receipts: list[Receipt] = field(default_factory=list)
     sites: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    pictures: drawing.Drawing | str = "no pictures were asked for"
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -70,6 +74,7 @@ class Demo:
             "adapters": self.adapters,
             "fuse": self.fuse,
             "peft_max_difference": self.peft_max_difference,
+            "pictures": None if isinstance(self.pictures, str) else self.pictures.to_dict(),
             "seconds": round(self.seconds, 2),
         }
 
@@ -79,6 +84,7 @@ def run(
     *,
     steps: int = STEPS,
     test_rows: int = TEST_ROWS,
+    picture_steps: int = drawing.STEPS,
     say: Say = print,
     bars: bool | None = None,
 ) -> Demo:
@@ -92,6 +98,8 @@ def run(
         Training steps of each adapter.
     test_rows
         Test words of each skill.
+    picture_steps
+        Training steps of each adapter for pictures; 0 leaves them out.
     say
         Called with a line at each stage.
     bars
@@ -120,6 +128,8 @@ def run(
     reload(demo, model, tokenizer, tests)
     shown = "peft is not installed" if demo.peft_max_difference is None else f"{demo.peft_max_difference:.1e}"
     say(f"saved, loaded into a fresh base (difference {demo.reload_max_difference:.1e}) and into peft ({shown})")
+    if picture_steps:
+        demo.pictures = drawing.try_grid(folder, picture_steps, say, bars)
     demo.seconds = time.perf_counter() - began
     return demo
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from lorry.demo import drawing
 from lorry.demo.job import ALPHA, BATCH, PAIR, RANK, RATE, TEST_ROWS, Demo
 
 
@@ -57,6 +58,7 @@ def text(demo: Demo) -> str:
         f"Frobenius norm of the update and singular values of the adapter `{demo.adapters[0]['name']}`, "
         "worked out from its factors.",
         "![norms and singular values](heat-map.png)",
+        *pictures(demo),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -102,6 +104,24 @@ def _files(demo: Demo) -> list[str]:
         "Every adapter was saved, and loaded into a fresh copy of the base: the logits differ by "
         f"{demo.reload_max_difference:.1e} at most; {peft}.",
         f"```\n{receipts}\n```",
+    ]
+
+
+def pictures(demo: Demo) -> list[str]:
+    """Return the report's part on pictures, or on why there are none."""
+    drawn = demo.pictures
+    if isinstance(drawn, str):
+        return ["## Pictures", f"Left out: {drawn}"]
+    meant = " and ".join(f"`{trigger}` for {word}" for trigger, _, word in drawing.TAUGHT.values())
+    rows = ((f"`{prompt}`", *(seen[row] for seen in drawn.seen.values())) for row, prompt in enumerate(drawn.prompts))
+    return [
+        "## Pictures",
+        f"Two adapters of `{drawing.BASE}` learned a word each, trained at once: {meant} ({drawn.steps} steps of "
+        f"{drawing.BATCH} pictures). A row is one prompt and one seed, a column one composition; the file holds the "
+        f"recipe of every picture. It took {drawn.seconds:.0f} seconds.",
+        "![pictures without adapters, with each, and with both](pictures.png)",
+        "What a judge of the pocket world, which tells lime from green, reads in them:",
+        _table(("prompt", *drawn.seen), rows),
     ]
 
 

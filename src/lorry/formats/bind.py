@@ -17,6 +17,7 @@ from lorry.core.method.declared import whole_module
 from lorry.core.method.families import Bottleneck
 from lorry.core.sites.fingerprint import Fingerprint
 from lorry.core.sites.site import Site
+from lorry.formats import flux
 from lorry.formats.convolutions import check_convolution
 from lorry.formats.file import AdapterFile
 from lorry.formats.names import Resolver
@@ -279,21 +280,17 @@ def _bind_single(file: AdapterFile, state: ModelState, bound: Bound) -> None:
     for part in file.sites.values():
         groups.setdefault(part.component, []).append(part)
     resolver = Resolver(state, flat=file.flat)
-    found = {c: [_single_site(part, resolver) for part in parts] for c, parts in groups.items()}
-    whole = [
-        c
-        for c, sites in found.items()
-        if all(s is not None and _fits(file, p, s) for p, s in zip(groups[c], sites, strict=True))
-    ]
+    placed = {c: _single_sites(file, parts, resolver) for c, parts in groups.items()}
+    whole = [c for c, pairs in placed.items() if all(s is not None and _fits(file, p, s) for p, s in pairs)]
     if not whole:
-        best = max(found, key=lambda c: sum(s is not None for s in found[c]))
-        lacking = [p for p, s in zip(groups[best], found[best], strict=True) if s is None]
+        best = max(placed, key=lambda c: sum(s is not None for _, s in placed[c]))
+        lacking = [p for p, s in placed[best] if s is None]
         if lacking:
             raise resolver.missing(lacking[0].path, file.where, some(lacking[0].keys.values(), 2))
         whole = [best]  # every site is there; a shape differs, and the check of shapes says which
     places: dict[str, str] = {}
     for component in whole:
-        for part, site in zip(groups[component], found[component], strict=True):
+        for part, site in placed[component]:
             assert site is not None
             if site.path in places:
                 raise CheckpointError(
@@ -303,6 +300,8 @@ def _bind_single(file: AdapterFile, state: ModelState, bound: Bound) -> None:
             places[site.path] = component
             _put(file, part, site, bound)
             bound.paths[part.path] = site.path
+        if {part.path for part, _ in placed[component]} != {part.path for part in groups[component]}:
+            bound.notes.append(flux.NOTE)
     for component in groups.keys() - set(whole):
         count = sum(len(p.keys) for p in groups[component])
         bound.elsewhere += count
@@ -310,6 +309,18 @@ def _bind_single(file: AdapterFile, state: ModelState, bound: Bound) -> None:
             f"{count} tensors of '{component}' belong to another model of the pipeline and were left out"
         )
     bound.notes += resolver.notes
+
+
+def _single_sites(
+    file: AdapterFile, parts: Sequence[StoredSite], resolver: Resolver
+) -> list[tuple[StoredSite, Site | None]]:
+    """Return what is stored with its sites; layers of the original Flux in parts, where the model has diffusers'."""
+    placed: list[tuple[StoredSite, Site | None]] = []
+    for part in parts:
+        site = _single_site(part, resolver)
+        cut = flux.placed(file, part, resolver.find_dotted) if site is None else None
+        placed += cut if cut is not None else [(part, site)]
+    return placed
 
 
 def _single_site(part: StoredSite, resolver: Resolver) -> Site | None:

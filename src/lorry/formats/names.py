@@ -57,6 +57,10 @@ class Resolver:
                 return site
         return None
 
+    def find_dotted(self, path: str) -> Site | None:
+        """Return the site of a path with dots, whatever the file's own paths have, or None."""
+        return self.find(path.replace(".", "_") if self._flat is not None else path)
+
     def _exact(self, path: str, depth: int, targeted: Callable[[str], bool] | None) -> Site | None:
         if depth == 0:
             site = self.sites.get(path) or self.sites.get(f"{path}.in_proj_weight")

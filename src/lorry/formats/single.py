@@ -13,6 +13,7 @@ from torch import Tensor
 from lorry.core.errors import CheckpointError, OptionError, some
 from lorry.core.method.declared import peft_method
 from lorry.formats.file import AdapterFile
+from lorry.formats.flux import in_diffusers
 from lorry.formats.peft_config import PeftConfig, understood
 from lorry.formats.reader import READERS, Location, Reader
 from lorry.formats.stored import PREFIX, StoredSite
@@ -60,6 +61,8 @@ COMPONENTS = (
 
 #: What kohya calls the models of a pipeline -> what diffusers does.
 _ROOTS = {"te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_3"}
+#: The same where ``unet`` has the layers of the original Flux: kohya numbers its T5 as that of SD3, diffusers does not.
+_FLUX_ROOTS = {**_ROOTS, "unet": "transformer", "te3": "text_encoder_2"}
 
 
 class SingleFile(Reader):
@@ -85,8 +88,10 @@ class SingleFile(Reader):
         file, path = location.tensors(), location.path
         single = read_single(file.places, file.metadata, file.read, str(path))
         roots: dict[str, list[StoredSite]] = {}
+        network = [s.path for s in single.sites if s.component == "unet"]
+        known = _FLUX_ROOTS if network and all(map(in_diffusers, network)) else _ROOTS
         for stored in single.sites:
-            roots.setdefault(_ROOTS.get(stored.component, stored.component), []).append(stored)
+            roots.setdefault(known.get(stored.component, stored.component), []).append(stored)
         facts = {k: v for k, v in file.metadata.items() if k.startswith(("ss_", "modelspec")) and len(v) < 200}
 
         def adapter(sites: dict[str, StoredSite], **more: Any) -> AdapterFile:

@@ -18,6 +18,7 @@ from lorry.core.receipt import Receipt
 from lorry.formats.file import AdapterFile
 from lorry.formats.load import load
 from lorry.formats.reader import open_adapter
+from lorry.serving.heap import Heap
 from lorry.serving.paging.factors import Factors
 from lorry.serving.paging.pool import Pool
 from lorry.serving.paging.resident import Resident
@@ -112,6 +113,7 @@ class Catalogue:
         self.shelf = shelf
         self._passes = passes
         self._lock = threading.RLock()
+        self._heap = Heap()
         check_positions(model)
         self._serial = itertools.count(1)
         self._numbers: dict[str, int] = {}
@@ -141,6 +143,7 @@ class Catalogue:
                 file.close()
         receipt = adapter.receipt
         assert receipt is not None
+        self._heap.tidy()  # passes and requests go on meanwhile
         return receipt
 
     def _version(self, name: str, adapter: Adapter, serial: int, path: Path | None, pinned: bool) -> Version:
@@ -154,6 +157,7 @@ class Catalogue:
         with self._passes, self._lock:
             self._retire(self._of(name))
             del self._current[name]
+        self._heap.tidy()
 
     def acquire(self, composition: Mapping[str, float]) -> Resolved:
         """Return the present versions of a composition's adapters, in use from now on.
@@ -236,5 +240,6 @@ class Catalogue:
             self._retired.remove(version)
         self.pool.drop(version.resident)
         self.shelf.forget(version.resident)
-        version.resident.remove()
         version.adapter.detach()
+        version.resident.remove()
+        self._heap.left()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lorry.core.errors import AdapterError
 from lorry.kernels.split_attention import split_attention
+from lorry.serving.attention import attending, configs_of, register
 
 from .store import Growing, LayerStore
 
@@ -120,21 +121,15 @@ def split_values(model: nn.Module, parts: Mapping[int, LayerPart], start: int, k
     known
         How many of its tokens have keys and values in the store, so that they are not projected again.
     """
-    _register()
-    config: Any = model.config
-    usual = config._attn_implementation
-    token = _CURRENT.set(parts)
+    register(ATTENTION, _attend, _mask)
     with ExitStack() as stack:
+        stack.callback(_CURRENT.reset, _CURRENT.set(parts))
         for number, (_, module) in attention_modules(model).items():
             for name in ("k_proj", "v_proj"):
                 part = parts[number] if name == "v_proj" else None
                 _listen(stack, getattr(module, name), part, start, known)
-        try:
-            config._attn_implementation = ATTENTION
-            yield
-        finally:
-            config._attn_implementation = usual
-            _CURRENT.reset(token)
+        stack.enter_context(attending(configs_of(model), ATTENTION))
+        yield
 
 
 def _listen(stack: ExitStack, module: nn.Module, part: LayerPart | None, start: int, known: int) -> None:
@@ -185,14 +180,6 @@ def _attend(
         low, up = part.low.value, part.up.to(value.dtype)
     found = split_attention(query, key, value, low, up, scale, attention_mask)
     return found.transpose(1, 2).contiguous(), None
-
-
-def _register() -> None:
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
-    AttentionInterface.register(ATTENTION, _attend)
-    AttentionMaskInterface.register(ATTENTION, _mask)
 
 
 def _mask(*args: Any, mask_function: Any = None, attention_mask: Tensor | None = None, **more: Any) -> Tensor | None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorry.core.errors import OptionError
+from lorry.serving.attention import attending, configs_of, register
 from lorry.serving.paging.batch import Batch
 from lorry.serving.paging.kernels import Attention, Scratch, attend
 from lorry.serving.paging.shape import CacheShape, LayerShape
@@ -116,11 +117,9 @@ def _attention(
 @cache
 def _register() -> None:
     """Let transformers know the attention over pages."""
-    from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    register(NAME, _attention, sdpa_mask)
 
 
 class PagedModel:
@@ -134,7 +133,7 @@ class PagedModel:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._configs = list({id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if c}.values())
+        self._configs = configs_of(model)
         # a mask that is complete already is taken as it is, so that none is worked out
         self._mask = torch.zeros(1, 1, 1, 1, device=next(model.parameters()).device)
 
@@ -167,16 +166,12 @@ class PagedModel:
     @contextmanager
     def _paged(self, cache: Any) -> Iterator[None]:
         _register()
-        before = [config._attn_implementation_internal for config in self._configs]
-        for config in self._configs:
-            config._attn_implementation_internal = NAME
-        _RUNNING.cache = cache
-        try:
-            yield
-        finally:
-            _RUNNING.cache = None
-            for config, name in zip(self._configs, before, strict=True):
-                config._attn_implementation_internal = name
+        with attending(self._configs, NAME):
+            _RUNNING.cache = cache
+            try:
+                yield
+            finally:
+                _RUNNING.cache = None
 
     def _refusal(self, why: str) -> OptionError:
         return OptionError(

@@ -163,13 +163,20 @@ class Resident:
             return cold
 
     def remove(self) -> None:
-        """Give up pages and file: nobody is going to use it any more."""
+        """Give up pages and file: nobody is going to use it any more.
+
+        Its homes have what lies in host memory from now on, and no keeper, so that whoever lets go of the adapter frees
+        it at once: in a cycle it would lie around until so many objects have come that all of them are searched.
+        """
         self.give_up()
         with self._lock:
+            image = self._in_host()
             if self._file is not None:
-                self._in_host()
                 self._file.remove()
                 self._file = None
+            for _, home in self.adapter.homes():
+                home.settle(image.tensors[home])
+                home.keeper = None
 
     def slot(self, home: TensorHome, name: str) -> Slot:
         """Return where a tensor lies in what is paged in."""

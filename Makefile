@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-EXTRAS := dev,docs,train,diffusion,quantized,gguf,tensorboard,serve,cluster,multimodal,detection,agents
+EXTRAS := dev,docs,train,diffusion,quantized,gguf,tensorboard,serve,cluster,multimodal,agents
 CODE   := src tests tools
 
 # Nothing here needs a network once .venv exists, and tiny models are fastest on one thread.

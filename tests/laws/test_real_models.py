@@ -189,4 +189,5 @@ def test_gradients_reach_every_trained_tensor_and_no_weight_of_the_base(name, sl
         for key, parameter in adapter.named_parameters():
             assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), key
         reached = [p.grad.any() for p in adapter.parameters()]
-        assert sum(reached) >= 0.9 * len(reached), "experts that no token chose get none, others do"
+        share = 0.5 if slug == "mm-lora" else 0.9  # without pictures every token is text, and has half of its values
+        assert sum(reached) >= share * len(reached), "experts that no token chose get none, others do"

@@ -178,7 +178,7 @@ def test_after_a_step_every_trained_tensor_has_a_gradient(slug):
     optimizer = torch.optim.SGD(adapter.parameters(), lr=0.1)
     for step in (1, 2):
         optimizer.zero_grad()
-        with lorry.context(model, task_ids=torch.arange(16) % 3):
+        with lorry.context(model, task_ids=torch.arange(16) % 3, token_kinds=torch.arange(16)[:, None] % 2):
             loss = (model(batch(16)) - batch(16, seed=9)).square().mean()
             for extra in (lorry.auxiliary_loss(model), log_probability(model, adapter.name)):
                 loss = loss if extra is None else loss + extra.mean()
